@@ -1,0 +1,21 @@
+"""Attention kernels over a paged key/value cache, and the cache itself.
+
+Usable on their own: nothing here knows of models or engines.
+"""
+
+from .append import append_kv
+from .decode import paged_decode_attention
+from .dispatch import Implementation
+from .kv_pages import KVPages, bytes_per_token, empty_kv_pages, read_kv
+from .ragged import ragged_paged_attention
+
+__all__ = [
+    "Implementation",
+    "KVPages",
+    "append_kv",
+    "bytes_per_token",
+    "empty_kv_pages",
+    "paged_decode_attention",
+    "ragged_paged_attention",
+    "read_kv",
+]

@@ -1,0 +1,47 @@
+"""Writing the keys and values of new tokens into the paged cache."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from ..dispatch import Implementation, choose_implementation
+from ..kv_pages import KVPages
+from . import reference, xla
+
+__all__ = ["append_kv"]
+
+
+def append_kv(
+    kv_pages: KVPages,
+    keys: Float[Array, "num_tokens num_kv_heads head_dim"],
+    values: Float[Array, "num_tokens num_kv_heads head_dim"],
+    slots: Int[Array, " num_tokens"],
+    *,
+    implementation: Implementation | None = None,
+) -> KVPages:
+    """Writes one row of keys and values per token, in place: `kv_pages` is donated.
+
+    Args:
+        kv_pages: one layer's cache; not to be used after the call.
+        keys: [num_tokens, num_kv_heads, head_dim], cast to the cache's dtype.
+        values: like `keys`.
+        slots: [num_tokens] int32, `page * page_size + offset`; negative slots are skipped (padding).
+            Two tokens may not share a slot.
+        implementation: "xla" or "reference"; None for the best one.
+
+    Returns:
+        The cache with the rows written.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    num_tokens = slots.shape[0]
+    expected = (num_tokens, kv_pages.num_kv_heads, kv_pages.head_dim)
+    for name, array in (("keys", keys), ("values", values)):
+        if array.shape != expected:
+            raise ValueError(
+                f"{name}: shape {array.shape}, expected {expected} for {num_tokens} slots, "
+                f"{kv_pages.num_kv_heads} KV heads and head_dim {kv_pages.head_dim}"
+            )
+    write = {"xla": xla.append_kv, "reference": reference.append_kv}
+    return write[choose_implementation("append_kv", implementation)](kv_pages, keys, values, slots)

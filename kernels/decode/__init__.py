@@ -1,0 +1,84 @@
+"""Attention of one new token per sequence over a paged cache."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..dispatch import Implementation, choose_implementation
+from ..kv_pages import KVPages
+from ..validation import check_metadata_when_run, check_static
+from . import reference, xla
+
+__all__ = ["paged_decode_attention"]
+
+Output = Float[Array, "num_seqs num_q_heads head_dim"]
+LogSumExp = Float[Array, "num_seqs num_q_heads"]
+
+
+def paged_decode_attention(
+    queries: Float[Array, "num_seqs num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " num_seqs"],
+    page_table: Int[Array, "num_seqs pages_per_seq"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    block_sizes: object = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> Output | tuple[Output, LogSumExp]:
+    """Attention of one new token per sequence, the last one, over a paged cache.
+
+    The new token's key and value are in the cache already (`append_kv`).
+
+    Args:
+        queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32.
+        kv_lens: [num_seqs] int32, tokens in the cache, the new one included; 0 marks padding, whose output is
+            zero and whose row of the page table may hold anything.
+        page_table: [num_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a row
+            are read.
+        kv_pages, scale, sliding_window, soft_cap, sinks, return_lse, block_sizes, implementation, debug:
+            as in `ragged_paged_attention`.
+
+    Returns:
+        The output [num_seqs, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
+        log-sum-exp [num_seqs, num_q_heads] in float32.
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is not allowed; the message names it.
+        NotImplementedError: the implementation does not exist yet.
+    """
+    num_seqs = queries.shape[0]
+    check_static(
+        queries,
+        kv_pages,
+        {"kv_lens": (kv_lens, (num_seqs,)), "page_table": (page_table, (num_seqs, -1))},
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        block_sizes=block_sizes,
+    )
+    if debug:
+        starts = jnp.pad(jnp.cumsum((kv_lens > 0).astype(jnp.int32)), (1, 0))
+        check_metadata_when_run(
+            kv_pages, kv_lens, page_table, starts, jnp.asarray([num_seqs], jnp.int32), num_tokens=num_seqs
+        )
+    implementations = {"xla": xla.paged_decode_attention, "reference": reference.paged_decode_attention}
+    attention = implementations[choose_implementation("paged_decode_attention", implementation)]
+    output, log_sum_exp = attention(
+        queries,
+        kv_pages,
+        kv_lens,
+        page_table,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )
+    output = jnp.asarray(output, queries.dtype)
+    return (output, jnp.asarray(log_sum_exp, jnp.float32)) if return_lse else output

@@ -1,0 +1,104 @@
+"""Attention of any mix of prompts, chunks of prompts and single new tokens over a paged cache."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..dispatch import Implementation, choose_implementation
+from ..kv_pages import KVPages
+from ..validation import check_metadata_when_run, check_static
+from . import reference, xla
+
+__all__ = ["ragged_paged_attention"]
+
+Output = Float[Array, "num_tokens num_q_heads head_dim"]
+LogSumExp = Float[Array, "num_tokens num_q_heads"]
+
+
+def ragged_paged_attention(
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, "1"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    block_sizes: object = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> Output | tuple[Output, LogSumExp]:
+    """Causal attention of new tokens, concatenated over sequences of any lengths, over a paged cache.
+
+    The new tokens' keys and values are in the cache already (`append_kv`). A sequence's last query stands at
+    position `kv_len - 1`, and position p sees positions 0 to p.
+
+    Args:
+        queries: [num_tokens, num_q_heads, head_dim], bfloat16 or float32; all sequences' new tokens.
+        kv_pages: one layer's cache; num_q_heads is a multiple of its num_kv_heads, and query head h reads
+            KV head `h // (num_q_heads // num_kv_heads)`.
+        kv_lens: [max_seqs] int32, tokens in the cache, this step's included. 0: nothing to attend to, the
+            output is zero.
+        page_table: [max_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a row
+            are read, the others may hold anything.
+        query_starts: [max_seqs + 1] int32; sequence i owns `queries[query_starts[i] : query_starts[i + 1]]`.
+        num_seqs: [1] int32, rows in use; the rest is padding and may hold anything.
+        scale: factor on the scores, usually `head_dim ** -0.5`.
+        sliding_window: position p sees only `p - sliding_window + 1 .. p`; None for no window.
+        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None for none.
+        sinks: [num_q_heads]; one more score per head that takes part in the softmax and carries no value.
+        return_lse: also return the log-sum-exp of the scores (and sink), for merging partial results.
+        block_sizes: tuning parameters of an implementation that has some; the present ones have none.
+        implementation: "xla" (compiled for any device) or "reference" (float64 NumPy, outside jit only);
+            None for the best one on this device.
+        debug: also check the values of the metadata (slow: a round trip to the host).
+
+    Returns:
+        The output [num_tokens, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
+        log-sum-exp [num_tokens, num_q_heads] in float32. Rows that belong to no sequence are unspecified.
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is not allowed; the message names it.
+        NotImplementedError: the implementation does not exist yet.
+    """
+    max_seqs = kv_lens.shape[0]
+    check_static(
+        queries,
+        kv_pages,
+        {
+            "kv_lens": (kv_lens, (-1,)),
+            "page_table": (page_table, (max_seqs, -1)),
+            "query_starts": (query_starts, (max_seqs + 1,)),
+            "num_seqs": (num_seqs, (1,)),
+        },
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        block_sizes=block_sizes,
+    )
+    if debug:
+        check_metadata_when_run(
+            kv_pages, kv_lens, page_table, query_starts, num_seqs, num_tokens=queries.shape[0]
+        )
+    implementations = {"xla": xla.ragged_paged_attention, "reference": reference.ragged_paged_attention}
+    attention = implementations[choose_implementation("ragged_paged_attention", implementation)]
+    output, log_sum_exp = attention(
+        queries,
+        kv_pages,
+        kv_lens,
+        page_table,
+        query_starts,
+        num_seqs,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )
+    output = jnp.asarray(output, queries.dtype)
+    return (output, jnp.asarray(log_sum_exp, jnp.float32)) if return_lse else output

@@ -1,0 +1,134 @@
+"""Checks of attention arguments: static ones on shapes and dtypes, dynamic ones on the metadata."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from .kv_pages import KVPages
+
+QUERY_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
+
+
+def check_static(
+    queries: Array,
+    kv_pages: KVPages,
+    metadata: dict[str, tuple[Array, tuple[int, ...]]],
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: Array | None,
+    block_sizes: object,
+) -> None:
+    """Checks what is known before tracing.
+
+    Args:
+        queries: [rows, num_q_heads, head_dim].
+        kv_pages: one layer's cache.
+        metadata: name -> (array, the shape it must have); -1 stands for any size.
+        scale, sliding_window, soft_cap, sinks, block_sizes: as in `vsurge.kernels.ragged_paged_attention`.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    if queries.ndim != 3:
+        raise ValueError(f"queries: shape {queries.shape}, expected [rows, num_q_heads, head_dim]")
+    if queries.dtype not in QUERY_DTYPES:
+        raise ValueError(f"queries: dtype {queries.dtype}, must be one of {[d.name for d in QUERY_DTYPES]}")
+    _, num_q_heads, head_dim = queries.shape
+    if head_dim != kv_pages.head_dim:
+        raise ValueError(f"queries: head_dim {head_dim}, but the cache's is {kv_pages.head_dim}")
+    if num_q_heads % kv_pages.num_kv_heads:
+        raise ValueError(
+            f"queries: {num_q_heads} query heads, must be a multiple of the {kv_pages.num_kv_heads} KV heads"
+        )
+    for name, (array, shape) in metadata.items():
+        _check_integers(name, array, shape)
+    _check_options(scale, sliding_window, soft_cap)
+    if sinks is not None and sinks.shape != (num_q_heads,):
+        raise ValueError(f"sinks: shape {sinks.shape}, expected one per query head ({num_q_heads},)")
+    if block_sizes is not None:
+        raise ValueError(f"block_sizes={block_sizes!r}: no implementation available here has block sizes")
+
+
+def _check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.dtype != jnp.int32:
+        raise ValueError(f"{name}: dtype {array.dtype}, must be int32")
+    fits = array.ndim == len(shape) and all(
+        want in (-1, have) for have, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: shape {array.shape}, expected {shape} (-1: any size)")
+
+
+def _check_options(scale: float, sliding_window: int | None, soft_cap: float | None) -> None:
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale={scale}: must be a positive number")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window}: must be at least 1 token, or None")
+    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
+        raise ValueError(f"soft_cap={soft_cap}: must be a positive number, or None")
+
+
+def check_metadata(
+    kv_pages: KVPages,
+    kv_lens: ArrayLike,
+    page_table: ArrayLike,
+    query_starts: ArrayLike,
+    num_seqs: ArrayLike,
+    num_tokens: int,
+) -> None:
+    """Checks the values of the metadata on the host, as `debug=True` asks for.
+
+    Raises:
+        ValueError: names the sequence, the values and what is allowed.
+    """
+    lengths, table, starts = (np.asarray(a).astype(np.int64) for a in (kv_lens, page_table, query_starts))
+    count = int(np.asarray(num_seqs).reshape(()))
+    page_size, num_pages = kv_pages.page_size, kv_pages.num_pages
+    if not 0 <= count <= len(lengths):
+        raise ValueError(f"num_seqs={count}: must lie between 0 and {len(lengths)} (max_seqs)")
+    if count and starts[0] != 0:
+        raise ValueError(f"query_starts[0]={starts[0]}: must be 0")
+    for i in range(count):
+        q_len, kv_len = int(starts[i + 1] - starts[i]), int(lengths[i])
+        if not 0 <= q_len <= kv_len:
+            raise ValueError(f"sequence {i}: require 0 <= {q_len=} <= {kv_len=}")
+        if starts[i + 1] > num_tokens:
+            raise ValueError(f"sequence {i}: its queries end at {starts[i + 1]}, beyond {num_tokens=}")
+        capacity = table.shape[1] * page_size
+        if kv_len > capacity:
+            raise ValueError(f"sequence {i}: require {kv_len=} <= pages_per_seq * page_size = {capacity}")
+        pages = table[i, : -(-kv_len // page_size)]
+        if pages.size and not (pages.min() >= 0 and pages.max() < num_pages):
+            raise ValueError(f"sequence {i}: pages {pages.tolist()} must lie in 0..{num_pages - 1}")
+
+
+def check_metadata_when_run(kv_pages: KVPages, *metadata: Any, num_tokens: int) -> None:
+    """`check_metadata` now if the values are known, else when the compiled program runs.
+
+    A failure inside a compiled program surfaces as the `jax.errors.JaxRuntimeError` of the callback, with the
+    ValueError's text in it.
+    """
+
+    def check(*values: Any) -> None:
+        check_metadata(kv_pages, *values, num_tokens=num_tokens)
+
+    if any(isinstance(a, jax.core.Tracer) for a in metadata):
+        static = KVPages(  # the callback must not hold on to a tracer
+            jax.ShapeDtypeStruct(kv_pages.data.shape, kv_pages.data.dtype),  # pyright: ignore[reportArgumentType]
+            None,
+            kv_pages.dtype,
+            kv_pages.page_size,
+        )
+        kv_pages = static
+        jax.debug.callback(check, *metadata)
+    else:
+        check(*metadata)

@@ -1,0 +1,208 @@
+"""From a folder, a hub id or a published shape to a model ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from .checkpoint import load_params
+from .config import (
+    ConfigError,
+    GenerationDefaults,
+    Qwen3Config,
+    config_from_json,
+    generation_defaults_from_json,
+    parse_dtype,
+    published_config,
+    read_json,
+)
+from .params import Params, param_specs
+from .sharding import AXIS_NAMES, TRIVIAL_DIMS, PartitionAxis, make_mesh, named_sharding
+
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json")
+INITIALIZER_RANGE = 0.02  # standard deviation of the matrices, as Qwen3's config.json says
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to run.
+
+    Attributes:
+        config: its shape, and how to compute it.
+        params: its weights, on their devices.
+        mesh: those devices.
+        partition_axis: how weights and cache are split over the mesh.
+        generation_defaults: what generation_config.json asks for.
+        source: the folder it was read from, where its tokenizer lies too; None for random weights.
+    """
+
+    config: Qwen3Config
+    params: Params
+    mesh: Mesh
+    partition_axis: PartitionAxis
+    generation_defaults: GenerationDefaults
+    source: Path | None
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence: the configuration's and the generation configuration's."""
+        return tuple(dict.fromkeys(self.generation_defaults.eos_token_ids + self.config.eos_token_ids))
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+    sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
+    axis_names: Sequence[str] = AXIS_NAMES,
+    partition_axis: PartitionAxis | None = None,
+    progress: bool = False,
+) -> Model:
+    """Loads a Qwen3 checkpoint.
+
+    Args:
+        path_or_hub_id: a local folder in the Hugging Face layout, or an id like "Qwen/Qwen3-0.6B", which is
+            downloaded once to huggingface_hub's cache (HF_HUB_OFFLINE=1 uses the cache alone).
+        revision: branch, tag or commit of a hub id.
+        dtype: bfloat16 or float32, of the parameters; None keeps the checkpoint's.
+        compute_dtype: bfloat16 or float32, of the operands of matrix products; None for the parameters'.
+        sharding_axis_dims, axis_names: see `make_mesh`.
+        partition_axis: which axis of the mesh splits what; None for the defaults.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        ConfigError: a configuration that is not supported.
+        CheckpointError: files that do not hold the model that config.json describes.
+        FileNotFoundError: no such folder, and not a hub id.
+    """
+    folder = find_checkpoint(path_or_hub_id, revision=revision)
+    config = read_config(folder)
+    param_dtype = None if dtype is None else parse_dtype(dtype, "dtype")
+    if compute_dtype is not None:
+        config = dataclasses.replace(config, dtype=parse_dtype(compute_dtype, "compute_dtype"))
+    elif param_dtype is not None:
+        config = dataclasses.replace(config, dtype=param_dtype)
+    mesh = make_mesh(sharding_axis_dims, axis_names)
+    partition_axis = partition_axis or PartitionAxis()
+    params = load_params(
+        folder, config, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis, progress=progress
+    )
+    return Model(config, params, mesh, partition_axis, read_generation_defaults(folder), folder)
+
+
+def find_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint, downloading it first if it is a hub id.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub id that can be had.
+        ValueError: a revision of a local folder.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: {folder} is a local folder, which has no revisions")
+        return folder
+    name = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder, and not a hub id like 'Qwen/Qwen3-0.6B'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not to be had from the hub (revision {revision or 'main'}): {error}"
+        ) from error
+
+
+def read_config(folder: Path) -> Qwen3Config:
+    """The configuration in a checkpoint's folder."""
+    return config_from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
+
+
+def read_generation_defaults(folder: Path) -> GenerationDefaults:
+    """The generation defaults in a checkpoint's folder; none if it has no such file."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return GenerationDefaults()
+    return generation_defaults_from_json(read_json(path), source=str(path))
+
+
+def random_model(
+    name_or_config: str | Qwen3Config,
+    *,
+    seed: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    compute_dtype: DTypeLike | None = None,
+    sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
+    axis_names: Sequence[str] = AXIS_NAMES,
+    partition_axis: PartitionAxis | None = None,
+) -> Model:
+    """A model of a published shape (or any configuration) with random weights, made on the device.
+
+    Matrices are uniform with standard deviation 0.02 (a normal draw would take several times as long), norms
+    are one, biases zero.
+
+    Args:
+        name_or_config: "Qwen/Qwen3-0.6B" or just "0.6B", or a configuration.
+        seed: of the weights.
+        dtype, compute_dtype, sharding_axis_dims, axis_names, partition_axis: as in `load_model`.
+
+    Raises:
+        ConfigError: no published shape of that name.
+    """
+    config = published_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    param_dtype = parse_dtype(dtype, "dtype")
+    config = dataclasses.replace(
+        config, dtype=param_dtype if compute_dtype is None else parse_dtype(compute_dtype, "compute_dtype")
+    )
+    mesh = make_mesh(sharding_axis_dims, axis_names)
+    partition_axis = partition_axis or PartitionAxis()
+    specs, structure = jax.tree.flatten(param_specs(config))
+    # "rbg" is several times faster than the default generator, and these are only weights
+    key = jax.random.key(seed, impl="rbg")
+    leaves: list[jax.Array] = []
+    for index, spec in enumerate(specs):
+        make = _maker(spec.name, spec.shape, param_dtype, named_sharding(mesh, spec.axes, partition_axis))
+        leaves.append(make(jax.random.fold_in(key, index)))
+    params = jax.block_until_ready(jax.tree.unflatten(structure, leaves))
+    return Model(config, params, mesh, partition_axis, GenerationDefaults(), None)
+
+
+def _maker(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    """Makes a tensor on its device from a key."""
+    if name.endswith("norm.weight"):
+        return lambda _: jnp.ones(shape, dtype, device=sharding)
+    if name.endswith(".bias"):
+        return lambda _: jnp.zeros(shape, dtype, device=sharding)
+    return _uniform_maker(shape, dtype, sharding)
+
+
+@cache  # one compilation per shape, not per tensor
+def _uniform_maker(
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    bound = INITIALIZER_RANGE * math.sqrt(3)  # a uniform distribution on [-b, b] deviates by b / sqrt(3)
+    return jax.jit(
+        lambda key: jax.random.uniform(key, shape, np.float32, -bound, bound).astype(dtype),
+        out_shardings=sharding,
+    )
+
+
+__all__ = ["ConfigError", "Model", "find_checkpoint", "load_model", "random_model", "read_config"]

@@ -1,0 +1,212 @@
+"""Qwen3 as pure functions over a pytree of arrays.
+
+A forward pass takes the new tokens of any number of sequences, concatenated, writes their keys and values
+into the paged cache and returns the logits of the rows that need them. Matrix products take operands of
+`config.dtype` and give float32; norms, softmax, rotary embedding and the residual stream are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ..kernels import KVPages, append_kv, paged_decode_attention, ragged_paged_attention
+from .config import Qwen3Config
+from .params import LayerParams, Params
+from .rope import rotary_tables, rotate
+
+if TYPE_CHECKING:
+    Leaf = jax.Array
+else:  # a leaf may also be a ShapeDtypeStruct
+    Leaf = Any
+
+Heads = Float[Array, "num_tokens num_heads head_dim"]
+Queries = Float[Array, "num_tokens num_q_heads head_dim"]
+KeyValues = Float[Array, "num_tokens num_kv_heads head_dim"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One step's work: the new tokens of all sequences, and where their cache lies. All int32.
+
+    Attributes:
+        token_ids: [num_tokens], the sequences' new tokens one after the other; padding is any valid id.
+        positions: [num_tokens], each token's position in its sequence.
+        slots: [num_tokens], where its keys and values go, `page * page_size + offset`; -1 for padding.
+        kv_lens: [max_seqs], tokens in the cache after this step; 0 for padding rows.
+        page_table: [max_seqs, pages_per_seq].
+        query_starts: [max_seqs + 1], sequence i owns tokens query_starts[i] to query_starts[i + 1]. None in a
+            decode step: every sequence has one token, num_tokens = max_seqs.
+        num_seqs: [1], sequences in use; None in a decode step.
+        logit_rows: [num_logit_rows], the tokens whose logits are wanted; None for all of them.
+    """
+
+    token_ids: Leaf
+    positions: Leaf
+    slots: Leaf
+    kv_lens: Leaf
+    page_table: Leaf
+    query_starts: Leaf | None = None
+    num_seqs: Leaf | None = None
+    logit_rows: Leaf | None = None
+
+
+def forward(
+    params: Params, config: Qwen3Config, batch: Batch, kv_pages: tuple[KVPages, ...]
+) -> tuple[Float[Array, "num_logit_rows vocab"], tuple[KVPages, ...]]:
+    """One pass over the new tokens of a batch.
+
+    Args:
+        params: the weights.
+        config: the model's shape (static under jit).
+        batch: the new tokens and their place in the cache.
+        kv_pages: one cache per layer; donate them under jit, or each is copied.
+
+    Returns:
+        logits [num_logit_rows, vocab] in float32, and the caches with the new tokens' keys and values.
+
+    Raises:
+        ValueError: the number of caches is not the number of layers.
+    """
+    if len(kv_pages) != config.num_layers:
+        raise ValueError(f"kv_pages: {len(kv_pages)} caches for {config.num_layers} layers")
+    written = list(kv_pages)
+
+    def attend(layer: int, queries: Queries, keys: KeyValues, values: KeyValues) -> Queries:
+        written[layer] = append_kv(written[layer], keys, values, batch.slots)
+        return paged_attention(config, batch, queries, written[layer])
+
+    x = decoder(params, config, batch.token_ids, batch.positions, attend)
+    if batch.logit_rows is not None:
+        x = x[batch.logit_rows]
+    return logits(params, config, x), tuple(written)
+
+
+def decoder(
+    params: Params,
+    config: Qwen3Config,
+    token_ids: Int[Array, " num_tokens"],
+    positions: Int[Array, " num_tokens"],
+    attend: Callable[[int, Queries, KeyValues, KeyValues], Queries],
+) -> Float[Array, "num_tokens hidden"]:
+    """Embedding and all decoder layers; `attend(layer, queries, keys, values)` is the attention."""
+    x = params.embedding.at[token_ids].get(mode="clip").astype(jnp.float32)
+    tables = rotary_tables(config, positions)
+    for index, layer in enumerate(params.layers):
+        normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        attended = attend(index, *project_heads(layer, config, tables, normed))
+        attended = attended.reshape(x.shape[0], -1)
+        x = x + linear(config, attended, layer.o_proj, layer.o_bias)
+        x = x + mlp(layer, config, rms_norm(x, layer.post_attention_norm, config.rms_norm_eps))
+    return x
+
+
+def logits(params: Params, config: Qwen3Config, x: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
+    """Scores of every token of the vocabulary, from the decoder's output."""
+    head = params.embedding if params.lm_head is None else params.lm_head
+    return linear(config, rms_norm(x, params.final_norm, config.rms_norm_eps), head)
+
+
+def project_heads(
+    layer: LayerParams,
+    config: Qwen3Config,
+    tables: tuple[Array, Array],
+    x: Float[Array, "num_tokens hidden"],
+) -> tuple[Queries, KeyValues, KeyValues]:
+    """Queries, keys and values of `config.dtype`; queries and keys are normed per head, then rotated."""
+
+    def heads(weight: Array, bias: Array | None, num_heads: int) -> Heads:
+        return linear(config, x, weight, bias).reshape(-1, num_heads, config.head_dim)
+
+    queries = heads(layer.q_proj, layer.q_bias, config.num_q_heads)
+    keys = heads(layer.k_proj, layer.k_bias, config.num_kv_heads)
+    values = heads(layer.v_proj, layer.v_bias, config.num_kv_heads)
+    queries = rotate(rms_norm(queries, layer.q_norm, config.rms_norm_eps), tables)
+    keys = rotate(rms_norm(keys, layer.k_norm, config.rms_norm_eps), tables)
+    return queries.astype(config.dtype), keys.astype(config.dtype), values.astype(config.dtype)
+
+
+def paged_attention(config: Qwen3Config, batch: Batch, queries: Queries, kv_pages: KVPages) -> Queries:
+    """The decode kernel for a step of one token per sequence, the ragged one for any other."""
+    scale = config.head_dim**-0.5
+    if batch.query_starts is None or batch.num_seqs is None:
+        output = paged_decode_attention(
+            queries,
+            kv_pages,
+            batch.kv_lens,
+            batch.page_table,
+            scale=scale,
+            implementation=config.decode_attention,
+        )
+    else:
+        output = ragged_paged_attention(
+            queries,
+            kv_pages,
+            batch.kv_lens,
+            batch.page_table,
+            batch.query_starts,
+            batch.num_seqs,
+            scale=scale,
+            implementation=config.attention,
+        )
+    assert not isinstance(output, tuple)  # only with return_lse
+    return output
+
+
+def mlp(
+    layer: LayerParams, config: Qwen3Config, x: Float[Array, "num_tokens hidden"]
+) -> Float[Array, "num_tokens hidden"]:
+    """SwiGLU (arXiv 2002.05202)."""
+    gate = jax.nn.silu(linear(config, x, layer.gate_proj))
+    return linear(config, gate * linear(config, x, layer.up_proj), layer.down_proj)
+
+
+def rms_norm(
+    x: Float[Array, "*rows dim"], weight: Float[Array, " dim"], eps: float
+) -> Float[Array, "*rows dim"]:
+    """x scaled to root mean square 1 over its last axis, times the weight; float32 (arXiv 1910.07467)."""
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + eps) * _broadcast(weight.astype(jnp.float32), x.ndim)
+
+
+def linear(
+    config: Qwen3Config,
+    x: Float[Array, "rows in_dim"],
+    weight: Float[Array, "out_dim in_dim"],
+    bias: Float[Array, " out_dim"] | None = None,
+) -> Float[Array, "rows out_dim"]:
+    """x @ weight.T + bias, operands in `config.dtype`, float32 result.
+
+    A single row is computed as two: with one row, XLA's CPU backend takes a path for bfloat16 that is ten
+    times slower. Asking for a float32 result keeps it off another such path.
+    """
+    rows = x.shape[0]
+    x = x.astype(config.dtype)
+    if rows == 1:
+        x = jnp.concatenate([x, x])
+    product = jax.lax.dot_general(
+        x,
+        weight.astype(config.dtype),
+        (((1,), (1,)), ((), ())),
+        precision=_precision(config),
+        preferred_element_type=jnp.float32,
+    )[:rows]
+    return product if bias is None else product + _broadcast(bias.astype(jnp.float32), 2)
+
+
+def _precision(config: Qwen3Config) -> jax.lax.Precision:
+    """A float32 product at DEFAULT is one bfloat16 pass on a TPU; whoever wants that asks for it."""
+    if config.matmul_precision is not None:
+        return config.matmul_precision
+    return jax.lax.Precision.HIGHEST if config.dtype == np.float32 else jax.lax.Precision.DEFAULT
+
+
+def _broadcast(vector: Float[Array, " dim"], ndim: int) -> Array:
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)

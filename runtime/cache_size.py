@@ -1,0 +1,69 @@
+"""How many pages the cache gets."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..kernels import bytes_per_token
+from ..model import Model
+from .errors import OutOfMemory
+
+logger = logging.getLogger("vsurge.runtime")
+
+# Of a CPU's memory the cache takes this much unless `num_pages` says otherwise: the operating system and other
+# programs use that memory too, so "what is left" is no measure.
+CPU_CACHE_BYTES = 1 << 30
+
+
+def page_bytes(model: Model, page_size: int) -> int:
+    """Bytes of one page over all layers."""
+    config = model.config
+    per_token = bytes_per_token(config.num_kv_heads, config.head_dim, config.cache_dtype)
+    return config.num_layers * per_token * page_size
+
+
+def choose_num_pages(
+    model: Model,
+    *,
+    page_size: int,
+    memory_utilization: float,
+    max_useful_tokens: int,
+) -> int:
+    """As many pages as fit, but no more than the engine can ever use.
+
+    On an accelerator `memory_utilization` of what is free after the weights; on a CPU `CPU_CACHE_BYTES`.
+
+    Args:
+        model: its weights are on their device already.
+        page_size: tokens per page.
+        memory_utilization: share of the free memory, in (0, 1].
+        max_useful_tokens: `max_length` of every row of the batch.
+
+    Raises:
+        OutOfMemory: not even one page fits.
+    """
+    device = model.mesh.devices.flat[0]
+    stats: dict[str, Any] | None = device.memory_stats()
+    if device.platform == "cpu" or not stats:
+        budget, source = (
+            CPU_CACHE_BYTES,
+            f"the default of {CPU_CACHE_BYTES / 2**30:g} GiB on {device.platform}",
+        )
+    else:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        budget, source = (
+            int(free * memory_utilization),
+            f"{memory_utilization:g} of {free / 2**30:.2f} GiB free",
+        )
+    size = page_bytes(model, page_size)
+    if budget < size:
+        raise OutOfMemory(
+            f"one page of {page_size} tokens takes {size / 2**20:.1f} MiB, the cache may take {budget / 2**20:.1f} "
+            f"MiB ({source}); use a smaller page_size or a smaller model"
+        )
+    num_pages = min(budget // size, -(-max_useful_tokens // page_size))
+    logger.info(
+        "cache: %d pages of %d tokens, %.2f GiB (%s)", num_pages, page_size, num_pages * size / 2**30, source
+    )
+    return num_pages

@@ -1,0 +1,122 @@
+"""Token ids to text, one token at a time: never half a character, never a retraction.
+
+A byte-level tokenizer's tokens are byte strings that may cut a character in two. The bytes go through Python's
+incremental UTF-8 decoder, which keeps an unfinished character back and turns what can never become one into
+U+FFFD, as decoding the whole does. (tokenizers' own DecodeStream re-decodes a window of tokens, fails on byte
+sequences that are no UTF-8, and has no way to flush.) Text that could be the beginning of a stop string is
+held back until that is decided.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+
+@cache
+def byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level tokenizers write bytes (GPT-2's): printable ones stand for themselves,
+    the others are numbered from U+0100."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class TokenBytes:
+    """The bytes of every token of a byte-level tokenizer, looked up as they are needed.
+
+    Raises:
+        TypeError: not a byte-level tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or "ByteLevel" not in repr(backend.decoder):
+            raise TypeError(
+                f"processor={type(tokenizer).__name__}: streaming needs a byte-level tokenizer of transformers "
+                "(Qwen3's is one), or processor=None with token ids as prompts"
+            )
+        self._tokenizer = tokenizer
+        self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
+        self._known: dict[int, bytes] = {}
+
+    def of(self, token_id: int) -> bytes:
+        """The token's bytes; none for an id that the tokenizer does not know (a model's vocabulary is padded)."""
+        if token_id not in self._known:
+            self._known[token_id] = self._look_up(token_id)
+        return self._known[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._added and self._added[token_id].special
+
+    def _look_up(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        alphabet = byte_alphabet()
+        return b"" if token is None else bytes(alphabet[character] for character in token)
+
+
+class Detokenizer:
+    """The text of one sequence, growing token by token.
+
+    Args:
+        token_bytes: of the tokenizer.
+        skip_special_tokens: leave special tokens out.
+        stop: strings that end the text.
+        include_stop: whether the text ends after the stop string instead of before it.
+    """
+
+    def __init__(
+        self, token_bytes: TokenBytes, *, skip_special_tokens: bool, stop: Sequence[str], include_stop: bool
+    ) -> None:
+        self._token_bytes = token_bytes
+        self._skip_special_tokens = skip_special_tokens
+        self._stop = tuple(stop)
+        self._include_stop = include_stop
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # may be the beginning of a stop string
+        self.text = ""
+
+    def add(self, token_id: int, *, may_stop: bool) -> bool:
+        """Appends a token's text; whether a stop string was completed, which `may_stop=False` rules out."""
+        if self._skip_special_tokens and self._token_bytes.is_special(token_id):
+            return False
+        return self._append(self._utf8.decode(self._token_bytes.of(token_id)), may_stop=may_stop)
+
+    def finish(self) -> None:
+        """Appends what was held back: an unfinished character (as U+FFFD) and a stop string's beginning."""
+        self.text += self._held + self._utf8.decode(b"", final=True)
+        self._held = ""
+
+    def _append(self, new: str, *, may_stop: bool) -> bool:
+        text = self._held + new
+        if not may_stop:
+            self.text += text
+            self._held = ""
+            return False
+        matches = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if matches:
+            start, stop = min(matches)
+            self.text += text[: start + len(stop)] if self._include_stop else text[:start]
+            self._held = ""
+            self._utf8.reset()  # what follows the stop string is dropped
+            return True
+        hold = self._undecided(text)
+        self.text += text[: len(text) - hold]
+        self._held = text[len(text) - hold :]
+        return False
+
+    def _undecided(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[len(text) - length :]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,23 @@
+"""What can go wrong in the engine, apart from bad arguments (ValueError, TypeError)."""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    """Base of everything below."""
+
+
+class EngineStopped(EngineError):
+    """The engine is not running: `start()` it."""
+
+
+class EngineFailed(EngineError):
+    """An exception ended the engine's thread; `__cause__` holds it. `start()` begins anew."""
+
+
+class QueueFull(EngineError):
+    """`max_queued_requests` are waiting already; try again later."""
+
+
+class OutOfMemory(EngineError):
+    """The cache does not fit the device; the message gives sizes and a setting that would fit."""

@@ -1,0 +1,114 @@
+"""What `vSurge.generate` returns: one object to await, iterate over or block on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Any
+
+from .channel import Channel, ReturnSample
+
+
+class Generation:
+    """The output of one `generate` call, one cumulative `ReturnSample` per prompt.
+
+    - `await generation`: the final list; with stream=True the generation itself, to iterate over.
+    - `async for samples in generation` (or a plain `for`): the list at every step that changed one of its
+      samples. A reader that falls behind gets the latest state and skips what lay between.
+    - `generation.result(timeout_s=None)`: blocks and gives the final list.
+
+    It is bound to no event loop. Leaving it early aborts what is unfinished and frees its pages: `aclose()`,
+    `async with`, cancelling the task that waits for it, or just dropping it.
+    """
+
+    def __init__(self, channel: Channel, abort: Callable[[], None], *, stream: bool) -> None:
+        self._channel = channel
+        self._stream = stream
+        self._seen = 0
+        self._abort = abort
+        # Neither callback holds on to this object, or it could never be dropped.
+        self._finalizer = weakref.finalize(self, abort)
+        self._finalizer.atexit = False
+
+    def result(self, timeout_s: float | None = None) -> list[ReturnSample]:
+        """Blocks until every prompt has ended.
+
+        Args:
+            timeout_s: seconds to wait; None for as long as it takes.
+
+        Raises:
+            TimeoutError: not ended in time; generation goes on, and `result` may be called again.
+            EngineFailed: the engine failed.
+        """
+        if not self._channel.wait(0, until_finished=True, timeout_s=timeout_s):
+            raise TimeoutError(f"timeout_s={timeout_s}: the generation has not ended yet")
+        return self._latest()
+
+    def abort(self) -> None:
+        """Ends what is unfinished with finish_reason "abort"."""
+        self._abort()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Generation | list[ReturnSample]:
+        if self._stream:
+            return self
+        seen = 0
+        while not self._channel.is_over():
+            news = self._channel.read(seen)
+            if news is not None:
+                seen = news[0]
+            await self._wait_for_newer(seen)
+        return self._latest()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[ReturnSample]:
+        news = self._channel.read(self._seen)
+        if news is None:
+            if self._channel.is_over():
+                raise StopAsyncIteration
+            await self._wait_for_newer(self._seen)
+            news = self._channel.read(self._seen)
+            if news is None:
+                raise StopAsyncIteration
+        self._seen, samples = news
+        return samples
+
+    def __iter__(self) -> Iterator[list[ReturnSample]]:
+        while True:
+            news = self._channel.read(self._seen)
+            if news is not None:
+                self._seen, samples = news
+                yield samples
+            elif self._channel.is_over():
+                return
+            else:
+                self._channel.wait(self._seen, until_finished=False)
+
+    async def aclose(self) -> None:
+        """Aborts what is unfinished."""
+        self._abort()
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _wait_for_newer(self, seen: int) -> None:
+        try:
+            await self._channel.wait_async(seen)
+        except BaseException:  # cancelled: nobody wants the rest
+            self._abort()
+            raise
+
+    def _latest(self) -> list[ReturnSample]:
+        news = self._channel.read(-1)
+        assert news is not None
+        return news[1]

@@ -1,0 +1,101 @@
+"""One prompt's way through the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from .channel import Channel, FinishReason, ReturnSample
+from .detokenizer import Detokenizer
+from .sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt, what has been generated for it, and where it stands. Owned by the engine's thread.
+
+    Attributes:
+        prompt_ids: the prompt's tokens.
+        params: how to sample, and when to end.
+        stop_token_ids: tokens that end it: `params.stop_token_ids` and, unless ignored, end-of-sequence.
+        max_new_tokens: `params.max_tokens` and `max_length` together.
+        seed: of its random numbers, 64 bits.
+        channel, index: where its samples go, and which of the channel's prompts it is.
+        detokenizer: None if no text is wanted.
+        output_ids: generated tokens.
+        num_computed: tokens whose keys and values are in the cache.
+        row: its row in the batch while it runs.
+        pages: its pages of the cache, in order.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    stop_token_ids: frozenset[int]
+    max_new_tokens: int
+    seed: int
+    channel: Channel
+    index: int
+    detokenizer: Detokenizer | None
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+    finish_reason: FinishReason | None = None
+    output_ids: list[int] = field(default_factory=list[int])
+    num_computed: int = 0
+    row: int = -1
+    pages: list[int] = field(default_factory=list[int])
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def max_tokens_in_cache(self) -> int:
+        """The most tokens of it that the cache will ever hold: the last one is never fed back."""
+        return len(self.prompt_ids) + self.max_new_tokens - 1
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_computed >= len(self.prompt_ids)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next token may end it."""
+        return len(self.output_ids) >= self.params.min_tokens
+
+    def accept(self, token_id: int) -> None:
+        """Takes a generated token, and finds out whether it is the last."""
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        may_stop = self.may_stop
+        self.output_ids.append(token_id)
+        if token_id in self.stop_token_ids:
+            if self.params.include_stop_str_in_output:
+                self._add_text(token_id, may_stop=False)
+            self.finish("stop")
+        elif self._add_text(token_id, may_stop=may_stop):
+            self.finish_reason = "stop"
+        elif len(self.output_ids) >= self.max_new_tokens:
+            self.finish("length")
+
+    def _add_text(self, token_id: int, *, may_stop: bool) -> bool:
+        return self.detokenizer is not None and self.detokenizer.add(token_id, may_stop=may_stop)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Ends it, with all the text it has."""
+        self.finish_reason = reason
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
+
+    def sample(self) -> ReturnSample:
+        """What has been generated so far."""
+        elapsed = time.perf_counter() - self.submitted_at
+        first = self.first_token_at
+        return ReturnSample(
+            text="" if self.detokenizer is None else self.detokenizer.text,
+            token_ids=tuple(self.output_ids),
+            num_generated_tokens=len(self.output_ids),
+            tokens_per_second=len(self.output_ids) / elapsed,
+            time_to_first_token_s=None if first is None else first - self.submitted_at,
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=len(self.prompt_ids),
+        )

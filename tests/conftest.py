@@ -1,0 +1,28 @@
+"""What every test runs under: shapes and types checked on every call, no silent promotion of dtypes or ranks.
+
+`--jaxtyping-packages` (pyproject.toml) has jaxtyping and beartype check each annotated function of the package;
+a test per room proves that they do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in a test
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def no_type_checker() -> Iterator[None]:
+    """Turns the type checker off, for tests of our own checks of shapes, which come after it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

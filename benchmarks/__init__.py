@@ -1,0 +1,1 @@
+"""Measurements with a denominator: what the hardware allows, measured in the same run."""

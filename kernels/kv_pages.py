@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 """The paged cache of keys and values of one layer, and the only code that knows how it is laid out.
 
 The cache is a pool of pages. A page holds `page_size` consecutive tokens of one sequence, head by head:
@@ -14,21 +16,27 @@ by converting the whole array to float32 and back, which costs a thousand times 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Bool, Int, Num
 
 if TYPE_CHECKING:
     Leaf = jax.Array
-else:  # a pytree's leaf may also be a ShapeDtypeStruct, a sharding or None, which a runtime type checker must let pass
+else:  # a leaf may also be a ShapeDtypeStruct, a sharding or None, which a runtime type checker must let pass
     Leaf = Any
 
 SUPPORTED_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
+KEYS, VALUES = 0, 1  # the second axis of the data
+
+# How XLA's CPU backend copies pages fastest (measured): large ones slice by slice, a few at a time, because a
+# concatenation of eight slices takes several times as long as two of four; small ones by one gather.
+SLICED_FROM = 64  # tokens in a page
+MAX_SLICES = 4
 
 
 @jax.tree_util.register_dataclass
@@ -119,9 +127,84 @@ def encode_bits(kv_pages: KVPages, values: Array) -> Array:
     return jax.lax.bitcast_convert_type(values, kv_pages.data.dtype)
 
 
-def gather_pages(kv_pages: KVPages, pages: Int[Array, "*index"]) -> Array:
-    """[*index, 2, num_kv_heads, page_size, head_dim] of `kv_pages.dtype`; page numbers are clipped."""
-    return decode_bits(kv_pages, kv_pages.data.at[pages].get(mode="clip"))
+def pages_per_block(kv_pages: KVPages, num_seqs: int, block_tokens: int) -> int:
+    """How many pages of each of `num_seqs` sequences to load at once, to get about `block_tokens`."""
+    if _copies_whole_pages(kv_pages):
+        block_tokens = min(block_tokens, kv_pages.page_size * MAX_SLICES // num_seqs)
+    return max(1, block_tokens // kv_pages.page_size)
+
+
+def load_block(
+    kv_pages: KVPages,
+    pages: Int[Array, "num_seqs pages_per_block"],
+    kind: int,
+    valid: Bool[Array, "num_seqs block"] | None = None,
+) -> Num[Array, "num_seqs num_kv_heads block head_dim"]:
+    """Some pages' keys or values, the tokens of a sequence one after another.
+
+    The bits are copied as they are stored and decoded in the copy: no other part of the cache is touched.
+
+    Args:
+        kv_pages: one layer's cache.
+        pages: [num_seqs, pages_per_block] int32; a page outside the pool yields some other page.
+        kind: KEYS or VALUES.
+        valid: [num_seqs, block], block = pages_per_block * page_size: tokens where this is false become zero.
+
+    Returns:
+        [num_seqs, num_kv_heads, block, head_dim] of `kv_pages.dtype`.
+    """
+    stored = _slice_pages(kv_pages, pages, kind)
+    if valid is not None:
+        stored = jnp.where(valid[:, None, :, None], stored, jnp.zeros((), stored.dtype))
+    return decode_bits(kv_pages, stored)
+
+
+def _slice_pages(kv_pages: KVPages, pages: Array, kind: int) -> Array:
+    if not _copies_whole_pages(kv_pages):
+        return _gather_pages(kv_pages, pages, kind)
+    size = (1, 1, kv_pages.num_kv_heads, kv_pages.page_size, kv_pages.head_dim)
+
+    def copy_page(page: Array) -> Array:
+        return jax.lax.dynamic_slice(kv_pages.data, (page, kind, 0, 0, 0), size)[0]
+
+    sequences = [jnp.concatenate([copy_page(page) for page in row], axis=2) for row in pages]
+    return jnp.concatenate(sequences, axis=0)
+
+
+def _gather_pages(kv_pages: KVPages, pages: Array, kind: int) -> Array:
+    num_seqs, heads, page_size = pages.shape[0], kv_pages.num_kv_heads, kv_pages.page_size
+    head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+    head_pages = (
+        2 * pages[:, None, :] + kind
+    ) * heads + head  # the order wanted: no transposition afterwards
+    flat = kv_pages.data.reshape(-1, page_size, kv_pages.head_dim)
+    return flat.at[head_pages].get(mode="clip").reshape(num_seqs, heads, -1, kv_pages.head_dim)
+
+
+def _copies_whole_pages(kv_pages: KVPages) -> bool:
+    return kv_pages.page_size >= SLICED_FROM
+
+
+def write_rows(
+    kv_pages: KVPages,
+    keys: Num[Array, "num_tokens num_kv_heads head_dim"],
+    values: Num[Array, "num_tokens num_kv_heads head_dim"],
+    slots: Int[Array, " num_tokens"],
+) -> KVPages:
+    """The cache with one row of keys and of values written per head and token; negative slots are skipped.
+
+    One scatter of rows into the flat view [rows, head_dim]: in place if `kv_pages` is donated, and then as
+    cheap as the rows' bytes.
+    """
+    heads, page_size, head_dim = kv_pages.num_kv_heads, kv_pages.page_size, kv_pages.head_dim
+    new = encode_bits(kv_pages, jnp.stack([keys, values], axis=1))  # [num_tokens, 2, num_kv_heads, head_dim]
+    head = jnp.arange(2 * heads, dtype=jnp.int32).reshape(1, 2, heads)
+    page, offset = (part[:, None, None] for part in (slots // page_size, slots % page_size))
+    flat = kv_pages.data.reshape(-1, head_dim)
+    rows = (page * (2 * heads) + head) * page_size + offset
+    rows = jnp.where(slots[:, None, None] < 0, flat.shape[0], rows)  # out of range: dropped
+    flat = flat.at[rows.reshape(-1)].set(new.reshape(-1, head_dim), mode="drop")
+    return replace(kv_pages, data=flat.reshape(kv_pages.data.shape))
 
 
 @jax.jit

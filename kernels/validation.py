@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -78,21 +79,27 @@ def _check_options(scale: float, sliding_window: int | None, soft_cap: float | N
 
 
 def check_metadata(
-    kv_pages: KVPages,
     kv_lens: ArrayLike,
     page_table: ArrayLike,
     query_starts: ArrayLike,
     num_seqs: ArrayLike,
+    *,
     num_tokens: int,
+    num_pages: int,
+    page_size: int,
 ) -> None:
     """Checks the values of the metadata on the host, as `debug=True` asks for.
+
+    Args:
+        kv_lens, page_table, query_starts, num_seqs: as in `vsurge.kernels.ragged_paged_attention`.
+        num_tokens: rows of queries.
+        num_pages, page_size: of the cache.
 
     Raises:
         ValueError: names the sequence, the values and what is allowed.
     """
     lengths, table, starts = (np.asarray(a).astype(np.int64) for a in (kv_lens, page_table, query_starts))
     count = int(np.asarray(num_seqs).reshape(()))
-    page_size, num_pages = kv_pages.page_size, kv_pages.num_pages
     if not 0 <= count <= len(lengths):
         raise ValueError(f"num_seqs={count}: must lie between 0 and {len(lengths)} (max_seqs)")
     if count and starts[0] != 0:
@@ -111,24 +118,25 @@ def check_metadata(
             raise ValueError(f"sequence {i}: pages {pages.tolist()} must lie in 0..{num_pages - 1}")
 
 
-def check_metadata_when_run(kv_pages: KVPages, *metadata: Any, num_tokens: int) -> None:
+def check_metadata_when_run(
+    kv_pages: KVPages,
+    kv_lens: Array,
+    page_table: Array,
+    query_starts: Array,
+    num_seqs: Array,
+    *,
+    num_tokens: int,
+) -> None:
     """`check_metadata` now if the values are known, else when the compiled program runs.
 
     A failure inside a compiled program surfaces as the `jax.errors.JaxRuntimeError` of the callback, with the
     ValueError's text in it.
     """
-
-    def check(*values: Any) -> None:
-        check_metadata(kv_pages, *values, num_tokens=num_tokens)
-
-    if any(isinstance(a, jax.core.Tracer) for a in metadata):
-        static = KVPages(  # the callback must not hold on to a tracer
-            jax.ShapeDtypeStruct(kv_pages.data.shape, kv_pages.data.dtype),  # pyright: ignore[reportArgumentType]
-            None,
-            kv_pages.dtype,
-            kv_pages.page_size,
-        )
-        kv_pages = static
+    check = partial(
+        check_metadata, num_tokens=num_tokens, num_pages=kv_pages.num_pages, page_size=kv_pages.page_size
+    )
+    metadata = (kv_lens, page_table, query_starts, num_seqs)
+    if any(isinstance(array, Tracer) for array in metadata):
         jax.debug.callback(check, *metadata)
     else:
         check(*metadata)

@@ -1,13 +1,15 @@
 """Qwen3 as pure functions over a pytree of arrays; checkpoints and their place on devices."""
 
-from .checkpoint import CheckpointError
-from .config import ConfigError, GenerationDefaults, Qwen3Config, Yarn, published_config
+from .config import PUBLISHED, ConfigError, Qwen3Config, Yarn, published_config
+from .generation_defaults import GenerationDefaults
 from .loading import Model, load_model, random_model
 from .params import LayerParams, Params, num_parameters
 from .qwen3 import Batch, forward
+from .safetensors_file import CheckpointError
 from .sharding import PartitionAxis, make_mesh
 
 __all__ = [
+    "PUBLISHED",
     "Batch",
     "CheckpointError",
     "ConfigError",

@@ -1,11 +1,8 @@
-"""The shape of a Qwen3 model, read from `config.json` and `generation_config.json`."""
+"""The shape of a Qwen3 model, and the shapes that are published."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,7 +12,7 @@ from jax.typing import DTypeLike
 
 from ..kernels import Implementation
 
-SUPPORTED_ARCHITECTURE = "Qwen3ForCausalLM"
+BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
 
 
 class ConfigError(ValueError):
@@ -41,6 +38,20 @@ class Yarn:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ConfigError(f"factor={self.factor!r} of YaRN: must be at least 1")
+        length = self.original_max_position_embeddings
+        if type(length) is not int or length < 1:
+            raise ConfigError(
+                f"original_max_position_embeddings={length!r} of YaRN: must be a positive integer"
+            )
+        if not self.beta_fast >= self.beta_slow > 0:
+            raise ConfigError(
+                f"beta_fast={self.beta_fast!r}, beta_slow={self.beta_slow!r} of YaRN: beta_fast must be at "
+                "least beta_slow, which must be positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Qwen3Config:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    dtype: np.dtype[Any] = np.dtype(jnp.bfloat16)
+    dtype: np.dtype[Any] = BFLOAT16
     kv_dtype: np.dtype[Any] | None = None
     matmul_precision: jax.lax.Precision | None = None
     attention: Implementation | None = None
@@ -86,7 +97,7 @@ class Qwen3Config:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads",
                      "num_kv_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:
                 raise ConfigError(f"{name}={size!r}: must be a positive integer")
         if self.num_q_heads % self.num_kv_heads:
             raise ConfigError(
@@ -94,8 +105,12 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even for rotary embeddings")
-        if self.dtype not in (np.dtype(jnp.bfloat16), np.dtype(np.float32)):
-            raise ConfigError(f"dtype={self.dtype}: computation is supported in bfloat16 and float32")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be positive")
+        for name, dtype in (("dtype", self.dtype), ("kv_dtype", self.cache_dtype)):
+            if dtype not in (BFLOAT16, FLOAT32):
+                raise ConfigError(f"{name}={dtype}: supported are bfloat16 and float32")
 
     @property
     def max_length(self) -> int:
@@ -111,160 +126,17 @@ class Qwen3Config:
         return self.dtype if self.kv_dtype is None else self.kv_dtype
 
 
-# config.json field -> Qwen3Config field
-_RENAMED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_q_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "attention_bias": "attention_bias",
-}
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-# Fields that say nothing about inference, or that only the values listed are supported of.
-_WITHOUT_EFFECT = {
-    "_name_or_path", "attention_dropout", "bos_token_id", "initializer_range", "max_window_layers",
-    "pad_token_id", "sliding_window", "transformers_version", "use_cache",
-}  # fmt: skip
-_ONLY = {"model_type": ("qwen3",), "hidden_act": ("silu",), "use_sliding_window": (False, None)}
-
-
-def config_from_json(raw: Mapping[str, Any], *, source: str = "config.json") -> Qwen3Config:
-    """A `Qwen3Config` from the contents of a `config.json`, as transformers 4 or 5 writes it.
-
-    Args:
-        raw: the parsed file.
-        source: what to call the file in errors.
-
-    Raises:
-        ConfigError: an architecture, field or value that is not supported, or a required field is missing.
-    """
-    architectures = raw.get("architectures") or [SUPPORTED_ARCHITECTURE]
-    if list(architectures) != [SUPPORTED_ARCHITECTURE]:
-        raise ConfigError(
-            f"{source}: architectures={architectures}: supported is [{SUPPORTED_ARCHITECTURE!r}]"
-        )
-    for name in _REQUIRED:
-        if name not in raw:
-            raise ConfigError(f"{source}: the field {name!r} is missing")
-    rope_fields = {"rope_theta", "rope_scaling", "rope_parameters"}
-    handled = {"architectures", "eos_token_id", "torch_dtype", "dtype", "layer_types"} | rope_fields
-    for name, value in raw.items():
-        if name in _ONLY and value not in _ONLY[name]:
-            raise ConfigError(f"{source}: {name}={value!r}: supported is {_ONLY[name][0]!r}")
-        if name not in _RENAMED.keys() | _WITHOUT_EFFECT | _ONLY.keys() | handled:
-            raise ConfigError(
-                f"{source}: the field {name!r} (value {value!r}) is not supported; supported are "
-                f"{sorted(_RENAMED.keys() | _WITHOUT_EFFECT | _ONLY.keys() | handled)}"
-            )
-    layer_types = raw.get("layer_types") or []
-    if set(layer_types) - {"full_attention"}:
-        raise ConfigError(f"{source}: layer_types={sorted(set(layer_types))}: supported is 'full_attention'")
-
-    values = {ours: raw[theirs] for theirs, ours in _RENAMED.items() if raw.get(theirs) is not None}
-    values.setdefault("num_kv_heads", raw["num_attention_heads"])
-    theta, yarn = _read_rope(raw, source)
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    return Qwen3Config(
-        **values,
-        rope_theta=theta,
-        yarn=yarn,
-        eos_token_ids=_as_ids(raw.get("eos_token_id"), source),
-        dtype=parse_dtype(dtype, f"{source}: dtype"),
-    )
-
-
-def _read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, Yarn | None]:
-    """rope_theta and YaRN, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    field = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    rope = dict(raw.get(field) or {})
-    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if kind not in ("default", "yarn"):
-        raise ConfigError(f"{source}: {field}: rope_type={kind!r}: supported are 'default' and 'yarn'")
-    names = {f.name for f in fields(Yarn)} if kind == "yarn" else set[str]()
-    unknown = {name: value for name, value in rope.items() if name not in names and value is not None}
-    if unknown:
-        raise ConfigError(
-            f"{source}: {field}: {unknown} not supported for rope_type={kind!r}: {sorted(names)}"
-        )
-    if kind == "default":
-        return theta, None
-    rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    missing = [n for n in ("factor", "original_max_position_embeddings") if not rope.get(n)]
-    if missing:
-        raise ConfigError(f"{source}: {field}: rope_type='yarn' needs {missing}")
-    return theta, Yarn(**{name: value for name, value in rope.items() if value is not None})
-
-
 def parse_dtype(dtype: DTypeLike | str, name: str) -> np.dtype[Any]:
     """bfloat16 or float32 as a NumPy dtype.
 
     Raises:
         ConfigError: another dtype, named `name` in the message.
     """
-    supported = {"bfloat16": np.dtype(jnp.bfloat16), "float32": np.dtype(np.float32)}
+    supported = {"bfloat16": BFLOAT16, "float32": FLOAT32}
     key = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if key not in supported:
         raise ConfigError(f"{name}={key!r}: supported are {sorted(supported)}")
     return supported[key]
-
-
-def _as_ids(eos: Any, source: str) -> tuple[int, ...]:
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise ConfigError(f"{source}: eos_token_id={eos!r}: must be token ids")
-    return ids
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """What `generation_config.json` asks for where a request says nothing.
-
-    Attributes:
-        eos_token_ids: tokens that end a sequence.
-        sampling: sampling parameters by their vLLM names, as far as the file sets them.
-    """
-
-    eos_token_ids: tuple[int, ...] = ()
-    sampling: tuple[tuple[str, float | int], ...] = ()
-
-
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-def generation_defaults_from_json(
-    raw: Mapping[str, Any], *, source: str = "generation_config.json"
-) -> GenerationDefaults:
-    """The defaults in a `generation_config.json`; `do_sample: false` means temperature 0."""
-    sampling = {name: raw[name] for name in _SAMPLING_FIELDS if raw.get(name) is not None}
-    if raw.get("do_sample") is False:
-        sampling = {"temperature": 0.0}
-    return GenerationDefaults(_as_ids(raw.get("eos_token_id"), source), tuple(sampling.items()))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ConfigError: the file is missing or holds no JSON object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds a {type(raw).__name__}, expected a JSON object")
-    return raw
 
 
 def _published(hidden: int, intermediate: int, layers: int, q_heads: int, *, tied: bool) -> Qwen3Config:

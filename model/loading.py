@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,18 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from .checkpoint import load_params
-from .config import (
-    ConfigError,
-    GenerationDefaults,
-    Qwen3Config,
-    config_from_json,
-    generation_defaults_from_json,
-    parse_dtype,
-    published_config,
-    read_json,
-)
+from .checkpoint import load_params, open_checkpoint
+from .config import ConfigError, Qwen3Config, parse_dtype, published_config
+from .config_json import config_from_json, read_json, stored_dtype
+from .generation_defaults import GenerationDefaults, generation_defaults_from_json
 from .params import Params, param_specs
+from .safetensors_file import StoredTensor
 from .sharding import AXIS_NAMES, TRIVIAL_DIMS, PartitionAxis, make_mesh, named_sharding
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json")
@@ -77,7 +71,9 @@ def load_model(
         path_or_hub_id: a local folder in the Hugging Face layout, or an id like "Qwen/Qwen3-0.6B", which is
             downloaded once to huggingface_hub's cache (HF_HUB_OFFLINE=1 uses the cache alone).
         revision: branch, tag or commit of a hub id.
-        dtype: bfloat16 or float32, of the parameters; None keeps the checkpoint's.
+        dtype: bfloat16 or float32, of the parameters; None for the dtype that config.json names (or, if it
+            names none, the embedding's). Tensors stored in another dtype are converted. A float16 checkpoint
+            has to be asked for in float32, which is exact, or bfloat16, which rounds.
         compute_dtype: bfloat16 or float32, of the operands of matrix products; None for the parameters'.
         sharding_axis_dims, axis_names: see `make_mesh`.
         partition_axis: which axis of the mesh splits what; None for the defaults.
@@ -88,19 +84,35 @@ def load_model(
         CheckpointError: files that do not hold the model that config.json describes.
         FileNotFoundError: no such folder, and not a hub id.
     """
-    folder = find_checkpoint(path_or_hub_id, revision=revision)
-    config = read_config(folder)
-    param_dtype = None if dtype is None else parse_dtype(dtype, "dtype")
-    if compute_dtype is not None:
-        config = dataclasses.replace(config, dtype=parse_dtype(compute_dtype, "compute_dtype"))
-    elif param_dtype is not None:
-        config = dataclasses.replace(config, dtype=param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = partition_axis or PartitionAxis()
+    folder = find_checkpoint(path_or_hub_id, revision=revision)
+    config = read_config(folder)
+    generation_defaults = read_generation_defaults(folder)
+    stored = open_checkpoint(folder, config)
+    param_dtype = _checkpoint_dtype(folder, stored) if dtype is None else parse_dtype(dtype, "dtype")
+    config = _computing_in(config, compute_dtype, param_dtype)
     params = load_params(
-        folder, config, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis, progress=progress
+        stored, config, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis, progress=progress
     )
-    return Model(config, params, mesh, partition_axis, read_generation_defaults(folder), folder)
+    return Model(config, params, mesh, partition_axis, generation_defaults, folder)
+
+
+def _checkpoint_dtype(folder: Path, stored: Mapping[str, StoredTensor]) -> np.dtype[Any]:
+    source = str(folder / "config.json")
+    name = stored_dtype(read_json(folder / "config.json"), source=source)
+    name = name or stored["model.embed_tokens.weight"].dtype.name
+    try:
+        return parse_dtype(name, f"{source}: dtype")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; ask for one of them with dtype=") from error
+
+
+def _computing_in(
+    config: Qwen3Config, compute_dtype: DTypeLike | None, param_dtype: np.dtype[Any]
+) -> Qwen3Config:
+    dtype = param_dtype if compute_dtype is None else parse_dtype(compute_dtype, "compute_dtype")
+    return dataclasses.replace(config, dtype=dtype)
 
 
 def find_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
@@ -119,18 +131,22 @@ def find_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) 
     if isinstance(path_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id like 'Qwen/Qwen3-0.6B'")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{name}: no such folder, and not to be had from the hub (revision {revision or 'main'}): {error}"
         ) from error
 
 
 def read_config(folder: Path) -> Qwen3Config:
-    """The configuration in a checkpoint's folder."""
+    """The configuration in a checkpoint's folder.
+
+    Raises:
+        ConfigError: there is none, or it is not supported.
+    """
     return config_from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
 
 
@@ -167,9 +183,7 @@ def random_model(
     """
     config = published_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     param_dtype = parse_dtype(dtype, "dtype")
-    config = dataclasses.replace(
-        config, dtype=param_dtype if compute_dtype is None else parse_dtype(compute_dtype, "compute_dtype")
-    )
+    config = _computing_in(config, compute_dtype, param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = partition_axis or PartitionAxis()
     specs, structure = jax.tree.flatten(param_specs(config))

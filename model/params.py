@@ -57,7 +57,7 @@ class Params:
 class TensorSpec:
     """What one tensor is called in a checkpoint, its shape, and the logical axis of each dimension.
 
-    `axes` are the names that `sharding.LOGICAL_AXES` maps to axes of the mesh.
+    `axes` are the names that `PartitionAxis.mesh_axes` maps to axes of the mesh.
     """
 
     name: str

@@ -1,4 +1,7 @@
-"""Progress bars for long work, on stderr; huggingface_hub's, so HF_HUB_DISABLE_PROGRESS_BARS silences them too."""
+"""Progress bars for long work, on stderr.
+
+They are huggingface_hub's, so that HF_HUB_DISABLE_PROGRESS_BARS silences them too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), and its YaRN extension to longer contexts (arXiv 2309.00071)."""
+"""Rotary position embedding (arXiv 2104.09864), and YaRN for longer contexts (arXiv 2309.00071)."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,14 +48,14 @@ class PartitionAxis:
 def make_mesh(
     sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
     axis_names: Sequence[str] = AXIS_NAMES,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh of the given shape.
 
     Args:
         sharding_axis_dims: devices along (dp, fsdp, ep, tp, sp); one of them may be -1 for all that remain.
         axis_names: other names for the five axes.
-        devices: the devices to use; None for all of them if a -1 asks for it, else as many as needed.
+        devices: the jax devices to use; None for all of them if a -1 asks for it, else as many as needed.
 
     Raises:
         ValueError: the dimensions or names are malformed, or there are not that many devices.
@@ -80,8 +81,8 @@ def make_mesh(
     for name, dim in zip(names, dims, strict=True):
         if dim > 1:
             raise NotImplementedError(
-                f"sharding_axis_dims={dims}: {dim} devices along {name!r}; more than one device is not supported "
-                f"yet, use {TRIVIAL_DIMS} (a -1 takes all {len(available)} devices of this machine)"
+                f"sharding_axis_dims={dims}: {dim} devices along {name!r}; more than one device is not "
+                f"supported yet, use {TRIVIAL_DIMS} (a -1 takes all {len(available)} devices of this machine)"
             )
     return Mesh(np.array(available[: math.prod(dims)]).reshape(dims), names)
 
@@ -90,10 +91,16 @@ def named_sharding(mesh: Mesh, axes: Sequence[str], partition_axis: PartitionAxi
     """Where an array with these logical axes lies.
 
     Raises:
-        ValueError: `partition_axis` names an axis that the mesh does not have.
+        ValueError: `partition_axis` names an axis that the mesh does not have, or one axis for two
+            dimensions of the same array.
     """
+    for field in fields(partition_axis):
+        name = getattr(partition_axis, field.name)
+        if name is not None and name not in mesh.axis_names:
+            raise ValueError(f"{field.name}={name!r}: the mesh has the axes {mesh.axis_names}")
     mapping = partition_axis.mesh_axes()
-    for field, axis in zip(fields(partition_axis), list(mapping.values()), strict=False):
-        if axis is not None and axis not in mesh.axis_names:
-            raise ValueError(f"{field.name}={axis!r}: the mesh has the axes {mesh.axis_names}")
-    return NamedSharding(mesh, PartitionSpec(*(mapping[axis] for axis in axes)))
+    mesh_axes = [mapping[axis] for axis in axes]
+    used = [axis for axis in mesh_axes if axis is not None]
+    if len(set(used)) != len(used):
+        raise ValueError(f"{partition_axis}: splits the dimensions {tuple(axes)} of one array over {used}")
+    return NamedSharding(mesh, PartitionSpec(*mesh_axes))

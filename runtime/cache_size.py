@@ -11,8 +11,8 @@ from .errors import OutOfMemory
 
 logger = logging.getLogger("vsurge.runtime")
 
-# Of a CPU's memory the cache takes this much unless `num_pages` says otherwise: the operating system and other
-# programs use that memory too, so "what is left" is no measure.
+# Of a CPU's memory the cache takes this much unless `num_pages` says otherwise: the operating system and
+# other programs use that memory too, so "what is left" is no measure.
 CPU_CACHE_BYTES = 1 << 30
 
 
@@ -28,7 +28,7 @@ def choose_num_pages(
     *,
     page_size: int,
     memory_utilization: float,
-    max_useful_tokens: int,
+    max_useful_pages: int,
 ) -> int:
     """As many pages as fit, but no more than the engine can ever use.
 
@@ -38,7 +38,7 @@ def choose_num_pages(
         model: its weights are on their device already.
         page_size: tokens per page.
         memory_utilization: share of the free memory, in (0, 1].
-        max_useful_tokens: `max_length` of every row of the batch.
+        max_useful_pages: those of `max_length` tokens in every row of the batch.
 
     Raises:
         OutOfMemory: not even one page fits.
@@ -59,10 +59,10 @@ def choose_num_pages(
     size = page_bytes(model, page_size)
     if budget < size:
         raise OutOfMemory(
-            f"one page of {page_size} tokens takes {size / 2**20:.1f} MiB, the cache may take {budget / 2**20:.1f} "
-            f"MiB ({source}); use a smaller page_size or a smaller model"
+            f"one page of {page_size} tokens takes {size / 2**20:.1f} MiB, the cache may take "
+            f"{budget / 2**20:.1f} MiB ({source}); use a smaller page_size or a smaller model"
         )
-    num_pages = min(budget // size, -(-max_useful_tokens // page_size))
+    num_pages = min(budget // size, max_useful_pages)
     logger.info(
         "cache: %d pages of %d tokens, %.2f GiB (%s)", num_pages, page_size, num_pages * size / 2**30, source
     )

@@ -2,15 +2,22 @@
 
 The engine publishes cumulative samples; a reader always gets the latest state. So a reader that falls behind
 skips intermediate states instead of making them pile up, and the engine never waits for a reader.
+
+The garbage collector may end an abandoned coroutine in any thread and at any allocation, so also in a thread
+that holds a channel's lock. Nothing here that may run in that way takes a lock: a coroutine that is cancelled
+or abandoned leaves its waiter behind, for `_wake` to clear.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
+
+from .errors import EngineError, EngineFailed
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -39,18 +46,38 @@ class ReturnSample:
     num_prompt_tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiter:
+    """A coroutine that waits, and for what."""
+
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+    seen: int
+    until_finished: bool
+
+    def wake(self) -> None:
+        # The loop may close at any moment; whoever waited in it is gone then.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(_resolve, self.future)
+
+
 class Channel:
-    """Carries the samples of one `generate` call from the engine to its reader; safe between threads."""
+    """Carries the samples of one `generate` call from the engine to its readers; safe between threads.
+
+    Attributes:
+        publisher: the engine's thread, which must not wait for itself.
+    """
 
     def __init__(self, initial: list[ReturnSample]) -> None:
-        self._lock = threading.Condition()
+        self.publisher: threading.Thread | None = None
+        self._lock = threading.Condition(threading.Lock())  # guards everything below
         self._samples = initial
         self._version = 0
-        self._error: BaseException | None = None
-        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = set()
+        self._failure: BaseException | None = None
+        self._waiters: list[_Waiter] = []
 
     def publish(self, changed: dict[int, ReturnSample]) -> None:
-        """Replaces some prompts' samples and wakes the reader. For the engine."""
+        """Replaces some prompts' samples and wakes the readers. For the engine."""
         with self._lock:
             samples = list(self._samples)
             for index, sample in changed.items():
@@ -59,71 +86,78 @@ class Channel:
             self._version += 1
             self._wake()
 
-    def fail(self, error: BaseException) -> None:
-        """Gives the reader an exception, if it has not got everything already. For the engine."""
+    def fail(self, failure: BaseException) -> None:
+        """Gives the readers an exception, if they have not got everything already. For the engine."""
         with self._lock:
             if not self._finished():
-                self._error = error
+                self._failure = failure
                 self._wake()
 
     def read(self, seen: int) -> tuple[int, list[ReturnSample]] | None:
         """The current version and samples if newer than version `seen`; None if not.
 
         Raises:
-            The exception that ended the requests.
+            EngineFailed: from the exception that ended the engine.
         """
         with self._lock:
-            if self._error is not None:
-                raise self._error
-            return None if self._version == seen else (self._version, self._samples)
-
-    def is_finished(self) -> bool:
-        """Whether every prompt has ended; nothing newer will come."""
-        with self._lock:
-            return self._finished()
+            failure, version, samples = self._failure, self._version, self._samples
+        if failure is not None:  # an exception of its own for every reader: raising one changes it
+            raise EngineFailed(f"the engine's thread failed: {failure!r}") from failure
+        return None if version == seen else (version, samples)
 
     def is_over(self) -> bool:
-        """Whether the requests have ended, well or with an exception."""
+        """Whether the requests have ended, well or with an exception. What comes last may be unread yet."""
         with self._lock:
             return self._ended()
 
     def wait(self, seen: int, *, until_finished: bool, timeout_s: float | None = None) -> bool:
-        """Blocks until there is something newer than `seen` (or all has ended); False after the timeout."""
+        """Blocks until all has ended or, unless `until_finished`, there is something newer than `seen`.
+
+        Returns:
+            False after the timeout.
+
+        Raises:
+            EngineError: called in the engine's own thread, where nothing could ever arrive.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
-            while not (self._ended() or (not until_finished and self._version != seen)):
+            while not self._ready(seen, until_finished):
+                if threading.current_thread() is self.publisher:
+                    raise EngineError("the engine's own thread cannot wait for its output")
                 remaining = None if deadline is None else deadline - time.monotonic()
                 if remaining is not None and remaining <= 0:
                     return False
                 self._lock.wait(remaining)
             return True
 
-    async def wait_async(self, seen: int) -> None:
-        """Waits until there is something newer than `seen` or all has ended, in any event loop."""
+    async def wait_async(self, seen: int, *, until_finished: bool) -> None:
+        """`wait` for a coroutine, in any event loop."""
         loop = asyncio.get_running_loop()
-        waiter = (loop, loop.create_future())
+        waiter = _Waiter(loop, loop.create_future(), seen, until_finished)
         with self._lock:
-            if self._ended() or self._version != seen:
+            if self._ready(seen, until_finished):
                 return
-            self._waiting.add(waiter)
-        try:
-            await waiter[1]
-        finally:
-            with self._lock:
-                self._waiting.discard(waiter)
+            self._waiters.append(waiter)
+        await waiter.future
 
     def _finished(self) -> bool:
         return all(sample.finish_reason is not None for sample in self._samples)
 
     def _ended(self) -> bool:
-        return self._error is not None or self._finished()
+        return self._failure is not None or self._finished()
+
+    def _ready(self, seen: int, until_finished: bool) -> bool:
+        return self._ended() or (not until_finished and self._version != seen)
 
     def _wake(self) -> None:
         self._lock.notify_all()
-        for loop, future in self._waiting:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve, future)
-        self._waiting.clear()
+        waiting: list[_Waiter] = []
+        for waiter in self._waiters:
+            if self._ready(waiter.seen, waiter.until_finished):
+                waiter.wake()
+            elif not (waiter.future.done() or waiter.loop.is_closed()):
+                waiting.append(waiter)
+        self._waiters = waiting
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -1,10 +1,10 @@
 """Token ids to text, one token at a time: never half a character, never a retraction.
 
-A byte-level tokenizer's tokens are byte strings that may cut a character in two. The bytes go through Python's
-incremental UTF-8 decoder, which keeps an unfinished character back and turns what can never become one into
-U+FFFD, as decoding the whole does. (tokenizers' own DecodeStream re-decodes a window of tokens, fails on byte
-sequences that are no UTF-8, and has no way to flush.) Text that could be the beginning of a stop string is
-held back until that is decided.
+A byte-level tokenizer's tokens are byte strings that may cut a character in two. The bytes go through
+Python's incremental UTF-8 decoder, which keeps an unfinished character back and turns what can never become
+one into U+FFFD, as decoding the whole does. (tokenizers' own DecodeStream re-decodes a window of tokens,
+fails on byte sequences that are no UTF-8, and has no way to flush.) Text that could be the beginning of a
+stop string is held back until that is decided.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write bytes (GPT-2's): printable ones stand for themselves,
-    the others are numbered from U+0100."""
+    """The characters by which byte-level tokenizers write bytes (GPT-2's).
+
+    Printable ones stand for themselves, the others are numbered from U+0100.
+    """
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -29,7 +31,10 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class TokenBytes:
-    """The bytes of every token of a byte-level tokenizer, looked up as they are needed.
+    """The bytes of every token of a byte-level tokenizer, spelled out as they are needed.
+
+    It keeps a copy of the vocabulary: a tokenizer refuses to be read by the engine's thread while a caller's
+    thread changes its padding or truncation.
 
     Raises:
         TypeError: not a byte-level tokenizer of transformers.
@@ -39,32 +44,37 @@ class TokenBytes:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or "ByteLevel" not in repr(backend.decoder):
             raise TypeError(
-                f"processor={type(tokenizer).__name__}: streaming needs a byte-level tokenizer of transformers "
+                f"processor={type(tokenizer).__name__}: text needs a byte-level tokenizer of transformers "
                 "(Qwen3's is one), or processor=None with token ids as prompts"
             )
-        self._tokenizer = tokenizer
-        self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self._tokens = {token_id: token for token, token_id in vocabulary.items()}
         self._known: dict[int, bytes] = {}
 
     def of(self, token_id: int) -> bytes:
-        """The token's bytes; none for an id that the tokenizer does not know (a model's vocabulary is padded)."""
+        """The token's bytes; none for an id unknown to the tokenizer (a model's vocabulary is padded)."""
         if token_id not in self._known:
-            self._known[token_id] = self._look_up(token_id)
+            self._known[token_id] = _spell(self._tokens.get(token_id, ""))
         return self._known[token_id]
 
     def is_special(self, token_id: int) -> bool:
-        return token_id in self._added and self._added[token_id].special
+        return token_id in self._special
 
-    def _look_up(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].content.encode()
-        token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
-        alphabet = byte_alphabet()
-        return b"" if token is None else bytes(alphabet[character] for character in token)
+
+def _spell(token: str) -> bytes:
+    """A token as bytes, by the rule of tokenizers' byte-level decoder."""
+    alphabet = byte_alphabet()
+    if all(character in alphabet for character in token):
+        return bytes(alphabet[character] for character in token)
+    return token.encode()  # an added token, written as text
 
 
 class Detokenizer:
     """The text of one sequence, growing token by token.
+
+    It ends at the stop string that is complete first, character by character, however tokens cut the text.
 
     Args:
         token_bytes: of the tokenizer.
@@ -85,7 +95,15 @@ class Detokenizer:
         self.text = ""
 
     def add(self, token_id: int, *, may_stop: bool) -> bool:
-        """Appends a token's text; whether a stop string was completed, which `may_stop=False` rules out."""
+        """Appends a token's text.
+
+        Args:
+            token_id: the token.
+            may_stop: whether a stop string that it completes ends the text.
+
+        Returns:
+            Whether one did.
+        """
         if self._skip_special_tokens and self._token_bytes.is_special(token_id):
             return False
         return self._append(self._utf8.decode(self._token_bytes.of(token_id)), may_stop=may_stop)
@@ -97,14 +115,10 @@ class Detokenizer:
 
     def _append(self, new: str, *, may_stop: bool) -> bool:
         text = self._held + new
-        if not may_stop:
-            self.text += text
-            self._held = ""
-            return False
-        matches = [(text.find(stop), stop) for stop in self._stop if stop in text]
-        if matches:
-            start, stop = min(matches)
-            self.text += text[: start + len(stop)] if self._include_stop else text[:start]
+        match = self._first_stop(text, len(self._held)) if may_stop else None
+        if match is not None:
+            start, end = match
+            self.text += text[:end] if self._include_stop else text[:start]
             self._held = ""
             self._utf8.reset()  # what follows the stop string is dropped
             return True
@@ -112,6 +126,15 @@ class Detokenizer:
         self.text += text[: len(text) - hold]
         self._held = text[len(text) - hold :]
         return False
+
+    def _first_stop(self, text: str, num_old: int) -> tuple[int, int] | None:
+        """Start and end of the stop string that ends first beyond the first `num_old` characters."""
+        matches: list[tuple[int, int]] = []
+        for stop in self._stop:
+            start = text.find(stop, max(0, num_old - len(stop) + 1))
+            if start >= 0:
+                matches.append((start, start + len(stop)))
+        return min(matches, key=lambda match: (match[1], match[0]), default=None)
 
     def _undecided(self, text: str) -> int:
         """Length of the longest end of the text that begins a stop string."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import enum
 import logging
+import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import jax
 import numpy as np
 
 from .channel import Channel, ReturnSample
 from .errors import EngineError, EngineFailed, EngineStopped, QueueFull
 from .executor import Executor
 from .request import Request
-from .scheduler import Scheduler
+from .scheduler import Scheduler, StepPlan
 
 logger = logging.getLogger("vsurge.runtime")
 
@@ -27,12 +32,24 @@ class State(enum.Enum):
     STOPPING = "stopping"
 
 
+@dataclass(frozen=True)
+class _Message:
+    """What callers tell the thread. "wake": look at the state; "abandon": nobody needs the engine now."""
+
+    kind: Literal["submit", "abort", "wake", "abandon"]
+    requests: Sequence[Request] = ()
+
+
 class Engine:
     """Runs requests in a thread of its own. Methods may be called from any other thread.
 
-    The scheduler and the executor belong to the thread; callers leave requests and aborts in an inbox that it
-    empties between steps. An exception in the thread reaches every caller that waits, and every later one
+    The scheduler and the executor belong to the thread; callers leave messages in an inbox that it empties
+    between steps. A step is dispatched before the tokens of the one before it are read, so that the device
+    does not wait for Python. An exception in the thread reaches every caller that waits, and every later one
     until `start` begins anew.
+
+    `abort` and `abandon` are called by finalizers, which the garbage collector runs in any thread, even one
+    that holds the lock. So they take none: they put a message into a `SimpleQueue`, whose `put` is reentrant.
 
     Args:
         scheduler, executor: what to run.
@@ -47,11 +64,12 @@ class Engine:
         self._executor = executor
         self._max_queued_requests = max_queued_requests
         self._name = name
-        self._lock = threading.Condition()  # guards everything below
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._open: dict[Channel, None] = {}  # what still waits for output; the thread's alone
+        self._lock = threading.Lock()  # guards everything below
         self._state = State.STOPPED
-        self._submitted: list[Request] = []
-        self._aborted: list[Request] = []
-        self._num_waiting = 0  # the scheduler's queue, as of the last step
+        self._num_submitted = 0  # requests in the inbox
+        self._num_waiting = 0  # requests in the scheduler's queue, as of the last step
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -65,6 +83,7 @@ class Engine:
 
         Raises:
             EngineError: it is being stopped in another thread.
+            OutOfMemory: the cache does not fit the device.
         """
         with self._lock:
             if self._state is State.RUNNING:
@@ -72,10 +91,16 @@ class Engine:
             if self._state is not State.STOPPED:
                 raise EngineError("the engine is stopping; call start() once stop() has returned")
             self._executor.allocate()
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            try:
+                thread.start()  # it waits for the lock first
+            except RuntimeError:
+                self._executor.release()
+                raise
+            self._thread = thread
             self._failure = None
             self._state = State.RUNNING
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            _started.add(self)
 
     def stop(self, *, drain: bool) -> None:
         """Ends the thread and gives the cache's memory back; nothing happens if it does not run.
@@ -87,7 +112,7 @@ class Engine:
             thread = self._thread
             if self._state in (State.RUNNING, State.DRAINING):
                 self._state = State.DRAINING if drain else State.STOPPING
-                self._lock.notify_all()
+                self._inbox.put(_Message("wake"))
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
@@ -101,85 +126,124 @@ class Engine:
         """
         with self._lock:
             if self._failure is not None:
-                raise EngineFailed("the engine's thread failed; start() begins anew") from self._failure
+                raise EngineFailed(
+                    f"the engine's thread failed, start() begins anew: {self._failure!r}"
+                ) from self._failure
             if self._state is not State.RUNNING:
                 raise EngineStopped(f"the engine is {self._state.value}: call start() first")
-            queued = self._num_waiting + len(self._submitted)
+            queued = self._num_waiting + self._num_submitted
             if queued + len(requests) > self._max_queued_requests:
                 raise QueueFull(
                     f"{queued} requests are waiting and {len(requests)} more came: "
                     f"max_queued_requests={self._max_queued_requests}"
                 )
-            self._submitted.extend(requests)
-            self._lock.notify_all()
+            for request in requests:
+                request.channel.publisher = self._thread
+            self._num_submitted += len(requests)
+            self._inbox.put(_Message("submit", requests))
 
     def abort(self, requests: Sequence[Request]) -> None:
-        """Ends requests with finish_reason "abort", those of them that have not ended."""
-        with self._lock:
-            if self._state is not State.STOPPED:
-                self._aborted.extend(requests)
-                self._lock.notify_all()
+        """Ends requests with finish_reason "abort", those of them that have not ended. Takes no lock."""
+        if any(request.finish_reason is None for request in requests):
+            self._inbox.put(_Message("abort", requests))
+
+    def abandon(self) -> None:
+        """`stop(drain=False)` without waiting for it. Takes no lock."""
+        self._inbox.put(_Message("abandon"))
 
     def _run(self) -> None:
         try:
+            dispatched: tuple[StepPlan, jax.Array] | None = None
             while self._take_inbox():
-                self._step()
-        except BaseException as failure:  # noqa: BLE001  (it is passed on to every caller)
+                previous, plan = dispatched, self._scheduler.plan()
+                dispatched = None if plan is None else (plan, self._executor.run(plan))
+                if previous is not None:
+                    self._commit(*previous)
+            if dispatched is not None:  # of requests that have ended meanwhile
+                dispatched[1].block_until_ready()
+            self._scheduler.pool.check_integrity()
+        except BaseException as failure:
             logger.exception("the engine's thread failed")
             self._end(failure)
         else:
             self._end(None)
 
     def _take_inbox(self) -> bool:
-        """Waits for work and takes what callers left; False when the thread is to end."""
-        with self._lock:
-            while not (self._scheduler.has_work or self._submitted or self._aborted):
-                if self._state is not State.RUNNING:
-                    return False
-                self._lock.wait()
-            submitted, self._submitted = self._submitted, []
-            aborted, self._aborted = self._aborted, []
-            stopping = self._state is State.STOPPING
-            for request in submitted:
-                self._scheduler.add(request)
-            self._num_waiting = len(self._scheduler.waiting)
-        if stopping:
-            aborted = self._scheduler.unfinished()
-        publish([request for request in aborted if self._scheduler.abort(request)])
-        return True
+        """Takes what callers left, and waits for it if there is no work; False when the thread is to end."""
+        while True:
+            with self._lock:
+                state = self._state
+            try:
+                # Nothing is submitted once the state is another than RUNNING, so then empty means done.
+                block = state is State.RUNNING and not self._scheduler.has_work
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                break
+            self._handle(message)
+        if state is State.STOPPING:
+            self._abort(self._scheduler.unfinished())
+        return self._scheduler.has_work
 
-    def _step(self) -> None:
-        plan = self._scheduler.plan()
-        if plan is None:
-            return
+    def _handle(self, message: _Message) -> None:
+        if message.kind == "submit":
+            for request in message.requests:
+                self._open[request.channel] = None
+                self._scheduler.add(request)
+            with self._lock:
+                self._num_submitted -= len(message.requests)
+                self._num_waiting = len(self._scheduler.waiting)
+        elif message.kind == "abort":
+            self._abort(message.requests)
+        elif message.kind == "abandon":
+            with self._lock:
+                self._state = State.STOPPING
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        self._publish([request for request in requests if self._scheduler.abort(request)])
         with self._lock:
             self._num_waiting = len(self._scheduler.waiting)
-        tokens = np.asarray(self._executor.run(plan))
-        publish(self._scheduler.commit(plan, tokens[: len(plan.chunks)].tolist()))
+
+    def _commit(self, plan: StepPlan, tokens: jax.Array) -> None:
+        token_ids = np.asarray(tokens)[: len(plan.chunks)].tolist()
+        self._publish(self._scheduler.commit(plan, token_ids))
+
+    def _publish(self, changed: list[Request]) -> None:
+        """Hands the samples of changed requests to their channels, one message per channel."""
+        by_channel: dict[Channel, dict[int, ReturnSample]] = {}
+        for request in changed:
+            by_channel.setdefault(request.channel, {})[request.index] = request.sample()
+        for channel, samples in by_channel.items():
+            channel.publish(samples)
+            if channel.is_over():
+                del self._open[channel]
 
     def _end(self, failure: BaseException | None) -> None:
         """Leaves everything as it was before the start; who still waits gets the failure."""
+        unfinished = self._scheduler.clear()
+        self._executor.release()
         with self._lock:
-            unfinished = [*self._scheduler.unfinished(), *self._submitted]
-            self._submitted, self._aborted = [], []
-            for request in self._scheduler.unfinished():
-                self._scheduler.abort(request)
-            self._scheduler.pool.check_integrity()
-            self._executor.release()
+            while not self._inbox.empty():
+                message = self._inbox.get()
+                if message.kind == "submit":
+                    unfinished.extend(message.requests)
+                    self._open.update(dict.fromkeys(request.channel for request in message.requests))
+            for request in unfinished:
+                request.finish_reason = "abort"  # nothing comes of aborting it later
+            self._num_submitted = self._num_waiting = 0
             self._failure = failure
-            self._num_waiting = 0
-            self._thread = None
             self._state = State.STOPPED
-        for channel in dict.fromkeys(request.channel for request in unfinished):
-            error = EngineFailed(f"the engine's thread failed: {failure!r}")
-            error.__cause__ = failure
-            channel.fail(error)
+            unanswered, self._open = self._open, {}  # the next thread may have one of its own already
+            _started.discard(self)
+        if failure is not None:  # otherwise everything has ended
+            for channel in unanswered:
+                channel.fail(failure)
 
 
-def publish(changed: list[Request]) -> None:
-    """Hands the samples of changed requests to their channels, one message per channel."""
-    by_channel: dict[Channel, dict[int, ReturnSample]] = {}
-    for request in changed:
-        by_channel.setdefault(request.channel, {})[request.index] = request.sample()
-    for channel, samples in by_channel.items():
-        channel.publish(samples)
+_started: set[Engine] = set()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that is inside a program of XLA's when the interpreter goes away would crash the process."""
+    for engine in list(_started):
+        engine.stop(drain=False)

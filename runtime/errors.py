@@ -1,4 +1,5 @@
 """What can go wrong in the engine, apart from bad arguments (ValueError, TypeError)."""
+# ruff: noqa: N818  (these names are public, and say what happened)
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Runs planned steps on the device: one compiled program per bucket, and nothing is compiled while serving.
 
-A step's tokens stay on the device, one per row of the batch, and are the next step's input; the host only reads
-copies of them.
+A step's tokens stay on the device, one per row of the batch, and are the next step's input; the host only
+reads copies of them.
 """
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,10 @@ from jaxtyping import Array, Int
 from ..kernels import KVPages, empty_kv_pages
 from ..model import Batch, Model, Params, Qwen3Config, forward
 from ..model.progress import progress_bar
-from .request import Request
+from .cache_size import page_bytes
+from .errors import OutOfMemory
 from .sampling import MAX_BANNED, SamplingInputs, sample
-from .scheduler import StepPlan
+from .scheduler import Chunk, StepKind, StepPlan
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -38,14 +41,14 @@ SMALLEST_PREFILL = 32  # tokens
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInputs:
-    """What the host sends for a step. Rows beyond those in use are padding: no tokens, and no row of the batch.
+    """What the host sends for a step. Rows beyond those in use are padding: no tokens, no row of the batch.
 
     Attributes:
         rows: [n] int32, which row of the batch each sequence is; num_rows for none (its token goes nowhere).
         kv_lens: [n] int32, tokens in the cache after this step.
         page_table: [n, pages_per_seq] int32.
         sampling: how to sample each sequence's token.
-        token_ids: [num_tokens] int32, the prompts' tokens; None in a decode step, whose tokens are on the device.
+        token_ids: [num_tokens] int32, the prompts' tokens; None in a decode step: they are on the device.
         query_starts: [n + 1] int32; None in a decode step.
         num_seqs: [1] int32; None in a decode step.
     """
@@ -120,7 +123,7 @@ def _slots(page_table: Array, sequence: Array, positions: Array, page_size: int)
 
 
 def default_buckets(smallest: int, largest: int, limit: int) -> tuple[int, ...]:
-    """Sizes from smallest to largest, doubling, or quadrupling where doubling would make more than `limit`."""
+    """Sizes from smallest to largest, doubling, or by a larger factor where that would make too many."""
     sizes: list[int] = []
     for ratio in (2, 4, 8, 16):
         sizes = [largest]
@@ -172,15 +175,33 @@ class Executor:
         self._last_tokens: jax.Array | None = None
 
     def allocate(self) -> None:
-        """Makes an empty cache on the device."""
+        """Makes an empty cache on the device.
+
+        Raises:
+            OutOfMemory: there is no room for it.
+        """
+        try:
+            self._kv_pages = self._empty_cache()
+            self._last_tokens = jnp.zeros(self._num_rows, jnp.int32)
+            jax.block_until_ready((self._kv_pages, self._last_tokens))
+        except RuntimeError as error:  # jax.errors.JaxRuntimeError
+            self.release()
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            num_bytes = self._num_pages * page_bytes(self._model, self._page_size)
+            raise OutOfMemory(
+                f"num_pages={self._num_pages}: a cache of {num_bytes / 2**30:.2f} GiB does not fit, at "
+                f"{num_bytes // self._num_pages} bytes a page of {self._page_size} tokens; use fewer pages"
+            ) from error
+
+    def _empty_cache(self) -> tuple[KVPages, ...]:
         config = self._model.config
-        self._kv_pages = tuple(
+        return tuple(
             empty_kv_pages(
                 self._num_pages, self._page_size, config.num_kv_heads, config.head_dim, config.cache_dtype
             )
             for _ in range(config.num_layers)
         )
-        self._last_tokens = jnp.zeros(self._num_rows, jnp.int32)
 
     def release(self) -> None:
         """Gives the cache's memory back; the compiled programs stay."""
@@ -188,7 +209,11 @@ class Executor:
 
     def compile(self, *, show_progress: bool) -> None:
         """Compiles the program of every bucket that is not compiled yet, several at a time."""
-        wanted = [("decode", n) for n in self.decode_buckets] + [("prefill", n) for n in self.prefill_buckets]
+        buckets: dict[StepKind, tuple[int, ...]] = {
+            "decode": self.decode_buckets,
+            "prefill": self.prefill_buckets,
+        }
+        wanted: list[tuple[StepKind, int]] = [(k, size) for k, sizes in buckets.items() for size in sizes]
         missing = [key for key in wanted if key not in self._programs]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             futures = [pool.submit(self._compile_one, *key) for key in missing]
@@ -197,22 +222,12 @@ class Executor:
             ):
                 self._programs[key] = future.result()
 
-    def _compile_one(self, kind: Literal["prefill", "decode"], size: int) -> Any:
-        config = self._model.config
-        kv_pages = jax.eval_shape(
-            lambda: tuple(
-                empty_kv_pages(
-                    self._num_pages, self._page_size, config.num_kv_heads, config.head_dim, config.cache_dtype
-                )
-                for _ in range(config.num_layers)
-            )
-        )
+    def _compile_one(self, kind: StepKind, size: int) -> Any:
+        kv_pages = jax.eval_shape(self._empty_cache)
         last_tokens = jax.ShapeDtypeStruct((self._num_rows,), jnp.int32)
-        inputs = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._inputs(StepPlan(kind, ()), size)
-        )
-        compiled = jax.jit(partial(step, config=config), donate_argnums=(1, 2))
-        return compiled.lower(self._model.params, kv_pages, last_tokens, inputs).compile()
+        inputs = jax.eval_shape(partial(self._inputs, StepPlan(kind, ()), size))
+        jitted = jax.jit(partial(step, config=self._model.config), donate_argnums=(1, 2))
+        return jitted.lower(self._model.params, kv_pages, last_tokens, inputs).compile()
 
     def run(self, plan: StepPlan) -> jax.Array:
         """Dispatches a step; the tokens it chooses, on the device, one per chunk and then padding."""
@@ -226,6 +241,7 @@ class Executor:
         tokens, self._kv_pages, self._last_tokens = self._programs[plan.kind, bucket](
             self._model.params, self._kv_pages, self._last_tokens, self._inputs(plan, bucket)
         )
+        tokens.copy_to_host_async()
         return tokens
 
     def _inputs(self, plan: StepPlan, bucket: int) -> StepInputs:
@@ -239,7 +255,7 @@ class Executor:
                 rows[i] = chunk.request.row
             kv_lens[i] = chunk.start + chunk.length
             page_table[i, : len(chunk.request.pages)] = chunk.request.pages
-        sampling = sampling_inputs([chunk.request for chunk in plan.chunks], n, kv_lens)
+        sampling = sampling_inputs(plan.chunks, n, kv_lens)
         if plan.kind == "decode":
             return StepInputs(rows, kv_lens, page_table, sampling)  # pyright: ignore[reportArgumentType]
         token_ids = np.zeros(bucket, np.int32)
@@ -258,17 +274,22 @@ class Executor:
         )  # fmt: skip
 
 
-def sampling_inputs(requests: list[Request], n: int, positions: npt.NDArray[np.int32]) -> SamplingInputs:
-    """The sampling parameters of n rows, the first ones being the requests'; the rest is greedy."""
+def sampling_inputs(chunks: Sequence[Chunk], n: int, positions: npt.NDArray[np.int32]) -> SamplingInputs:
+    """The sampling parameters of n rows, the first ones being the chunks'; the rest is greedy.
+
+    Values beyond the range of float32 or int32, which mean nothing more there, become the largest of it.
+    """
     temperature, top_p, min_p = np.zeros(n, np.float32), np.ones(n, np.float32), np.zeros(n, np.float32)
     top_k = np.zeros(n, np.int32)
     seed = np.zeros((n, 2), np.uint32)
     banned = np.full((n, MAX_BANNED), -1, np.int32)
-    for i, request in enumerate(requests):
+    for i, chunk in enumerate(chunks):
+        request = chunk.request
         params = request.params
-        temperature[i], top_p[i], min_p[i] = params.temperature, params.top_p, params.min_p
-        top_k[i] = max(params.top_k, 0)
+        temperature[i] = min(params.temperature, np.finfo(np.float32).max)
+        top_p[i], min_p[i] = params.top_p, params.min_p
+        top_k[i] = min(max(params.top_k, 0), np.iinfo(np.int32).max)
         seed[i] = request.seed >> 32, request.seed & 0xFFFFFFFF
-        if not request.may_stop:
+        if not request.may_stop_at(chunk.output_index):
             banned[i, : len(request.stop_token_ids)] = sorted(request.stop_token_ids)
     return SamplingInputs(temperature, top_k, top_p, min_p, seed, positions, banned)  # pyright: ignore[reportArgumentType]

@@ -20,6 +20,12 @@ class Generation:
 
     It is bound to no event loop. Leaving it early aborts what is unfinished and frees its pages: `aclose()`,
     `async with`, cancelling the task that waits for it, or just dropping it.
+
+    Args:
+        channel: where the samples arrive.
+        abort: ends the requests. It must not hold on to this object, or that could never be dropped; and it
+            must take no lock, because the garbage collector may call it in any thread, at any moment.
+        stream: what awaiting gives.
     """
 
     def __init__(self, channel: Channel, abort: Callable[[], None], *, stream: bool) -> None:
@@ -27,7 +33,6 @@ class Generation:
         self._stream = stream
         self._seen = 0
         self._abort = abort
-        # Neither callback holds on to this object, or it could never be dropped.
         self._finalizer = weakref.finalize(self, abort)
         self._finalizer.atexit = False
 
@@ -55,39 +60,28 @@ class Generation:
     async def _wait(self) -> Generation | list[ReturnSample]:
         if self._stream:
             return self
-        seen = 0
-        while not self._channel.is_over():
-            news = self._channel.read(seen)
-            if news is not None:
-                seen = news[0]
-            await self._wait_for_newer(seen)
+        await self._wait_for(0, until_finished=True)
         return self._latest()
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> list[ReturnSample]:
-        news = self._channel.read(self._seen)
-        if news is None:
-            if self._channel.is_over():
-                raise StopAsyncIteration
-            await self._wait_for_newer(self._seen)
-            news = self._channel.read(self._seen)
-            if news is None:
-                raise StopAsyncIteration
-        self._seen, samples = news
+        while (samples := self._news()) is None:
+            await self._wait_for(self._seen, until_finished=False)
+        if not samples:
+            raise StopAsyncIteration
         return samples
 
     def __iter__(self) -> Iterator[list[ReturnSample]]:
         while True:
-            news = self._channel.read(self._seen)
-            if news is not None:
-                self._seen, samples = news
-                yield samples
-            elif self._channel.is_over():
-                return
-            else:
+            samples = self._news()
+            if samples is None:
                 self._channel.wait(self._seen, until_finished=False)
+            elif samples:
+                yield samples
+            else:
+                return
 
     async def aclose(self) -> None:
         """Aborts what is unfinished."""
@@ -101,14 +95,23 @@ class Generation:
     ) -> None:
         await self.aclose()
 
-    async def _wait_for_newer(self, seen: int) -> None:
+    def _news(self) -> list[ReturnSample] | None:
+        """Samples not seen yet; None if there are none now, an empty list if there will be none any more."""
+        is_over = self._channel.is_over()  # asked first: if so, nothing can come after what is read next
+        news = self._channel.read(self._seen)
+        if news is not None:
+            self._seen, samples = news
+            return samples
+        return [] if is_over else None
+
+    async def _wait_for(self, seen: int, *, until_finished: bool) -> None:
         try:
-            await self._channel.wait_async(seen)
+            await self._channel.wait_async(seen, until_finished=until_finished)
         except BaseException:  # cancelled: nobody wants the rest
             self._abort()
             raise
 
     def _latest(self) -> list[ReturnSample]:
         news = self._channel.read(-1)
-        assert news is not None
+        assert news is not None  # no version is -1
         return news[1]

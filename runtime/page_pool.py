@@ -14,7 +14,11 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages))[::-1]
+        self.clear()
+
+    def clear(self) -> None:
+        """Takes all pages back."""
+        self._free = list(range(self.num_pages))[::-1]
         self._used: set[int] = set()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 ChatMessage = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
@@ -29,6 +29,11 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # pyright: ignore[reportReturnType]
 
 
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    return not isinstance(prompt, str) and any(isinstance(message, Mapping) for message in prompt)
+
+
 def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
     """The tokens of one prompt.
 
@@ -43,8 +48,10 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
     """
     if isinstance(prompt, str):
         return list(_need(processor, "a string").encode(prompt))
-    if not isinstance(prompt, Sequence) or not prompt:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"prompt={prompt!r}: must be a string, token ids or chat messages, and not empty")
+    if not isinstance(prompt, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"prompt={prompt!r}: must be a string, token ids or chat messages")
+    if len(prompt) == 0:
+        raise ValueError("prompt: is empty, it must have at least one token or chat message")
     if all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
         return list(prompt)  # pyright: ignore[reportReturnType]
     for message in prompt:
@@ -52,10 +59,21 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
             raise TypeError(
                 f"prompt: {message!r} is neither a token id nor a message with 'role' and 'content'"
             )
-    text = _need(processor, "chat messages").apply_chat_template(
-        list(prompt), tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+    text = _apply_chat_template(
+        _need(processor, "chat messages"), cast("Sequence[ChatMessage]", prompt), chat_template_kwargs or {}
     )
     return list(processor.encode(text, add_special_tokens=False))
+
+
+def _apply_chat_template(processor: Any, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> str:
+    import jinja2  # transformers needs it for chat templates
+
+    try:
+        return processor.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **options
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"prompt: the chat template refuses its messages: {error}") from error
 
 
 def _need(processor: Any, form: str) -> Any:

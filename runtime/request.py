@@ -23,7 +23,7 @@ class Request:
         channel, index: where its samples go, and which of the channel's prompts it is.
         detokenizer: None if no text is wanted.
         output_ids: generated tokens.
-        num_computed: tokens whose keys and values are in the cache.
+        num_computed: tokens whose keys and values are in the cache once all planned steps have run.
         row: its row in the batch while it runs.
         pages: its pages of the cache, in order.
     """
@@ -45,10 +45,6 @@ class Request:
     pages: list[int] = field(default_factory=list[int])
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
     def max_tokens_in_cache(self) -> int:
         """The most tokens of it that the cache will ever hold: the last one is never fed back."""
         return len(self.prompt_ids) + self.max_new_tokens - 1
@@ -58,15 +54,19 @@ class Request:
         return self.num_computed >= len(self.prompt_ids)
 
     @property
-    def may_stop(self) -> bool:
-        """Whether the next token may end it."""
-        return len(self.output_ids) >= self.params.min_tokens
+    def can_decode(self) -> bool:
+        """Whether another token may be planned; each needs the one before it in the cache."""
+        return self.is_prefilled and self.num_computed - len(self.prompt_ids) + 1 < self.max_new_tokens
+
+    def may_stop_at(self, output_index: int) -> bool:
+        """Whether this one of its generated tokens may end it."""
+        return output_index >= self.params.min_tokens
 
     def accept(self, token_id: int) -> None:
         """Takes a generated token, and finds out whether it is the last."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        may_stop = self.may_stop
+        may_stop = self.may_stop_at(len(self.output_ids))
         self.output_ids.append(token_id)
         if token_id in self.stop_token_ids:
             if self.params.include_stop_str_in_output:
@@ -88,7 +88,7 @@ class Request:
 
     def sample(self) -> ReturnSample:
         """What has been generated so far."""
-        elapsed = time.perf_counter() - self.submitted_at
+        elapsed = max(time.perf_counter() - self.submitted_at, 1e-9)  # a clock may stand still
         first = self.first_token_at
         return ReturnSample(
             text="" if self.detokenizer is None else self.detokenizer.text,

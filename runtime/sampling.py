@@ -1,17 +1,19 @@
 """Choosing the next token of every sequence, on the device.
 
 All exact, without sorting the vocabulary and with one uniform number per row: the likeliest token is found in
-two stages (the best block, then the best in it), the thresholds of top_k and top_p by bisection, and a token is
-drawn by inverting the cumulative distribution, first over blocks and then inside one. On a CPU that takes a
-hundredth of the time of a sort. Thresholds are looked for among the blocks with the largest maxima first, which
-hold all the answer in the common case. What no row asks for runs zero times.
+two stages (the best block, then the best in it), the thresholds of top_k and top_p by bisection, and a token
+is drawn by inverting the cumulative distribution, first over blocks and then inside one. On a CPU it takes a
+hundredth of the time of a sort. Thresholds are looked for among the blocks with the largest maxima first,
+which hold all the answer in the common case. What no row asks for runs zero times.
 """
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +59,8 @@ class SamplingInputs:
 def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Array, " rows"]:
     """The next token of each row, int32.
 
-    A row's token depends on its own logits and inputs only. `min_p` cuts first, then `top_k`, then `top_p`, of
-    what the ones before have left, at the given temperature; ties at a threshold are kept.
+    A row's token depends on its own logits and inputs only. `min_p` cuts first, then `top_k`, then `top_p`,
+    of what the ones before have left, at the given temperature; ties at a threshold are kept.
     """
     rows, vocab = logits.shape
     banned = jnp.where(inputs.banned < 0, vocab, inputs.banned)
@@ -67,10 +69,13 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Ar
     maxima = blocks.max(-1)
     best = jnp.argmax(maxima, -1).astype(jnp.int32)
     likeliest = best * BLOCK + jnp.argmax(_take_block(blocks, best), -1).astype(jnp.int32)
-    drawn = lax.cond(
-        jnp.any(inputs.temperature > 0),
-        lambda: _draw_token(blocks, maxima, inputs),
-        lambda: likeliest,
+    drawn = cast(
+        Array,
+        lax.cond(
+            jnp.any(inputs.temperature > 0),
+            lambda: _draw_token(blocks, maxima, inputs),
+            lambda: likeliest,
+        ),
     )
     return jnp.where(inputs.temperature > 0, drawn, likeliest)
 
@@ -99,9 +104,9 @@ def _draw_token(
     return block * BLOCK + inside
 
 
-def _uniform(seed: UInt[Array, "2"], position: Int[Array, ""]) -> Float[Array, ""]:
+def _uniform(seed: UInt[Array, " 2"], position: Int[Array, ""]) -> Float[Array, ""]:
     """The random number in [0, 1) of one position of a request."""
-    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    key = cast(Array, jax.random.wrap_key_data(seed, impl="threefry2x32"))
     return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
 
 
@@ -116,7 +121,7 @@ def _floor(
     limited = (inputs.temperature > 0) & ((inputs.top_k > 0) | (inputs.top_p < 1))
 
     def all_weights(step: Array) -> Array:
-        # Tied to the loop's step, so that XLA does not hoist the exponentials out of a loop that runs zero times.
+        # Tied to the loop's step, so that XLA does not hoist the exponentials out of a loop of no steps.
         return weigh(blocks + step.astype(jnp.float32) * 0.0)
 
     total = _run_if(limited.any(), lambda step: all_weights(step).sum((1, 2)), jnp.zeros(rows, jnp.float32))
@@ -139,7 +144,7 @@ def _floor(
 def _threshold(
     weights: Callable[[Array], Array], total: Rows, inputs: SamplingInputs, needed: Bool[Array, " rows"]
 ) -> Rows:
-    """The smallest weight kept: of the top_k largest, the fewest whose mass reaches top_p; 0 where not needed.
+    """The smallest weight kept: of the top_k largest, the fewest that reach top_p; 0 where not needed.
 
     `weights(step)` gives the weights [rows, blocks, block]; `total` is their sum over the whole vocabulary.
     """
@@ -160,7 +165,10 @@ def _threshold(
 
 
 def _largest(holds: Callable[[Rows, Array], Array], needed: Array) -> Rows:
-    """The largest weight in [0, 1] for which `holds(weight, step)`, by bisection over its bits; 0 if not needed."""
+    """The largest weight in [0, 1] for which `holds(weight, step)`, by bisection over its bits.
+
+    0 where not needed.
+    """
 
     def halve(step: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -172,13 +180,17 @@ def _largest(holds: Callable[[Rows, Array], Array], needed: Array) -> Rows:
     # A loop of no steps instead of a lax.cond: XLA's CPU backend takes milliseconds for a conditional here.
     # 30 steps, for the bits of 1.0 are below 2**30.
     steps = jnp.where(needed.any(), 30, 0)
-    low, _ = lax.fori_loop(0, steps, halve, (jnp.zeros_like(one), one))
+    low, _ = cast(tuple[Array, Array], lax.fori_loop(0, steps, halve, (jnp.zeros_like(one), one)))
     return jnp.where(needed, lax.bitcast_convert_type(low, jnp.float32), 0.0)
 
 
 def _run_if(condition: Array, compute: Callable[[Array], Array], otherwise: Array) -> Array:
     """compute(step) or `otherwise`, as a loop of one step or none."""
-    return lax.fori_loop(0, condition.astype(jnp.int32), lambda step, _: compute(step), otherwise)
+
+    def body(step: Array, _: Array) -> Array:
+        return compute(step)
+
+    return cast(Array, lax.fori_loop(0, condition.astype(jnp.int32), body, otherwise))
 
 
 def _invert(weights: Float[Array, "rows n"], uniform: Rows) -> tuple[Int[Array, " rows"], Rows]:
@@ -201,4 +213,7 @@ def _in_blocks(logits: Float[Array, "rows vocab"]) -> Blocks:
 
 
 def _take_block(blocks: Blocks, index: Int[Array, " rows"]) -> Float[Array, "rows block"]:
-    return jax.vmap(lambda row, i: lax.dynamic_index_in_dim(row, i, 0, keepdims=False))(blocks, index)
+    def take(row: Array, i: Array) -> Array:
+        return cast(Array, lax.dynamic_index_in_dim(row, i, 0, keepdims=False))
+
+    return jax.vmap(take)(blocks, index)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
-# Parameters of vLLM's SamplingParams that have no effect here yet: any other value than the default is refused.
+# vLLM's parameters that have no effect here yet: any other value than the default is refused.
 NOT_YET_SUPPORTED = (
     "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "logprobs",
     "prompt_logprobs", "spaces_between_special_tokens", "output_kind", "guided_decoding", "logit_bias",
@@ -100,18 +100,28 @@ class SamplingParams:
         self._check_stops()
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(isinstance(s, str) and s for s in stop):  # pyright: ignore[reportUnnecessaryIsInstance]
+        stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
+        if not all(isinstance(s, str) for s in stop):
+            raise TypeError(f"stop={self.stop!r}: must be a string or several")
+        if not all(stop):
             raise ValueError(f"stop={self.stop!r}: must be non-empty strings")
         if stop and not self.detokenize:
             raise ValueError("stop: stop strings need detokenize=True")
         object.__setattr__(self, "stop", stop)
-        ids = tuple(self.stop_token_ids or ())
-        if not all(isinstance(i, int) and i >= 0 for i in ids):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(
-                f"stop_token_ids={self.stop_token_ids!r}: must be token ids, integers of at least 0"
-            )
+        ids = self._as_tuple("stop_token_ids")
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TypeError(f"stop_token_ids={self.stop_token_ids!r}: must be token ids, integers")
+        if not all(i >= 0 for i in ids):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r}: must be at least 0")
         object.__setattr__(self, "stop_token_ids", ids)
+
+    def _as_tuple(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if value is None:
+            return ()
+        if not isinstance(value, Iterable):
+            raise TypeError(f"{name}={value!r}: must be a sequence")
+        return tuple(cast("Iterable[Any]", value))
 
     def _check_number(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
         value = getattr(self, name)

@@ -3,6 +3,10 @@
 A request waits until a row of the batch is free and the pool has pages for all it may ever need, so that
 nothing that runs can run out of them. Requests start in order of arrival. Prefill and decode steps take turns
 while both have work, so a long prompt, fed in chunks, never holds up the others for more than a chunk.
+
+A step may be planned before the tokens of the one before it are known: what a plan holds counts as computed,
+and a token that comes for a request that has ended meanwhile is dropped. The device runs steps in order, so
+pages that a request gives back may go to another one at once.
 """
 
 from __future__ import annotations
@@ -25,16 +29,24 @@ class Chunk:
     length: int
 
     @property
+    def output_index(self) -> int:
+        """Which of the request's generated tokens comes out of this chunk; negative if the prompt goes on."""
+        return self.start + self.length - len(self.request.prompt_ids)
+
+    @property
     def completes(self) -> bool:
-        """Whether the request's next token comes out of this chunk."""
-        return self.start + self.length == self.request.num_tokens
+        """Whether a token comes out of this chunk."""
+        return self.output_index >= 0
+
+
+StepKind = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One step: chunks of prompts, or one token of each running request."""
 
-    kind: Literal["prefill", "decode"]
+    kind: StepKind
     chunks: tuple[Chunk, ...]
 
 
@@ -61,6 +73,7 @@ class Scheduler:
         self.max_prefill_length = max_prefill_length
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
+        self._num_rows = max_concurrent_decodes
         self._free_rows = list(range(max_concurrent_decodes))[::-1]
         self._prefilled_last = False
 
@@ -72,9 +85,15 @@ class Scheduler:
         self.waiting.append(request)
 
     def plan(self) -> StepPlan | None:
-        """The next step; None if there is nothing to do."""
+        """The next step; None if there is nothing to do before the tokens of earlier steps are committed."""
+        plan = self._next_plan()
+        for chunk in () if plan is None else plan.chunks:
+            chunk.request.num_computed += chunk.length
+        return plan
+
+    def _next_plan(self) -> StepPlan | None:
         self._admit()
-        decodes = [request for request in self.running if request.is_prefilled]
+        decodes = [request for request in self.running if request.can_decode]
         if not (decodes and self._prefilled_last):
             chunks = self._prefill_chunks()
             if chunks:
@@ -108,16 +127,15 @@ class Scheduler:
         return tuple(chunks)
 
     def commit(self, plan: StepPlan, token_ids: Sequence[int]) -> list[Request]:
-        """Takes the tokens of a step, one per chunk; requests that got one, finished or not.
+        """Takes the tokens of a step, one per chunk, in the order of the plans; requests that got one.
 
-        The token of a chunk that does not complete its prompt means nothing and is ignored.
+        The token of a chunk that does not complete its prompt means nothing and is ignored, as is one of a
+        request that has ended.
         """
         changed: list[Request] = []
         for chunk, token_id in zip(plan.chunks, token_ids, strict=True):
             request = chunk.request
-            completes = chunk.completes
-            request.num_computed += chunk.length
-            if completes:
+            if chunk.completes and request.finish_reason is None:
                 request.accept(token_id)
                 changed.append(request)
                 if request.finish_reason is not None:
@@ -143,3 +161,13 @@ class Scheduler:
 
     def unfinished(self) -> list[Request]:
         return [*self.running, *self.waiting]
+
+    def clear(self) -> list[Request]:
+        """Forgets everything, whatever state an exception left it in; the requests that had not ended."""
+        unfinished = self.unfinished()
+        self.waiting.clear()
+        self.running.clear()
+        self.pool.clear()
+        self._free_rows = list(range(self._num_rows))[::-1]
+        self._prefilled_last = False
+        return unfinished

@@ -6,6 +6,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,7 @@ from .engine import Engine
 from .executor import Executor
 from .generation import Generation
 from .page_pool import PagePool
-from .prompts import Prompt, as_list, token_ids_of
+from .prompts import Prompt, as_list, is_chat, token_ids_of
 from .request import Request
 from .sampling import MAX_BANNED
 from .sampling_params import SamplingParams
@@ -61,8 +62,8 @@ class vSurge:
         self._seed = seed
         self._count = itertools.count()
         self._verbose = verbose
-        # The engine's thread does not hold this object: dropped, or at exit, it stops the thread.
-        weakref.finalize(self, engine.stop, drain=False)
+        # Neither the engine nor its thread holds this object, so it can be dropped.
+        weakref.finalize(self, engine.abandon).atexit = False
 
     @classmethod
     def from_model(
@@ -111,21 +112,23 @@ class vSurge:
             OutOfMemory: not even one page fits the device.
         """
         config = model.config
+        _check_integers(
+            at_least=1,
+            max_concurrent_decodes=max_concurrent_decodes,
+            max_concurrent_prefill=max_concurrent_prefill,
+            max_prefill_length=max_prefill_length,
+            max_length=max_length,
+            page_size=page_size,
+            num_pages=num_pages,
+            max_queued_requests=max_queued_requests,
+        )
+        _check_integers(at_least=0, seed=seed)
         max_length = config.max_length if max_length is None else max_length
         if not 2 <= max_length <= config.max_length:
             raise ValueError(
                 f"max_length={max_length}: must lie between 2 and the model's {config.max_length}"
             )
         max_prefill_length = _prefill_length(max_prefill_length, prefill_lengths, max_length)
-        positive = {
-            "max_concurrent_decodes": max_concurrent_decodes,
-            "max_concurrent_prefill": max_concurrent_prefill,
-            "page_size": page_size,
-            "max_queued_requests": max_queued_requests,
-        } | ({} if num_pages is None else {"num_pages": num_pages})
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
         if not 0 < memory_utilization <= 1:
             raise ValueError(f"memory_utilization={memory_utilization}: must lie in (0, 1]")
         eos_token_ids = tuple(dict.fromkeys([*model.eos_token_ids, *extra_eos_token_ids]))
@@ -135,7 +138,7 @@ class vSurge:
                 model,
                 page_size=page_size,
                 memory_utilization=memory_utilization,
-                max_useful_tokens=max_concurrent_decodes * max_length,
+                max_useful_pages=max_concurrent_decodes * -(-max_length // page_size),
             )
         pool = PagePool(num_pages, page_size)
         scheduler = Scheduler(
@@ -213,16 +216,16 @@ class vSurge:
         """Queues prompts for generation.
 
         Args:
-            prompts: strings, lists of token ids, or chats (lists of messages with "role" and "content"); or one
-                of these, which is a list of one.
+            prompts: strings, lists of token ids, or chats (lists of messages with "role" and "content"); or
+                one of these, which is a list of one.
             sampling_params: for all prompts, or one per prompt; None for the model's defaults
                 (generation_config.json).
             stream: whether awaiting the result gives an iterator instead of the final list.
             chat_template_kwargs: options of the chat template, `{"enable_thinking": False}` for one.
 
         Returns:
-            A `Generation`: await it, iterate over it (with or without `async`), or call its `result()`. Dropping
-            it aborts what is unfinished.
+            A `Generation`: await it, iterate over it (with or without `async`), or call its `result()`.
+            Dropping it aborts what is unfinished.
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot work; the message says which and why.
@@ -230,6 +233,10 @@ class vSurge:
             EngineStopped, EngineFailed: the engine does not run.
         """
         listed = as_list(prompts)
+        if chat_template_kwargs and not any(is_chat(prompt) for prompt in listed):
+            raise ValueError(
+                f"chat_template_kwargs={dict(chat_template_kwargs)}: no prompt is a list of chat messages"
+            )
         params = self._params_of(sampling_params, len(listed))
         token_ids = [
             self._prompt_ids(i, prompt, p, chat_template_kwargs)
@@ -242,12 +249,16 @@ class vSurge:
             for i, (ids, p) in enumerate(zip(token_ids, params, strict=True))
         ]
         self._engine.submit(requests)
-        engine = self._engine
-        return Generation(channel, lambda: engine.abort(requests), stream=stream)
+        # It holds on to this object, so that the engine lives as long as somebody waits for its output.
+        return Generation(channel, partial(self._abort, requests), stream=stream)
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        self._engine.abort(requests)
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """The sampling parameters of generation_config.json, with changes."""
-        return SamplingParams(**(dict(self.model.generation_defaults.sampling) | changes))
+        defaults: dict[str, Any] = dict(self.model.generation_defaults.sampling)
+        return SamplingParams(**(defaults | changes))
 
     def _params_of(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -283,7 +294,8 @@ class vSurge:
         if len(ids) >= self.max_length:
             raise ValueError(
                 f"prompts[{index}]: {len(ids)} tokens, must be fewer than max_length={self.max_length}; "
-                f"truncate_prompt_tokens={self.max_length - (params.max_tokens or 1)} would keep its last tokens"
+                f"truncate_prompt_tokens={max(1, self.max_length - (params.max_tokens or 1))} would keep its "
+                "last tokens"
             )
         return ids
 
@@ -295,8 +307,8 @@ class vSurge:
         _check_token_ids("stop_token_ids", params.stop_token_ids or (), self.model.config.vocab_size)
         if params.min_tokens and len(stop_token_ids) > MAX_BANNED:
             raise ValueError(
-                f"stop_token_ids: {len(stop_token_ids)} with the end-of-sequence tokens, with min_tokens at most "
-                f"{MAX_BANNED} are supported"
+                f"stop_token_ids: {len(stop_token_ids)} with the end-of-sequence tokens, with min_tokens at "
+                f"most {MAX_BANNED} are supported"
             )
         request = Request(
             prompt_ids=ids,
@@ -311,9 +323,9 @@ class vSurge:
         needed = self._pool.pages_for(request.max_tokens_in_cache)
         if needed > self.num_pages:
             raise ValueError(
-                f"prompts[{index}]: its {len(ids)} tokens and max_tokens={request.max_new_tokens} more need {needed} "
-                f"pages of {self.page_size} tokens, the whole cache has {self.num_pages}; ask for fewer tokens or "
-                "build the engine with a larger num_pages"
+                f"prompts[{index}]: its {len(ids)} tokens and max_tokens={request.max_new_tokens} more need "
+                f"{needed} pages of {self.page_size} tokens, the whole cache has {self.num_pages}; ask for "
+                "fewer tokens or build the engine with a larger num_pages"
             )
         return request
 
@@ -350,6 +362,16 @@ def _prefill_length(wanted: int | None, lengths: Sequence[int] | None, max_lengt
     if not 1 <= wanted <= max_length:
         raise ValueError(f"max_prefill_length={wanted}: must lie between 1 and max_length={max_length}")
     return wanted
+
+
+def _check_integers(*, at_least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is None:  # where that is allowed, it has a meaning of its own
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{name}={value!r}: must be an integer")
+        if value < at_least:
+            raise ValueError(f"{name}={value}: must be at least {at_least}")
 
 
 def _check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dispatch import Implementation, choose_implementation
@@ -9,6 +12,11 @@ from ..kv_pages import KVPages
 from . import reference, xla
 
 __all__ = ["append_kv"]
+
+IMPLEMENTATIONS: dict[Implementation, Callable[..., KVPages]] = {
+    "xla": xla.append_kv,
+    "reference": reference.append_kv,
+}
 
 
 def append_kv(
@@ -33,8 +41,11 @@ def append_kv(
         The cache with the rows written.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, or slots that are not int32.
+        NotImplementedError: the implementation does not exist yet.
     """
+    if slots.ndim != 1 or slots.dtype != jnp.int32:
+        raise ValueError(f"slots: {slots.dtype}{list(slots.shape)}, expected int32[num_tokens]")
     num_tokens = slots.shape[0]
     expected = (num_tokens, kv_pages.num_kv_heads, kv_pages.head_dim)
     for name, array in (("keys", keys), ("values", values)):
@@ -43,5 +54,4 @@ def append_kv(
                 f"{name}: shape {array.shape}, expected {expected} for {num_tokens} slots, "
                 f"{kv_pages.num_kv_heads} KV heads and head_dim {kv_pages.head_dim}"
             )
-    write = {"xla": xla.append_kv, "reference": reference.append_kv}
-    return write[choose_implementation("append_kv", implementation)](kv_pages, keys, values, slots)
+    return IMPLEMENTATIONS[choose_implementation("append_kv", implementation)](kv_pages, keys, values, slots)

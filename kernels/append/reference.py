@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 """The cache write, one row at a time in NumPy."""
 
 from __future__ import annotations

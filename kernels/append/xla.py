@@ -1,7 +1,8 @@
-"""The cache write as one XLA scatter.
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""The cache write in plain XLA: one scatter of rows, in place because the cache is donated.
 
-One scatter of rows for keys and values together. On a CPU its cost is the rows' bytes only because the cache
-holds integers there (see kv_pages); everywhere it is in place only if the cache is donated.
+Inside a caller's own jit it is the caller's donation that counts.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..kv_pages import KVPages, encode_bits
+from ..kv_pages import KVPages, write_rows
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -23,8 +23,4 @@ def append_kv(
     slots: Int[Array, " num_tokens"],
 ) -> KVPages:
     """As `vsurge.kernels.append_kv`."""
-    rows = encode_bits(kv_pages, jnp.stack([keys, values], axis=1))  # [num_tokens, 2, num_kv_heads, head_dim]
-    page = jnp.where(slots < 0, kv_pages.num_pages, slots // kv_pages.page_size)  # out of range: dropped
-    offset = slots % kv_pages.page_size
-    data = kv_pages.data.at[page, :, :, offset].set(rows, mode="drop")
-    return KVPages(data, kv_pages.scales, kv_pages.dtype, kv_pages.page_size)
+    return write_rows(kv_pages, keys, values, slots)

@@ -1,8 +1,13 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 """Attention of one new token per sequence over a paged cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ..dispatch import Implementation, choose_implementation
@@ -11,6 +16,11 @@ from ..validation import check_metadata_when_run, check_static
 from . import reference, xla
 
 __all__ = ["paged_decode_attention"]
+
+IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]] = {
+    "xla": xla.paged_decode_attention,
+    "reference": reference.paged_decode_attention,
+}
 
 Output = Float[Array, "num_seqs num_q_heads head_dim"]
 LogSumExp = Float[Array, "num_seqs num_q_heads"]
@@ -39,8 +49,8 @@ def paged_decode_attention(
         queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32.
         kv_lens: [num_seqs] int32, tokens in the cache, the new one included; 0 marks padding, whose output is
             zero and whose row of the page table may hold anything.
-        page_table: [num_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a row
-            are read.
+        page_table: [num_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a
+            row are used.
         kv_pages, scale, sliding_window, soft_cap, sinks, return_lse, block_sizes, implementation, debug:
             as in `ragged_paged_attention`.
 
@@ -68,8 +78,7 @@ def paged_decode_attention(
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, starts, jnp.asarray([num_seqs], jnp.int32), num_tokens=num_seqs
         )
-    implementations = {"xla": xla.paged_decode_attention, "reference": reference.paged_decode_attention}
-    attention = implementations[choose_implementation("paged_decode_attention", implementation)]
+    attention = IMPLEMENTATIONS[choose_implementation("paged_decode_attention", implementation)]
     output, log_sum_exp = attention(
         queries,
         kv_pages,

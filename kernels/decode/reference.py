@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..kv_pages import KVPages
-from ..ragged.reference import Float64, attend, read_sequence
+from ..ragged.reference import Float64, attend, read_cache, slots_of
 
 
 def paged_decode_attention(
@@ -22,18 +22,19 @@ def paged_decode_attention(
 ) -> tuple[Float64, Float64]:
     """As `vsurge.kernels.paged_decode_attention`, outside jit only."""
     all_queries = np.asarray(queries, np.float64)
+    keys, values = read_cache(kv_pages)
     lengths, table = np.asarray(kv_lens, np.int64), np.asarray(page_table, np.int64)
     output = np.zeros_like(all_queries)
     log_sum_exp = np.full(all_queries.shape[:2], -np.inf)
     for sequence, kv_len in enumerate(lengths.tolist()):
         if kv_len == 0:
             continue
-        keys, values = read_sequence(kv_pages, table[sequence], kv_len)
+        slots = slots_of(table[sequence], kv_len, kv_pages.page_size)
         row = slice(sequence, sequence + 1)
         output[row], log_sum_exp[row] = attend(
             all_queries[row],
-            keys,
-            values,
+            keys[slots],
+            values[slots],
             scale=scale,
             sliding_window=sliding_window,
             soft_cap=soft_cap,

@@ -1,8 +1,13 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 """Attention of any mix of prompts, chunks of prompts and single new tokens over a paged cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ..dispatch import Implementation, choose_implementation
@@ -11,6 +16,11 @@ from ..validation import check_metadata_when_run, check_static
 from . import reference, xla
 
 __all__ = ["ragged_paged_attention"]
+
+IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]] = {
+    "xla": xla.ragged_paged_attention,
+    "reference": reference.ragged_paged_attention,
+}
 
 Output = Float[Array, "num_tokens num_q_heads head_dim"]
 LogSumExp = Float[Array, "num_tokens num_q_heads"]
@@ -22,7 +32,7 @@ def ragged_paged_attention(
     kv_lens: Int[Array, " max_seqs"],
     page_table: Int[Array, "max_seqs pages_per_seq"],
     query_starts: Int[Array, " max_seqs+1"],
-    num_seqs: Int[Array, "1"],
+    num_seqs: Int[Array, " 1"],
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -44,8 +54,8 @@ def ragged_paged_attention(
             KV head `h // (num_q_heads // num_kv_heads)`.
         kv_lens: [max_seqs] int32, tokens in the cache, this step's included. 0: nothing to attend to, the
             output is zero.
-        page_table: [max_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a row
-            are read, the others may hold anything.
+        page_table: [max_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a
+            row are used, the others may hold anything.
         query_starts: [max_seqs + 1] int32; sequence i owns `queries[query_starts[i] : query_starts[i + 1]]`.
         num_seqs: [1] int32, rows in use; the rest is padding and may hold anything.
         scale: factor on the scores, usually `head_dim ** -0.5`.
@@ -86,8 +96,7 @@ def ragged_paged_attention(
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, query_starts, num_seqs, num_tokens=queries.shape[0]
         )
-    implementations = {"xla": xla.ragged_paged_attention, "reference": reference.ragged_paged_attention}
-    attention = implementations[choose_implementation("ragged_paged_attention", implementation)]
+    attention = IMPLEMENTATIONS[choose_implementation("ragged_paged_attention", implementation)]
     output, log_sum_exp = attention(
         queries,
         kv_pages,

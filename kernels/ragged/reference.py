@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 """Ragged paged attention in float64 NumPy: the oracle that every other implementation is held against.
 
 One plain loop per sequence, no blocks, no online softmax, nothing clever.
@@ -5,7 +7,7 @@ One plain loop per sequence, no blocks, no online softmax, nothing clever.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,15 +59,17 @@ def attend(
     return output, log_sum_exp
 
 
-def read_sequence(
-    kv_pages: KVPages, page_table_row: npt.NDArray[np.int64], kv_len: int
-) -> tuple[Float64, Float64]:
-    """Keys and values [kv_len, num_kv_heads, head_dim] of one sequence, in float64."""
+def read_cache(kv_pages: KVPages) -> tuple[Float64, Float64]:
+    """Keys and values of all slots, each [num_pages * page_size, num_kv_heads, head_dim], in float64."""
+    slots = np.arange(kv_pages.num_pages * kv_pages.page_size)
+    rows = cast("tuple[Array, Array]", read_kv(kv_pages, jnp.asarray(slots, jnp.int32)))
+    return np.asarray(rows[0], np.float64), np.asarray(rows[1], np.float64)
+
+
+def slots_of(page_table_row: npt.NDArray[np.int64], kv_len: int, page_size: int) -> npt.NDArray[np.int64]:
+    """The slots of a sequence's tokens, in order."""
     positions = np.arange(kv_len)
-    page_size = kv_pages.page_size
-    slots = page_table_row[positions // page_size] * page_size + positions % page_size
-    keys, values = read_kv(kv_pages, jnp.asarray(slots, jnp.int32))
-    return np.asarray(keys, np.float64), np.asarray(values, np.float64)
+    return page_table_row[positions // page_size] * page_size + positions % page_size
 
 
 def ragged_paged_attention(
@@ -74,7 +78,7 @@ def ragged_paged_attention(
     kv_lens: Int[Array, " max_seqs"],
     page_table: Int[Array, "max_seqs pages_per_seq"],
     query_starts: Int[Array, " max_seqs_plus_1"],
-    num_seqs: Int[Array, "1"],
+    num_seqs: Int[Array, " 1"],
     *,
     scale: float,
     sliding_window: int | None,
@@ -83,6 +87,7 @@ def ragged_paged_attention(
 ) -> tuple[Float64, Float64]:
     """As `vsurge.kernels.ragged_paged_attention`, outside jit only; rows of padding are zero."""
     all_queries = np.asarray(queries, np.float64)
+    keys, values = read_cache(kv_pages)
     lengths, table, starts = (np.asarray(a, np.int64) for a in (kv_lens, page_table, query_starts))
     options: dict[str, Any] = {
         "scale": scale,
@@ -97,6 +102,6 @@ def ragged_paged_attention(
         kv_len = int(lengths[sequence])
         if kv_len == 0:
             continue
-        keys, values = read_sequence(kv_pages, table[sequence], kv_len)
-        output[rows], log_sum_exp[rows] = attend(all_queries[rows], keys, values, **options)
+        slots = slots_of(table[sequence], kv_len, kv_pages.page_size)
+        output[rows], log_sum_exp[rows] = attend(all_queries[rows], keys[slots], values[slots], **options)
     return output, log_sum_exp

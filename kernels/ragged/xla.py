@@ -1,55 +1,83 @@
-"""Ragged paged attention, interim."""
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""Ragged paged attention in plain XLA: one block of one sequence's queries after the other.
+
+A query block walks its own sequence's pages, up to the last position that it sees, and its rows are written
+to the result. The blocks of all sequences are numbered through, so that one loop with as many trips as there
+are blocks serves any mix of lengths.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
 
-from ..kv_pages import gather_pages
+from ..blockwise import attend_pages
+from ..kv_pages import KVPages
+
+QUERY_BLOCK = 128  # tokens; measured, as is the next
+BLOCK_TOKENS = 128
 
 
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
 def ragged_paged_attention(
-    queries, kv_pages, kv_lens, page_table, query_starts, num_seqs, *, scale, sliding_window, soft_cap, sinks
-):
-    T, H, D = queries.shape
-    K = kv_pages.num_kv_heads
-    q = queries.astype(jnp.float32).reshape(T, K, H // K, D)
-    token = jnp.arange(T, dtype=jnp.int32)
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, " 1"],
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, " num_q_heads"] | None,
+) -> tuple[Float[Array, "num_tokens num_q_heads head_dim"], Float[Array, "num_tokens num_q_heads"]]:
+    """As `vsurge.kernels.ragged_paged_attention`; output and log-sum-exp in float32."""
+    num_tokens, num_q_heads, head_dim = queries.shape
+    max_seqs = kv_lens.shape[0]
+    query_block = max(1, min(QUERY_BLOCK, num_tokens))
+    in_use = jnp.arange(max_seqs, dtype=jnp.int32) < num_seqs
+    new_tokens = jnp.where(in_use, query_starts[1:] - query_starts[:-1], 0)
+    blocks_until = jnp.cumsum(
+        (new_tokens + query_block - 1) // query_block
+    )  # this sequence's blocks included
+    padded_queries = jnp.pad(queries, ((0, query_block), (0, 0), (0, 0)))  # the last block may reach beyond
 
-    def body(i, carry):
-        out, lse = carry
-        kv = gather_pages(kv_pages, page_table[i])  # P 2 K page D
-        kv = kv.swapaxes(0, 2).swapaxes(0, 1)  # 2 K P page D
-        kv = kv.reshape(2, K, -1, D).astype(jnp.float32)
-        n = kv.shape[2]
-        pos = jnp.arange(n, dtype=jnp.int32)
-        kv = jnp.where((pos < kv_lens[i])[None, None, :, None], kv, 0.0)
-        s = jnp.einsum("tkgd,knd->tkgn", q, kv[0], precision="highest") * scale
-        if soft_cap is not None:
-            s = soft_cap * jnp.tanh(s / soft_cap)
-        qpos = kv_lens[i] - query_starts[i + 1] + token
-        see = pos[None] <= qpos[:, None]
-        if sliding_window is not None:
-            see &= pos[None] > qpos[:, None] - sliding_window
-        see &= (pos < kv_lens[i])[None]
-        s = jnp.where(see[:, None, None], s, -jnp.inf)
-        m = s.max(-1)
-        if sinks is not None:
-            sk = sinks.astype(jnp.float32).reshape(1, K, H // K)
-            m = jnp.maximum(m, sk)
-        m0 = jnp.where(jnp.isfinite(m), m, 0.0)
-        p = jnp.exp(s - m0[..., None])
-        l = p.sum(-1)
-        if sinks is not None:
-            l = l + jnp.exp(sk - m0)
-        o = jnp.einsum("tkgn,knd->tkgd", p, kv[1], precision="highest") / jnp.where(l == 0, 1.0, l)[..., None]
-        mine = (token >= query_starts[i]) & (token < query_starts[i + 1]) & (kv_lens[i] > 0)
-        out = jnp.where(mine[:, None, None], o.reshape(T, H, D), out)
-        lse = jnp.where(mine[:, None], (m0 + jnp.log(l)).reshape(T, H), lse)
-        return out, lse
+    def attend_block(block: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        sequence = jnp.sum(blocks_until <= block)
+        blocks_before = jnp.where(sequence > 0, blocks_until[sequence - 1], 0)
+        offset = (block - blocks_before) * query_block  # of the block within the sequence's new tokens
+        start = query_starts[sequence] + offset
+        kv_len = kv_lens[sequence]
+        positions = kv_len - new_tokens[sequence] + offset + jnp.arange(query_block, dtype=jnp.int32)
+        output, log_sum_exp = attend_pages(
+            lax.dynamic_slice_in_dim(padded_queries, start, query_block)[None],
+            jnp.minimum(positions, kv_len - 1)[None],
+            kv_pages,
+            page_table[sequence][None],
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            block_tokens=BLOCK_TOKENS,
+        )
+        # Rows beyond the sequence's end fall on the next one, whose own blocks come later and replace them.
+        return (
+            lax.dynamic_update_slice_in_dim(results[0], output[0], start, axis=0),
+            lax.dynamic_update_slice_in_dim(results[1], log_sum_exp[0], start, axis=0),
+        )
 
-    init = jnp.zeros((T, H, D), jnp.float32), jnp.full((T, H), -jnp.inf, jnp.float32)
-    return jax.lax.fori_loop(0, num_seqs[0], body, init)
+    results = (
+        jnp.zeros((num_tokens + query_block, num_q_heads, head_dim), jnp.float32),
+        jnp.full((num_tokens + query_block, num_q_heads), -jnp.inf, jnp.float32),
+    )
+    output, log_sum_exp = cast(
+        "tuple[Array, Array]", lax.fori_loop(0, blocks_until[-1], attend_block, results)
+    )
+    return output[:num_tokens], log_sum_exp[:num_tokens]

@@ -1,0 +1,259 @@
+"""Random batches over a poisoned cache, and the one comparison with the oracle that the tests here use.
+
+Whatever must not matter holds NaN or nonsense: pages in nobody's table, rows beyond a sequence's length, rows
+of queries that belong to no sequence, table entries beyond the last page, metadata of sequences not in use.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vsurge.kernels import (
+    Implementation,
+    KVPages,
+    append_kv,
+    empty_kv_pages,
+    paged_decode_attention,
+    ragged_paged_attention,
+)
+from vsurge.kernels.decode import reference as decode_reference
+from vsurge.kernels.ragged import reference as ragged_reference
+
+# What is compared with the reference on this machine. An implementation for another device adds its name.
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla",)
+
+TOLERANCES = {
+    "float32": 1e-5,
+    "bfloat16": 8e-3,
+}  # of an output row, relative to its norm; by the queries' dtype
+LSE_TOLERANCE = 1e-5  # relative, or absolute below 1: scores are float32 whatever the inputs are
+SPARE_PAGES = 4  # in nobody's table
+
+
+OPTIONS: dict[str, dict[str, Any]] = {  # KV blocks have 128 tokens
+    "window of 1": {"sliding_window": 1},
+    "window of 7": {"sliding_window": 7},
+    "window of a block": {"sliding_window": 128},
+    "window beyond everything": {"sliding_window": 5000},
+    "soft cap": {"soft_cap": 1.5},
+    "sinks": {"sinks": True},
+    "all": {"sliding_window": 100, "soft_cap": 2.0, "sinks": True},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Shapes and dtypes of a kernel call; the id of a parametrized test."""
+
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    query_dtype: str = "float32"
+    cache_dtype: str = "float32"
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def __str__(self) -> str:
+        heads = f"{self.num_q_heads}q{self.num_kv_heads}kv{self.head_dim}d"
+        return f"{heads}-page{self.page_size}-{self.query_dtype}-{self.cache_dtype}"
+
+
+SWEEP = [
+    Setup(num_kv_heads * group, num_kv_heads, head_dim, page_size, dtype, dtype)
+    for (num_kv_heads, group), head_dim, page_size, dtype in itertools.product(
+        [(2, 1), (2, 2), (1, 4), (1, 8)], [64, 128], [16, 64, 256], ["float32", "bfloat16"]
+    )
+]
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """Arguments of `ragged_paged_attention`, and which rows of queries belong to a sequence."""
+
+    setup: Setup
+    arguments: tuple[Any, ...]
+    owned: slice
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Arguments of `paged_decode_attention`."""
+
+    setup: Setup
+    arguments: tuple[Any, ...]
+
+
+def ragged_batch(
+    setup: Setup,
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    *,
+    seed: int = 0,
+    max_seqs: int | None = None,
+    num_tokens: int | None = None,
+    pages_per_seq: int | None = None,
+    num_pages: int | None = None,
+    outliers: bool = False,
+) -> RaggedBatch:
+    """Sequences of `kv_lens` tokens of which the last `q_lens` are new; two padding sequences by default."""
+    rng = np.random.default_rng(seed)
+    used, total = len(q_lens), sum(q_lens)
+    max_seqs = max_seqs or used + 2
+    num_tokens = num_tokens or total + 3
+    kv_pages, table = poisoned_cache(setup, kv_lens, rng, pages_per_seq, num_pages, outliers=outliers)
+    padding = max_seqs - used
+    lengths = np.concatenate([kv_lens, rng.integers(-5, 10**6, padding)])
+    starts = np.concatenate([[0], np.cumsum(q_lens), rng.integers(-(10**6), 10**6, padding)])
+    table = np.concatenate([table, _nonsense(rng, (padding, table.shape[1]), kv_pages.num_pages)])
+    queries = _normal(rng, (num_tokens, setup.num_q_heads, setup.head_dim))
+    queries[total:] = np.nan
+    arguments = (
+        jnp.asarray(queries, setup.query_dtype),
+        kv_pages,
+        *(jnp.asarray(array, jnp.int32) for array in (lengths, table, starts, [used])),
+    )
+    return RaggedBatch(setup, arguments, slice(0, total))
+
+
+def decode_batch(
+    setup: Setup, kv_lens: Sequence[int], *, seed: int = 0, outliers: bool = False, **sizes: int
+) -> DecodeBatch:
+    """One new token per sequence; a length of 0 is padding."""
+    rng = np.random.default_rng(seed)
+    kv_pages, table = poisoned_cache(
+        setup, kv_lens, rng, sizes.get("pages_per_seq"), sizes.get("num_pages"), outliers=outliers
+    )
+    queries = _normal(rng, (len(kv_lens), setup.num_q_heads, setup.head_dim))
+    queries[np.asarray(kv_lens) == 0] = np.nan
+    arguments = (
+        jnp.asarray(queries, setup.query_dtype),
+        kv_pages,
+        jnp.asarray(kv_lens, jnp.int32),
+        jnp.asarray(table, jnp.int32),
+    )
+    return DecodeBatch(setup, arguments)
+
+
+def poisoned_cache(
+    setup: Setup,
+    kv_lens: Sequence[int],
+    rng: np.random.Generator,
+    pages_per_seq: int | None = None,
+    num_pages: int | None = None,
+    *,
+    outliers: bool = False,
+) -> tuple[KVPages, np.ndarray]:
+    """A cache of NaN with normal numbers where a sequence has tokens, and a shuffled page table.
+
+    Every second sequence shares pages with the one before it.
+    """
+    page_size = setup.page_size
+    needed = [-(-kv_len // page_size) for kv_len in kv_lens]
+    pages_per_seq = pages_per_seq or max(needed, default=0) + 2
+    num_pages = num_pages or sum(needed) + SPARE_PAGES
+    pool = iter(rng.permutation(num_pages).tolist())
+    table = _nonsense(rng, (len(kv_lens), pages_per_seq), num_pages)
+    for sequence, count in enumerate(needed):
+        shared = min(count, needed[sequence - 1]) // 2 + 1 if sequence % 2 else 0
+        shared = min(shared, count, needed[sequence - 1])
+        table[sequence, :shared] = table[sequence - 1, :shared]
+        table[sequence, shared:count] = [next(pool) for _ in range(count - shared)]
+    written = sorted(
+        {
+            int(table[sequence, token // page_size]) * page_size + token % page_size
+            for sequence, kv_len in enumerate(kv_lens)
+            for token in range(kv_len)
+        }
+    )
+    rows = (num_pages * page_size, setup.num_kv_heads, setup.head_dim)
+    keys, values = np.full(rows, np.nan), np.full(rows, np.nan)
+    keys[written] = _normal(rng, (len(written), *rows[1:]))
+    values[written] = _normal(rng, (len(written), *rows[1:]))
+    if outliers:  # some channels of the keys, and some tokens' values, far larger than the rest
+        keys[:, :, :: setup.head_dim // 2] *= 8.0
+        values[::13] *= 50.0
+    empty = empty_kv_pages(num_pages, page_size, setup.num_kv_heads, setup.head_dim, setup.cache_dtype)
+    slots = jnp.arange(rows[0], dtype=jnp.int32)
+    keys, values = (jnp.asarray(array, setup.cache_dtype) for array in (keys, values))
+    return append_kv(empty, keys, values, slots, implementation="reference"), table
+
+
+def check_ragged(batch: RaggedBatch, implementation: Implementation, **options: Any) -> None:
+    """Fails unless output and log-sum-exp of `implementation` are the reference's, within the tolerances."""
+    scale = batch.setup.scale
+    got = ragged_paged_attention(
+        *batch.arguments, scale=scale, return_lse=True, implementation=implementation, **options
+    )
+    want = ragged_reference.ragged_paged_attention(*batch.arguments, scale=scale, **_all(options))
+    _check(batch.setup, [np.asarray(a)[batch.owned] for a in got], [a[batch.owned] for a in want])
+
+
+def check_decode(batch: DecodeBatch, implementation: Implementation, **options: Any) -> None:
+    """As `check_ragged`."""
+    scale = batch.setup.scale
+    got = paged_decode_attention(
+        *batch.arguments, scale=scale, return_lse=True, implementation=implementation, **options
+    )
+    want = decode_reference.paged_decode_attention(*batch.arguments, scale=scale, **_all(options))
+    _check(batch.setup, [np.asarray(a) for a in got], list(want))
+
+
+def _all(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options.get(name) for name in ("sliding_window", "soft_cap", "sinks")}
+
+
+def _check(setup: Setup, got: list[Any], want: list[Any]) -> None:
+    assert got[0].dtype == setup.query_dtype
+    assert got[1].dtype == jnp.float32
+    assert_rows_close(got[0], want[0], TOLERANCES[setup.query_dtype])
+    assert_lse_close(got[1], want[1])
+
+
+def assert_rows_close(got: Any, want: Any, tolerance: float) -> None:
+    """Each row (last axis) differs by at most `tolerance` of its norm; where `want` is zero, not at all."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    difference, norm = np.linalg.norm(got - want, axis=-1), np.linalg.norm(want, axis=-1)
+    within = difference <= tolerance * norm  # false for NaN
+    worst = np.max(np.divide(difference, norm, out=np.zeros_like(norm), where=norm > 0), initial=0.0)
+    assert within.all(), f"{np.sum(~within)} of {within.size} rows differ, by {worst:.1e} > {tolerance:.0e}"
+
+
+def assert_lse_close(got: Any, want: Any) -> None:
+    """Log-sum-exps agree, -inf included."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    finite = np.isfinite(want)
+    np.testing.assert_allclose(got[finite], want[finite], rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
+
+
+def chosen(options: str, setup: Setup) -> dict[str, Any]:
+    """Keywords for a kernel: an entry of OPTIONS, with the sinks themselves."""
+    keywords = dict(OPTIONS[options])
+    if "sinks" in keywords:
+        keywords["sinks"] = sinks_of(setup)
+    return keywords
+
+
+def sinks_of(setup: Setup) -> jax.Array:
+    """One sink per query head, of the size of a score."""
+    return jnp.linspace(-1.0, 3.0, setup.num_q_heads, dtype=jnp.float32)
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+def _nonsense(rng: np.random.Generator, shape: tuple[int, ...], num_pages: int) -> np.ndarray:
+    """Page numbers of which most lie outside the pool."""
+    return rng.choice([-(2**31), -7, -1, 0, num_pages - 1, num_pages, num_pages + 5, 2**31 - 1], shape)

@@ -1,0 +1,109 @@
+"""Ragged paged attention against the float64 reference."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vsurge.kernels import Implementation, ragged_paged_attention
+
+from .cases import IMPLEMENTATIONS, OPTIONS, SWEEP, RaggedBatch, Setup, check_ragged, chosen, ragged_batch
+
+MIXES = {  # new tokens and tokens in the cache, per sequence; query blocks and KV blocks have 128 tokens
+    "prompts": ((5, 131, 33), (5, 131, 33)),
+    "chunks": ((17, 130, 1, 128), (200, 257, 1, 128)),
+    "decodes": ((1, 1, 1, 1, 1), (1, 128, 129, 300, 16)),
+    "empty sequences among others": ((0, 40, 1, 0, 0, 3), (0, 40, 260, 0, 70, 3)),
+}
+SETUPS = (
+    Setup(num_q_heads=2, num_kv_heads=2, page_size=16),
+    Setup(num_q_heads=8, num_kv_heads=1, page_size=64, query_dtype="bfloat16", cache_dtype="bfloat16"),
+    Setup(num_q_heads=4, num_kv_heads=1, page_size=32, cache_dtype="bfloat16"),
+    Setup(head_dim=128, page_size=256, query_dtype="bfloat16"),
+    Setup(num_q_heads=1, num_kv_heads=1, page_size=128, query_dtype="bfloat16", cache_dtype="bfloat16"),
+)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def mixed_batch(setup: Setup, mix: str, **kind: bool) -> RaggedBatch:
+    """An entry of MIXES; all of them have the same shapes, so that one compilation serves them."""
+    pages = -(-300 // setup.page_size)
+    sizes = {"max_seqs": 8, "num_tokens": 288, "pages_per_seq": pages + 2, "num_pages": 5 * pages + 4}
+    return ragged_batch(setup, *MIXES[mix], **sizes, **kind)
+
+
+@each_implementation
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_any_mix_of_lengths_matches_the_reference(
+    setup: Setup, mix: str, implementation: Implementation
+) -> None:
+    check_ragged(mixed_batch(setup, mix), implementation)
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("dtype", "options"), [*(("float32", options) for options in OPTIONS), ("bfloat16", "all")]
+)
+def test_every_option_matches_the_reference(dtype: str, options: str, implementation: Implementation) -> None:
+    setup = Setup(query_dtype=dtype, cache_dtype=dtype)
+    batch = ragged_batch(setup, (3, 150, 1, 0), (3, 300, 270, 0))
+    check_ragged(batch, implementation, **chosen(options, setup))
+
+
+@each_implementation
+@pytest.mark.parametrize("setup", SETUPS[:2], ids=str)
+def test_outliers_do_no_harm(setup: Setup, implementation: Implementation) -> None:
+    check_ragged(mixed_batch(setup, "chunks", outliers=True), implementation)
+
+
+@each_implementation
+def test_a_batch_without_sequences_runs(implementation: Implementation) -> None:
+    check_ragged(ragged_batch(Setup(), (), (), num_tokens=5, pages_per_seq=2), implementation)
+
+
+@each_implementation
+def test_a_single_token_runs(implementation: Implementation) -> None:
+    setup = Setup(num_q_heads=1, num_kv_heads=1, query_dtype="bfloat16", cache_dtype="bfloat16")
+    check_ragged(ragged_batch(setup, (1,), (20,), num_tokens=1, max_seqs=1), implementation)
+
+
+@each_implementation
+def test_inside_a_jit_the_result_is_the_same(implementation: Implementation) -> None:
+    batch = mixed_batch(SETUPS[0], "chunks")
+    attend = partial(ragged_paged_attention, scale=batch.setup.scale, implementation=implementation)
+    inside, outside = jax.jit(attend)(*batch.arguments), attend(*batch.arguments)
+    np.testing.assert_array_equal(inside[batch.owned], outside[batch.owned])
+
+
+@st.composite
+def lengths(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Up to 4 sequences with at most 40 new tokens altogether and 96 in the cache each."""
+    q_lens, kv_lens = [], []
+    for _ in range(draw(st.integers(0, 4))):
+        q_lens.append(draw(st.integers(0, 40 - sum(q_lens))))
+        kv_lens.append(draw(st.integers(q_lens[-1], 96)))
+    return q_lens, kv_lens
+
+
+@each_implementation
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(lens=lengths(), window=st.sampled_from([None, 20]), seed=st.integers(0, 1000))
+def test_random_lengths_match_the_reference(
+    implementation: Implementation, lens: tuple[list[int], list[int]], window: int | None, seed: int
+) -> None:
+    fixed = {"max_seqs": 5, "num_tokens": 41, "pages_per_seq": 7, "num_pages": 30}  # one compilation for all
+    check_ragged(ragged_batch(Setup(), *lens, seed=seed, **fixed), implementation, sliding_window=window)
+
+
+@pytest.mark.slow
+@each_implementation
+@pytest.mark.parametrize("setup", SWEEP, ids=str)
+def test_every_setup_matches_the_reference(setup: Setup, implementation: Implementation) -> None:
+    for mix in MIXES:
+        check_ragged(mixed_batch(setup, mix), implementation)

@@ -1,0 +1,162 @@
+"""What the kernels refuse, and how they say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+from vsurge.kernels import append_kv, empty_kv_pages, paged_decode_attention, ragged_paged_attention
+
+
+def ragged_arguments() -> dict[str, Any]:
+    """Two sequences, of 3 new tokens in 20 and 2 in 2; 4 pages of 16 tokens, 2 of them in use."""
+    return {
+        "queries": jnp.ones((5, 4, 8)),
+        "kv_pages": empty_kv_pages(4, 16, 2, 8, "float32"),
+        "kv_lens": jnp.asarray([20, 2], jnp.int32),
+        "page_table": jnp.asarray([[0, 1], [2, 99]], jnp.int32),
+        "query_starts": jnp.asarray([0, 3, 5], jnp.int32),
+        "num_seqs": jnp.asarray([2], jnp.int32),
+        "scale": 0.5,
+    }
+
+
+def decode_arguments() -> dict[str, Any]:
+    arguments = ragged_arguments() | {"queries": jnp.ones((2, 4, 8))}
+    return {name: arguments[name] for name in ("queries", "kv_pages", "kv_lens", "page_table", "scale")}
+
+
+BAD_FOR_BOTH = [
+    ({"queries": jnp.ones((5, 32))}, r"queries: shape \(5, 32\)"),
+    ({"queries": jnp.ones((2, 4, 8), jnp.float16)}, "queries: dtype float16"),
+    ({"queries": jnp.ones((2, 4, 6))}, "queries: head_dim 6, but the cache's is 8"),
+    ({"queries": jnp.ones((2, 3, 8))}, "queries: 3 query heads, must be a multiple of the 2 KV heads"),
+    ({"kv_lens": jnp.ones((2,))}, "kv_lens: dtype float32, must be int32"),
+    ({"kv_lens": jnp.ones((2, 1), jnp.int32)}, r"kv_lens: shape \(2, 1\)"),
+    ({"page_table": jnp.ones((3, 2), jnp.int32)}, r"page_table: shape \(3, 2\), expected \(2, -1\)"),
+    ({"page_table": jnp.ones((2,), jnp.int32)}, r"page_table: shape \(2,\)"),
+    ({"scale": 0.0}, r"scale=0.0: must be a positive number"),
+    ({"scale": float("nan")}, "scale=nan"),
+    ({"sliding_window": 0}, "sliding_window=0: must be at least 1 token"),
+    ({"soft_cap": -1.0}, "soft_cap=-1.0: must be a positive number"),
+    ({"sinks": jnp.ones((2,))}, r"sinks: shape \(2,\), expected one per query head \(4,\)"),
+    ({"block_sizes": (8, 128)}, r"block_sizes=\(8, 128\)"),
+    ({"implementation": "fastest"}, "implementation='fastest': must be one of"),
+]
+BAD_FOR_RAGGED = [
+    ({"query_starts": jnp.ones((2,), jnp.int32)}, r"query_starts: shape \(2,\), expected \(3,\)"),
+    ({"num_seqs": jnp.ones((2,), jnp.int32)}, r"num_seqs: shape \(2,\), expected \(1,\)"),
+]
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(("change", "message"), BAD_FOR_BOTH + BAD_FOR_RAGGED)
+def test_ragged_attention_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ragged_paged_attention(**ragged_arguments() | change)
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(("change", "message"), BAD_FOR_BOTH)
+def test_decode_attention_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paged_decode_attention(**decode_arguments() | change)
+
+
+BAD_METADATA = [
+    ({"num_seqs": [3]}, r"num_seqs=3: must lie between 0 and 2"),
+    ({"num_seqs": [-1]}, r"num_seqs=-1"),
+    ({"query_starts": [1, 3, 5]}, r"query_starts\[0\]=1: must be 0"),
+    ({"query_starts": [0, 3, 2]}, r"sequence 1: require 0 <= q_len=-1 <= kv_len=2"),
+    ({"query_starts": [0, 3, 6]}, r"sequence 1: require 0 <= q_len=3 <= kv_len=2"),
+    ({"kv_lens": [20, 3], "query_starts": [0, 3, 6]}, r"its queries end at 6, beyond num_tokens=5"),
+    ({"kv_lens": [33, 2]}, r"sequence 0: require kv_len=33 <= pages_per_seq \* page_size = 32"),
+    ({"page_table": [[0, 4], [2, 9]]}, r"sequence 0: pages \[0, 4\] must lie in 0\.\.3"),
+    ({"page_table": [[0, 1], [-1, 9]]}, r"sequence 1: pages \[-1\] must lie in 0\.\.3"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_METADATA)
+def test_debug_refuses_metadata(change: dict[str, Any], message: str) -> None:
+    changed = {name: jnp.asarray(value, jnp.int32) for name, value in change.items()}
+    with pytest.raises(ValueError, match=message):
+        ragged_paged_attention(**ragged_arguments() | changed, debug=True)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_METADATA)
+def test_debug_refuses_metadata_inside_a_compiled_program(change: dict[str, Any], message: str) -> None:
+    changed = {name: jnp.asarray(value, jnp.int32) for name, value in change.items()}
+    arguments = ragged_arguments()
+    scale = arguments.pop("scale")
+    attend = jax.jit(lambda arguments: ragged_paged_attention(**arguments, scale=scale, debug=True))
+    jax.block_until_ready(attend(arguments))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"ValueError: .*{message}"):
+        jax.block_until_ready(attend(arguments | changed))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_lens": [20, -1]}, r"sequence 1: require 0 <= q_len=0 <= kv_len=-1"),
+        ({"kv_lens": [33, 0]}, r"sequence 0: require kv_len=33"),
+        ({"page_table": [[0, 1], [7, 9]]}, r"sequence 1: pages \[7\]"),
+    ],
+)
+def test_debug_refuses_metadata_of_decode(change: dict[str, Any], message: str) -> None:
+    changed = {name: jnp.asarray(value, jnp.int32) for name, value in change.items()}
+    with pytest.raises(ValueError, match=message):
+        paged_decode_attention(**decode_arguments() | changed, debug=True)
+
+
+def test_debug_accepts_nonsense_where_nobody_looks() -> None:
+    arguments = ragged_arguments() | {"num_seqs": jnp.asarray([1], jnp.int32)}
+    arguments["query_starts"] = jnp.asarray([0, 5, -3], jnp.int32)
+    arguments["kv_lens"] = jnp.asarray([20, 10**6], jnp.int32)
+    ragged_paged_attention(**arguments, debug=True)
+    padding = {
+        "kv_lens": jnp.asarray([0, 2], jnp.int32),
+        "page_table": jnp.asarray([[-5, 77], [2, 9]], jnp.int32),
+    }
+    paged_decode_attention(**decode_arguments() | padding, debug=True)
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": jnp.ones((3, 1, 8))}, r"keys: shape \(3, 1, 8\), expected \(3, 2, 8\) for 3 slots"),
+        ({"values": jnp.ones((2, 2, 8))}, r"values: shape \(2, 2, 8\), expected \(3, 2, 8\)"),
+        ({"slots": jnp.ones((3,))}, r"slots: float32\[3\], expected int32\[num_tokens\]"),
+        ({"slots": jnp.ones((3, 1), jnp.int32)}, r"slots: int32\[3, 1\]"),
+        ({"implementation": "fastest"}, "implementation='fastest'"),
+    ],
+)
+def test_append_refuses(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"keys": jnp.ones((3, 2, 8)), "values": jnp.ones((3, 2, 8))}
+    arguments["slots"] = jnp.arange(3, dtype=jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        append_kv(empty_kv_pages(4, 16, 2, 8, "float32"), **arguments | change)
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_a_cache_has_no_empty_dimension(position: int) -> None:
+    sizes = [4, 16, 2, 8]
+    sizes[position] = 0
+    name = ("num_pages", "page_size", "num_kv_heads", "head_dim")[position]
+    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+        empty_kv_pages(*sizes, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float64"])
+def test_a_cache_holds_bfloat16_or_float32(dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype={dtype}: a cache can hold"):
+        empty_kv_pages(4, 16, 2, 8, dtype)
+
+
+def test_the_type_checker_is_awake() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
+        ragged_paged_attention(**ragged_arguments() | {"query_starts": jnp.ones((7,), jnp.int32)})

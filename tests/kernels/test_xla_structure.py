@@ -1,0 +1,173 @@
+"""How the xla implementation computes: what it reads follows the lengths, and its products stay off the cliffs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vsurge.kernels import blockwise, empty_kv_pages, kv_pages, paged_decode_attention, ragged_paged_attention
+
+from .cases import Setup
+
+SETUP = Setup()
+BLOCK = 128  # tokens of a sequence in one visit
+Reads = list[np.ndarray]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+    """The page numbers of every block that compiled programs load from now on, [num_seqs, pages] each."""
+    loaded: Reads = []
+
+    def load_and_record(cache: Any, pages: jax.Array, kind: int, valid: Any = None) -> jax.Array:
+        if kind == kv_pages.KEYS:
+            jax.debug.callback(lambda pages: loaded.append(np.asarray(pages)), pages)
+        return kv_pages.load_block(cache, pages, kind, valid)
+
+    jax.clear_caches()  # what was traced before does not record
+    monkeypatch.setattr(blockwise, "load_block", load_and_record)
+    yield loaded
+    jax.clear_caches()
+
+
+def own_pages(num_seqs: int, width: int) -> jax.Array:
+    """A table in which column c of sequence s is page s * width + c."""
+    return jnp.arange(num_seqs * width, dtype=jnp.int32).reshape(num_seqs, width)
+
+
+def decoder(num_seqs: int, width: int, page_size: int, **options: Any) -> Callable[[list[int]], None]:
+    cache = empty_kv_pages(num_seqs * width, page_size, SETUP.num_kv_heads, SETUP.head_dim, "float32")
+    queries = jnp.ones((num_seqs, SETUP.num_q_heads, SETUP.head_dim))
+
+    @jax.jit
+    def attend(kv_lens: jax.Array) -> Any:
+        return paged_decode_attention(
+            queries, cache, kv_lens, own_pages(num_seqs, width), scale=1.0, **options
+        )
+
+    def run(kv_lens: list[int]) -> None:
+        jax.block_until_ready(attend(jnp.asarray(kv_lens, jnp.int32)))
+        jax.effects_barrier()
+
+    return run
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_decode_visits_as_many_blocks_as_the_longest_of_a_group_has(reads: Reads, width: int) -> None:
+    decode = decoder(5, width, page_size=16)
+    # Sorted by length and taken in fours from the long end, each group walks to its own longest.
+    for kv_lens, visits in [
+        ([1, 2, 3, 4, 5], 2),
+        ([300, 5, 129, 130, 0], 3),
+        ([500, 0, 0, 0, 0], 4),
+        ([0] * 5, 0),
+    ]:
+        reads.clear()
+        decode(kv_lens)
+        assert len(reads) == visits, kv_lens
+        columns = [pages % width for pages in reads]
+        assert max((int(c.max()) for c in columns), default=-1) < -(-max(kv_lens) // BLOCK) * BLOCK // 16
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_a_window_skips_the_blocks_before_it(reads: Reads, page_size: int) -> None:
+    width = 1024 // page_size
+    decoder(2, width, page_size, sliding_window=100)([1000, 150])
+    assert len(reads) == 2
+    first_token = min(int((pages[pages // width == s] % width).min()) for pages in reads for s in [1])
+    assert first_token * page_size // BLOCK == (1000 - 100) // BLOCK  # sorted: the longest is the last
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_prefill_visits_the_blocks_up_to_each_query_block(reads: Reads, width: int) -> None:
+    num_tokens = 300
+    cache = empty_kv_pages(2 * width, 16, SETUP.num_kv_heads, SETUP.head_dim, "float32")
+    queries = jnp.ones((num_tokens, SETUP.num_q_heads, SETUP.head_dim))
+
+    @jax.jit
+    def attend(kv_lens: jax.Array, starts: jax.Array) -> Any:
+        one = jnp.ones((1,), jnp.int32)
+        return ragged_paged_attention(
+            queries, cache, kv_lens, own_pages(2, width), starts, 2 * one, scale=1.0
+        )
+
+    # Query blocks of 128 of the first sequence end at 128, 256, 300; the second is decoding.
+    for kv_lens, starts, visits in [
+        ([299, 1], [0, 299, 300], 1 + 2 + 3 + 1),
+        ([20, 500], [0, 20, 21], 1 + 4),
+    ]:
+        reads.clear()
+        jax.block_until_ready(attend(jnp.asarray(kv_lens, jnp.int32), jnp.asarray(starts, jnp.int32)))
+        jax.effects_barrier()
+        assert len(reads) == visits
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def trace(
+    kernel: str, query_dtype: str, cache_dtype: str, *, heads: int = 4, width: int = 8, num_seqs: int = 5
+) -> list[Any]:
+    """The equations of a kernel's program."""
+    cache = empty_kv_pages(64, 16, 2, 64, cache_dtype)
+    queries = jnp.ones((num_seqs, heads, 64), query_dtype)
+    lens, table = jnp.ones((num_seqs,), jnp.int32), jnp.ones((num_seqs, width), jnp.int32)
+    starts, one = jnp.arange(num_seqs + 1, dtype=jnp.int32), jnp.ones((1,), jnp.int32)
+
+    def decode(cache: Any) -> Any:
+        return paged_decode_attention(queries, cache, lens, table, scale=1.0)
+
+    def ragged(cache: Any) -> Any:
+        return ragged_paged_attention(queries, cache, lens, table, starts, one, scale=1.0)
+
+    return list(equations(jax.make_jaxpr({"decode": decode, "ragged": ragged}[kernel])(cache).jaxpr))
+
+
+def products(found: list[Any]) -> list[Any]:
+    dots = [equation for equation in found if equation.primitive.name == "dot_general"]
+    assert len(dots) == 2  # queries with keys, weights with values
+    return dots
+
+
+@pytest.mark.parametrize("kernel", ["decode", "ragged"])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")], ids=str
+)
+def test_float32_products_are_at_the_highest_precision(kernel: str, dtypes: tuple[str, str]) -> None:
+    for dot in products(trace(kernel, *dtypes)):
+        assert [v.aval.dtype for v in dot.invars] == [jnp.float32, jnp.float32]
+        assert set(dot.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
+@pytest.mark.parametrize("kernel", ["decode", "ragged"])
+@pytest.mark.parametrize(("heads", "num_seqs"), [(4, 5), (2, 1)])
+def test_bfloat16_products_have_two_rows_and_a_float32_result(kernel: str, heads: int, num_seqs: int) -> None:
+    for dot in products(trace(kernel, "bfloat16", "bfloat16", heads=heads, num_seqs=num_seqs)):
+        assert [v.aval.dtype for v in dot.invars] == [jnp.bfloat16, jnp.bfloat16]
+        assert dot.params["preferred_element_type"] == jnp.float32
+        assert dot.invars[0].aval.shape[2] >= 2
+
+
+@pytest.mark.parametrize("kernel", ["decode", "ragged"])
+def test_only_page_numbers_grow_with_the_page_table(kernel: str) -> None:
+    def sizes(width: int) -> list[tuple[int, ...]]:
+        outputs = [
+            v.aval for equation in trace(kernel, "float32", "bfloat16", width=width) for v in equation.outvars
+        ]
+        return sorted(a.shape for a in outputs if a.dtype in (jnp.float32, jnp.bfloat16, jnp.uint16))
+
+    assert sizes(8) == sizes(512)

@@ -1,0 +1,108 @@
+"""Meshes of one device, and clear words where more are asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from vsurge.model import PartitionAxis, Qwen3Config, make_mesh, random_model
+from vsurge.model.sharding import named_sharding
+
+SMALL = Qwen3Config(40, 16, 24, 2, 4, 2, 8)
+ONE = jax.devices()[:1]
+FOUR = jax.devices()[:1] * 4  # stand-ins: a mesh of them is never built
+
+
+@pytest.mark.parametrize("dims", [(1, 1, 1, -1, 1), (-1, 1, 1, 1, 1), (1, 1, 1, 1, 1)])
+def test_one_device_makes_a_mesh_of_five_axes(dims):
+    mesh = make_mesh(dims, devices=ONE)
+    assert dict(mesh.shape) == {"dp": 1, "fsdp": 1, "ep": 1, "tp": 1, "sp": 1}
+
+
+def test_axes_may_have_other_names():
+    mesh = make_mesh(axis_names=("a", "b", "c", "d", "e"), devices=ONE)
+    assert mesh.axis_names == ("a", "b", "c", "d", "e")
+    assert named_sharding(mesh, ("q_heads", "hidden"), PartitionAxis("d", "d", "d", "d", "b")).spec == (
+        PartitionSpec("d", "b")
+    )
+    with pytest.raises(ValueError, match=r"vocab_axis='tp'.*'a'"):
+        named_sharding(mesh, ("vocab",), PartitionAxis())
+
+
+@pytest.mark.parametrize(
+    ("dims", "axis"),
+    [
+        ((1, 1, 1, -1, 1), "'tp'"),
+        ((1, 2, 1, 1, 1), "'fsdp'"),
+        ((2, 1, -1, 1, 1), "'dp'"),
+        ((1, 1, 1, 1, 4), "'sp'"),
+        ((1, 1, 2, 1, 1), "'ep'"),
+    ],
+)
+def test_more_than_one_device_is_refused_by_axis(dims, axis):
+    with pytest.raises(
+        NotImplementedError, match=rf"devices along {axis}.*not supported yet.*\(1, 1, 1, 1, 1\)"
+    ):
+        make_mesh(dims, devices=FOUR)
+
+
+def test_without_a_minus_one_a_machine_of_four_devices_lends_one():
+    assert make_mesh((1, 1, 1, 1, 1), devices=FOUR).size == 1
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ((1, 1, 1), "5 entries"),
+        ((1, -1, 1, -1, 1), "at most one is -1"),
+        ((1, 0, 1, 1, 1), "at least 1"),
+        ((1, -2, 1, 1, 1), "at least 1"),
+        ((1, 8, 1, 1, 1), "needs 8 devices, there are 4"),
+        ((3, 1, 1, -1, 1), "4 devices are no multiple of 3"),
+    ],
+)
+def test_dimensions_that_make_no_sense_are_refused(dims, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(dims, devices=FOUR)
+
+
+@pytest.mark.parametrize("names", [("dp", "tp"), ("dp", "dp", "ep", "tp", "sp")])
+def test_names_must_be_five_different_ones(names):
+    with pytest.raises(ValueError, match="5 different names"):
+        make_mesh(axis_names=names, devices=ONE)
+
+
+def test_one_axis_cannot_split_two_dimensions_of_an_array():
+    with pytest.raises(ValueError, match=r"hidden_state_axis='tp'.*\['tp', 'tp'\]"):
+        named_sharding(make_mesh(devices=ONE), ("mlp", "hidden"), PartitionAxis(hidden_state_axis="tp"))
+
+
+def test_weights_are_described_by_the_mapping():
+    axes = PartitionAxis(mlp_intermediate_axis="sp", hidden_state_axis=None)
+    model = random_model(SMALL, seed=0, partition_axis=axes)
+    layer = model.params.layers[0]
+    assert layer.gate_proj.sharding.spec == PartitionSpec("sp", None)
+    assert layer.down_proj.sharding.spec == PartitionSpec(None, "sp")
+    assert layer.q_proj.sharding.spec == PartitionSpec("tp", None)
+    assert model.params.embedding.sharding.mesh == model.mesh
+
+
+def test_four_real_devices_are_counted_by_minus_one():
+    script = (
+        "import jax; from vsurge.model import make_mesh\n"
+        "assert len(jax.devices()) == 4 and make_mesh().size == 1\n"
+        "make_mesh((1, 1, 1, -1, 1))"
+    )
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "NotImplementedError: sharding_axis_dims=(1, 1, 1, 4, 1): 4 devices along 'tp'" in done.stderr

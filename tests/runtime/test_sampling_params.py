@@ -1,0 +1,112 @@
+"""Which sampling parameters are accepted. What those that are do is shown in test_engine.py and test_streaming.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from vsurge.runtime import SamplingParams
+
+UNSUPPORTED = {
+    "n": 2,
+    "best_of": 2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "bad_words": ["x"],
+    "logprobs": 1,
+    "prompt_logprobs": 1,
+    "spaces_between_special_tokens": False,
+    "output_kind": "delta",
+    "guided_decoding": {"regex": "a"},
+    "logit_bias": {1: 2.0},
+    "allowed_token_ids": [1],
+}
+EFFECTIVE = {
+    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids",
+    "ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
+}  # fmt: skip
+
+# Out of range or of a wrong type; the type checker of the tests must not get there first.
+pytestmark = pytest.mark.usefixtures("no_type_checker")
+
+
+def test_every_field_either_has_an_effect_or_is_refused() -> None:
+    assert {field.name for field in dataclasses.fields(SamplingParams)} == EFFECTIVE | UNSUPPORTED.keys()
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_yet_supported_says_so_and_its_default_is_accepted(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"{name}=.*: not yet supported"):
+        SamplingParams(**{name: UNSUPPORTED[name]})
+    SamplingParams(**{name: getattr(SamplingParams(), name)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("temperature", -0.1, r"\[0.0, infinity\)"),
+        ("temperature", float("inf"), r"\[0.0, infinity\)"),
+        ("temperature", float("nan"), r"\[0.0, infinity\)"),
+        ("top_p", 0.0, r"\(0.0, 1.0\]"),
+        ("top_p", 1.1, r"\(0.0, 1.0\]"),
+        ("min_p", -0.1, r"\[0.0, 1.0\]"),
+        ("min_p", 1.5, r"\[0.0, 1.0\]"),
+        ("top_k", -2, "at least -1"),
+        ("max_tokens", 0, "at least 1"),
+        ("min_tokens", -1, "at least 0"),
+        ("min_tokens", 17, "at most max_tokens=16"),
+        ("seed", -1, "between 0 and 18446744073709551615"),
+        ("seed", 2**64, "between 0 and 18446744073709551615"),
+        ("truncate_prompt_tokens", 0, "at least 1"),
+        ("stop", "", "non-empty"),
+        ("stop", ["a", ""], "non-empty"),
+        ("stop_token_ids", [-1], "at least 0"),
+    ],
+)
+def test_a_value_out_of_range_names_parameter_value_and_range(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={str(value)[:3].replace('[', '.')}.*{allowed}"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "hot"), ("temperature", True), ("top_p", None), ("top_k", 1.0), ("max_tokens", "3"),
+        ("max_tokens", True), ("seed", 1.5), ("stop", 5), ("stop", [5]), ("stop_token_ids", 5),
+        ("stop_token_ids", ["a"]), ("ignore_eos", 1), ("detokenize", None), ("skip_special_tokens", "yes"),
+        ("include_stop_str_in_output", 0), ("truncate_prompt_tokens", 2.0),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_names_the_parameter(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}="):
+        SamplingParams(**{name: value})
+
+
+def test_the_ends_of_the_ranges_are_in_them() -> None:
+    SamplingParams(temperature=0.0, top_p=1.0, min_p=1.0, top_k=-1, seed=2**64 - 1, max_tokens=1)
+    SamplingParams(temperature=0, top_p=1e-9, min_p=0, top_k=10**12, seed=0, max_tokens=None, min_tokens=99)
+
+
+def test_stop_strings_without_text_are_refused() -> None:
+    with pytest.raises(ValueError, match="stop strings need detokenize=True"):
+        SamplingParams(stop="x", detokenize=False)
+
+
+def test_defaults_are_those_of_vllm() -> None:
+    params = SamplingParams()
+    assert (params.max_tokens, params.min_tokens, params.temperature, params.top_p) == (16, 0, 1.0, 1.0)
+    assert (params.top_k, params.min_p, params.seed, params.ignore_eos) == (0, 0.0, None, False)
+    assert params.detokenize
+    assert params.skip_special_tokens
+    assert not params.include_stop_str_in_output
+
+
+def test_parameters_can_be_changed_by_replace_and_compared() -> None:
+    params = SamplingParams(stop="a", stop_token_ids=[3])
+    assert params.stop_strings == ("a",)
+    assert dataclasses.replace(params, max_tokens=5) == SamplingParams(
+        stop=["a"], stop_token_ids=(3,), max_tokens=5
+    )
+    assert hash(params) == hash(SamplingParams(stop=("a",), stop_token_ids=[3]))

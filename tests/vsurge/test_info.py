@@ -1,0 +1,121 @@
+"""`vsurge info` against numbers computed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vsurge
+from vsurge.cli.info import parse_size
+
+# Qwen3-0.6B: embedding (tied); per layer q, k and v, o, MLP, two norms, q and k norms; the last norm
+PARAMETERS = 151936 * 1024 + 28 * (
+    2048 * 1024 + 2 * 1024 * 1024 + 1024 * 2048 + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128
+) + 1024  # fmt: skip
+CACHE_BYTES = 28 * 2 * 8 * 128 * 2  # layers, keys and values, heads, head_dim, bytes of a bfloat16
+
+
+def rows(out: str) -> dict[str, str]:
+    return dict(re.findall(r"^  (\w+)\s+(.*)$", out, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen3-0.6B", "0.6b"])
+def test_a_published_model_needs_neither_weights_nor_network(name: str, command: Callable) -> None:
+    done = command("info", name)
+    table = rows(done.out)
+    assert done.code == 0
+    assert done.out.startswith("Qwen/Qwen3-0.6B\n")
+    assert table["parameters"] == f"{PARAMETERS:,}" == "596,049,920"
+    assert table["weights"] == f"{2 * PARAMETERS:,} bytes (1.19 GB) in bfloat16"
+    assert table["cache"] == f"{CACHE_BYTES:,} bytes per token in bfloat16"
+    assert table["layers"].startswith("28 of 1,024")
+    assert table["heads"] == "16 query, 8 key/value, head_dim 128"
+    assert table["fits"].startswith(f"{2**30 // (CACHE_BYTES * 128) * 128:,} tokens in the 1 GiB")
+
+
+def test_an_untied_model_has_its_output_matrix_too(command: Callable) -> None:
+    layer = 4096 * 4096 + 2 * 1024 * 4096 + 4096 * 4096 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
+    expected = 2 * 151936 * 4096 + 36 * layer + 4096
+    assert rows(command("info", "8B").out)["parameters"] == f"{expected:,}"
+
+
+def test_float32_doubles_weights_and_cache(command: Callable) -> None:
+    table = rows(command("info", "0.6B", "--dtype", "float32").out)
+    assert table["weights"].startswith(f"{4 * PARAMETERS:,} bytes")
+    assert table["cache"].startswith(f"{2 * CACHE_BYTES:,} bytes per token in float32")
+
+
+@pytest.mark.parametrize(
+    ("memory", "size", "page_size", "utilization"), [("80GB", 80e9, 128, 0.9), ("16GiB", 16 * 2**30, 16, 0.5)]
+)
+def test_what_fits_is_whole_pages_in_a_share_of_what_the_weights_leave(
+    memory: str, size: float, page_size: int, utilization: float, command: Callable
+) -> None:
+    done = command(
+        "info", "0.6B", "--memory", memory, "--page-size", str(page_size), "--memory-utilization", str(utilization)
+    )  # fmt: skip
+    pages = int((size - 2 * PARAMETERS) * utilization) // (CACHE_BYTES * page_size)
+    assert rows(done.out)["fits"].startswith(f"{pages * page_size:,} tokens in {utilization:g}")
+
+
+def test_weights_that_do_not_fit_leave_no_tokens(command: Callable) -> None:
+    assert rows(command("info", "32B", "--memory", "16GiB").out)["fits"].startswith(
+        "nothing: the weights alone"
+    )
+
+
+def test_a_folder_is_described_by_its_config_alone(tmp_path: Path, command: Callable) -> None:
+    source = vsurge.demo_model_path() / "config.json"
+    (tmp_path / "config.json").write_text(source.read_text())  # no weights, no tokenizer
+    config = json.loads(source.read_text())
+    table = rows(command("info", str(tmp_path)).out)
+    per_token = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * 2
+    assert table["cache"].startswith(f"{per_token:,} bytes")
+    assert table == rows(command("info").out)  # the built-in checkpoint is the default
+
+
+def test_of_a_hub_id_only_the_config_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, command: Callable
+) -> None:
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(repo: str, file: str, revision: str | None = None) -> str:
+        asked.append((repo, file, revision))
+        return str(vsurge.demo_model_path() / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    done = command("info", "someone/some-model", "--revision", "v2")
+    assert done.code == 0
+    assert asked == [("someone/some-model", "config.json", "v2")]
+    assert rows(done.out) == rows(command("info").out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (("nope",), "nope: no such folder, no hub id, and none of Qwen/Qwen3-0.6B"),
+        (("no-one/nothing",), "no-one/nothing: no such folder, and not to be had from the hub"),
+        (("0.6B", "--memory", "lots"), "--memory 'lots': must be a size like 80GB"),
+        (("0.6B", "--memory", "0GB"), "--memory '0GB': must be"),
+        (("0.6B", "--memory-utilization", "1.5"), "--memory-utilization 1.5: must lie in (0, 1]"),
+        (("0.6B", "--page-size", "0"), "--page-size 0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_told_is_an_error_of_one_line(
+    argv: tuple[str, ...], complaint: str, command: Callable
+) -> None:
+    done = command("info", *argv)
+    assert done.code == 1
+    assert done.err.startswith(f"vsurge: error: {complaint}")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("1.5 GiB", 3 * 2**29), ("512m", 512 * 10**6), ("7", 7), ("2TiB", 2**41)]
+)  # fmt: skip
+def test_sizes_are_decimal_or_binary_as_their_unit_says(text: str, size: int) -> None:
+    assert parse_size(text) == size

@@ -1,0 +1,143 @@
+"""`vsurge info`: what a model takes, computed from its configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from .. import demo_model_path
+from ..kernels import bytes_per_token
+from ..model import PUBLISHED, ConfigError, Qwen3Config, num_parameters, published_config
+from ..model.loading import read_config
+from ..runtime.cache_size import CPU_CACHE_BYTES
+
+UNITS = {"": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    name = args.model or str(demo_model_path())
+    if args.page_size < 1:
+        raise ValueError(f"--page-size {args.page_size}: must be at least 1")
+    if not 0 < args.memory_utilization <= 1:
+        raise ValueError(f"--memory-utilization {args.memory_utilization}: must lie in (0, 1]")
+    memory = None if args.memory is None else parse_size(args.memory)
+    config = find_config(name, args.revision)
+    print(next((full for full, published in PUBLISHED.items() if published is config), name))
+    if args.dtype is not None:
+        config = dataclasses.replace(config, dtype=jnp.dtype(args.dtype))
+    rows = describe(config) | {"fits": fits(config, memory, args.page_size, args.memory_utilization)}
+    for label, value in rows.items():
+        print(f"  {label:<12}{value}")
+
+
+def find_config(name: str, revision: str | None) -> Qwen3Config:
+    """The configuration of a folder, a published model (nothing is downloaded) or a hub id (one file is).
+
+    Raises:
+        ConfigError: one that is not supported.
+        FileNotFoundError: no such model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"--revision {revision}: {name} is a local folder, which has no revisions")
+        return read_config(folder)
+    if revision is None:
+        try:
+            return published_config(name)
+        except ConfigError:
+            pass
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder, no hub id, and none of {', '.join(PUBLISHED)}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not to be had from the hub (revision {revision or 'main'}): {error}"
+        ) from error
+    return read_config(path.parent)
+
+
+def weight_bytes(config: Qwen3Config) -> int:
+    """Bytes of all parameters in the configuration's dtype."""
+    return num_parameters(config) * config.dtype.itemsize
+
+
+def cache_bytes_per_token(config: Qwen3Config) -> int:
+    """Bytes of the cache that one token takes, over all layers."""
+    per_layer = bytes_per_token(config.num_kv_heads, config.head_dim, config.cache_dtype)
+    return config.num_layers * per_layer
+
+
+def describe(config: Qwen3Config) -> dict[str, str]:
+    """The rows of the table that depend on the model alone."""
+    tied = "tied" if config.tie_word_embeddings else "untied"
+    return {
+        "parameters": f"{num_parameters(config):,}",
+        "weights": f"{weight_bytes(config):,} bytes ({gigabytes(weight_bytes(config))}) in {config.dtype}",
+        "cache": f"{cache_bytes_per_token(config):,} bytes per token in {config.cache_dtype}",
+        "layers": f"{config.num_layers} of {config.hidden_size:,} (MLP {config.intermediate_size:,})",
+        "heads": f"{config.num_q_heads} query, {config.num_kv_heads} key/value, head_dim {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}, {tied} embeddings",
+        "context": f"{config.max_length:,} tokens",
+    }
+
+
+def gigabytes(size: int) -> str:
+    """Bytes to three figures."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+
+
+def fits(config: Qwen3Config, memory: int | None, page_size: int, utilization: float) -> str:
+    """How many tokens of cache fit.
+
+    Args:
+        config: of the model.
+        memory: bytes of the accelerator; None to ask the one that is here.
+        page_size: tokens per page; whole pages are counted.
+        utilization: share of what the weights leave that the cache takes.
+    """
+    where = "--memory"
+    if memory is None:
+        device = jax.devices()[0]
+        stats = None if device.platform == "cpu" else device.memory_stats()
+        if stats is None:
+            tokens = whole_pages(CPU_CACHE_BYTES, config, page_size)
+            size = f"{CPU_CACHE_BYTES / 2**30:g} GiB"
+            return f"{tokens:,} tokens in the {size} that the cache takes on a CPU (--memory 80GB: elsewhere)"
+        memory, where = int(stats["bytes_limit"]), device.device_kind
+    free = memory - weight_bytes(config)
+    if free <= 0:
+        return f"nothing: the weights alone take more than the {gigabytes(memory)} of {where}"
+    tokens = whole_pages(int(free * utilization), config, page_size)
+    return f"{tokens:,} tokens in {utilization:g} of what the weights leave of {gigabytes(memory)} ({where})"
+
+
+def whole_pages(budget: int, config: Qwen3Config, page_size: int) -> int:
+    """Tokens in as many whole pages as `budget` bytes hold."""
+    return budget // (cache_bytes_per_token(config) * page_size) * page_size
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "80GB" (10^9) or "16GiB" (2^30).
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = None if match is None else {u.lower(): n for u, n in UNITS.items()}.get(match[2].lower())
+    if match is None or unit is None or float(match[1]) == 0:
+        raise ValueError(f"--memory {text!r}: must be a size like 80GB (10^9 bytes) or 16GiB (2^30)")
+    return int(float(match[1]) * unit)

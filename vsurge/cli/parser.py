@@ -1,0 +1,126 @@
+"""The commands' arguments. Nothing here imports jax, so that `vsurge --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DEFAULT_MAX_TOKENS = 256  # of `vsurge generate`
+
+
+class ShowVersion(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .. import __version__
+
+        print(f"vsurge {__version__}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it returns names the command in `command`, None for none."""
+    parser = argparse.ArgumentParser(
+        prog="vsurge", description="LLM inference in pure JAX.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, summary: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=summary, parents=[*parents, _debug()], allow_abbrev=False
+        )
+
+    add("demo", "Stream answers of the built-in checkpoint.")
+
+    generate = add("generate", "Complete prompts.", _model(), _engine(), _sampling())
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT",
+        help="text to complete; - for stdin; token ids like 1,2,3 if there is no tokenizer")  # fmt: skip
+    generate.add_argument("--chat", action="store_true", help="put each prompt into the chat template")
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    generate.set_defaults(default_max_tokens=DEFAULT_MAX_TOKENS)
+
+    chat = add("chat", "Talk to a model. Ctrl-C stops an answer; /reset forgets; Ctrl-D or /exit leaves.",
+        _model(), _engine(), _sampling())  # fmt: skip
+    chat.add_argument("--system", metavar="TEXT", help="system message to begin with")
+    chat.set_defaults(default_max_tokens=None)
+
+    info = add("info", "Size of a model and of its cache, from its configuration alone.")
+    info.add_argument("model", nargs="?", metavar="MODEL",
+        help="folder, hub id or published name like 8B (default: the built-in checkpoint)")  # fmt: skip
+    info.add_argument("--revision", help="branch, tag or commit of a hub id")
+    info.add_argument("--memory", metavar="SIZE",
+        help="memory of an accelerator, like 80GB or 16GiB (default: of the one here)")  # fmt: skip
+    _add_dtype(info)
+    _add_cache(info)
+    return parser
+
+
+def _debug() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and all log messages")
+    return parser
+
+
+def _model() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("model")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model", metavar="MODEL", help="folder or hub id (default: the built-in checkpoint)"
+    )
+    source.add_argument("--random-weights", metavar="NAME",
+        help="random weights in the shape of a published model, like Qwen/Qwen3-0.6B or 0.6B")  # fmt: skip
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id (default: the model's own)")
+    _add_dtype(group)
+    return parser
+
+
+def _add_dtype(group: Any) -> None:
+    group.add_argument("--dtype", choices=("bfloat16", "float32"),
+        help="of weights and computation (default: the checkpoint's)")  # fmt: skip
+
+
+def _engine() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("engine")
+    group.add_argument("--max-length", type=int, metavar="TOKENS",
+        help="longest sequence, prompt and output (default: the model's)")  # fmt: skip
+    group.add_argument(
+        "--max-concurrent-decodes", type=int, metavar="N", help="sequences that decode together"
+    )
+    group.add_argument("--num-pages", type=int, metavar="N", help="pages of the cache (default: what fits)")
+    _add_cache(group)
+    return parser
+
+
+def _add_cache(group: Any) -> None:
+    group.add_argument("--page-size", type=int, default=128, metavar="TOKENS",
+        help="tokens per page of the cache (default: 128)")  # fmt: skip
+    group.add_argument("--memory-utilization", type=float, default=0.9, metavar="SHARE",
+        help="of an accelerator's memory beside the weights, for the cache (default: 0.9)")  # fmt: skip
+
+
+def _sampling() -> argparse.ArgumentParser:
+    """Defaults are the model's (generation_config.json), so an option that is not given stays None."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("sampling", "defaults are those of the model's generation_config.json")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate (generate: "
+        f"{DEFAULT_MAX_TOKENS} by default, chat: as many as fit)")  # fmt: skip
+    group.add_argument("--min-tokens", type=int, metavar="N", help="fewest tokens to generate")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="likeliest tokens that sum to this probability"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="this many of the likeliest tokens; 0: all")
+    group.add_argument("--min-p", type=float, metavar="P", help="tokens of this share of the likeliest one's")
+    group.add_argument("--seed", type=int, metavar="N",
+        help="the same seed gives the same text and random weights (default: a new seed)")  # fmt: skip
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (repeatable)")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end token")
+    group.add_argument(
+        "--no-thinking", action="store_true", help="chats: have the template skip the thinking"
+    )
+    return parser

@@ -1,0 +1,307 @@
+"""The spelling of EasyDeL's vSurge: a script written for it runs with `import vsurge.easydel as ed`.
+
+Every option has its effect here, or is refused at once by name and value, or, where it can mean nothing in
+inference, is said to do nothing in one line of the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from .kernels import Implementation
+from .model import Model, PartitionAxis, load_model
+from .model.loading import find_checkpoint, read_config
+from .model.sharding import AXIS_NAMES, TRIVIAL_DIMS
+from .runtime import ReturnSample, SamplingParams
+from .runtime import vSurge as Engine
+
+__all__ = [
+    "AttentionMechanisms",
+    "AutoEasyDeLModelForCausalLM",
+    "EasyDeLBaseConfigDict",
+    "EasyDeLGradientCheckPointers",
+    "EasyDeLQuantizationMethods",
+    "PartitionAxis",
+    "ReturnSample",
+    "SamplingParams",
+    "vSurge",
+]
+
+logger = logging.getLogger("vsurge.easydel")
+
+
+class AttentionMechanisms(Enum):
+    """How attention is computed; see `ATTENTION` for what is supported."""
+
+    AUTO = "auto"
+    FLASH_ATTN2 = "flash_attn2"
+    RING = "ring"
+    VANILLA = "vanilla"
+    SPLASH = "splash"
+    CUDNN = "cudnn"
+    BLOCKWISE = "blockwise"
+    SDPA = "sdpa"
+    CUDA_FLASH_ATTN2 = "cuda_flash_attn2"
+    RAGGED_PAGE_ATTENTION = "ragged_page_attention"
+    PAGED_ATTENTION = "paged_attention"
+    REGRESSIVE_DECODE = "autoregressive_decodeattn"
+
+
+class EasyDeLQuantizationMethods(Enum):
+    """How weights or the cache are quantized; supported is NONE."""
+
+    NONE = None
+    NF4 = "nf4"
+    A8BIT = "8bit"
+
+
+class EasyDeLGradientCheckPointers(Enum):
+    """What training keeps for its backward pass; inference has none."""
+
+    EVERYTHING_SAVEABLE = "everything_saveable"
+    NOTHING_SAVEABLE = "nothing_saveable"
+    CHECKPOINT_DOTS = "checkpoint_dots"
+    CHECKPOINT_DOTS_WITH_NO_BATCH_DMIS = "checkpoint_dots_with_no_batch_dims"
+    NONE = ""
+
+
+class EasyDeLBaseConfigDict(TypedDict, total=False):
+    """The keys of `config_kwargs`.
+
+    Attributes:
+        freq_max_position_embeddings, mask_max_position_embeddings: tokens; the smaller is the default
+            `max_length` of an engine.
+        kv_cache_quantization_method: of the cache.
+        gradient_checkpointing: has no effect.
+        attn_mechanism, decode_attn_mechanism: of prefill steps and of decode steps.
+        kvdtype: of the cache, bfloat16 or float32.
+    """
+
+    freq_max_position_embeddings: int
+    mask_max_position_embeddings: int
+    kv_cache_quantization_method: EasyDeLQuantizationMethods
+    gradient_checkpointing: EasyDeLGradientCheckPointers
+    attn_mechanism: AttentionMechanisms
+    decode_attn_mechanism: AttentionMechanisms
+    kvdtype: DTypeLike
+
+
+# The paged mechanisms are what every engine here does: None is the best kernel for the device. The plain ones
+# are XLA's own operations.
+ATTENTION: dict[AttentionMechanisms, Implementation | None] = {
+    AttentionMechanisms.AUTO: None,
+    AttentionMechanisms.RAGGED_PAGE_ATTENTION: None,
+    AttentionMechanisms.PAGED_ATTENTION: None,
+    AttentionMechanisms.REGRESSIVE_DECODE: None,
+    AttentionMechanisms.VANILLA: "xla",
+    AttentionMechanisms.SDPA: "xla",
+}
+
+
+@dataclass(frozen=True)
+class EasyDeLModel(Model):
+    """A model that also says how long its engines' sequences may be.
+
+    Attributes:
+        max_length: default of `vSurge.from_model`, tokens; None for the model's own.
+    """
+
+    max_length: int | None = None
+
+
+class AutoEasyDeLModelForCausalLM:
+    """Loads models."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        auto_shard_model: bool = False,
+        sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
+        sharding_axis_names: Sequence[str] = AXIS_NAMES,
+        partition_axis: PartitionAxis | None = None,
+        config_kwargs: Mapping[str, Any] | None = None,
+        quantization_method: EasyDeLQuantizationMethods | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        precision: jax.lax.Precision | None = None,
+        revision: str | None = None,
+    ) -> EasyDeLModel:
+        """Loads a Qwen3 checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: a local folder or a hub id.
+            auto_shard_model: spread the model over the mesh that the next two describe; otherwise it goes to
+                the first device.
+            sharding_axis_dims: devices along each axis of the mesh, one of them -1 for all that remain.
+            sharding_axis_names: of those axes.
+            partition_axis: which axis of the mesh splits what; None for the defaults.
+            config_kwargs: see `EasyDeLBaseConfigDict`.
+            quantization_method: of the weights.
+            dtype: bfloat16 or float32, of the operands of matrix products; None for the parameters'.
+            param_dtype: bfloat16 or float32, of the parameters; None for the checkpoint's.
+            precision: of matrix products; None for the highest in float32 and the default in bfloat16.
+            revision: branch, tag or commit of a hub id.
+
+        Raises:
+            ValueError: an unknown option, or a value out of range.
+            NotImplementedError: a value that is not supported yet.
+            ConfigError, CheckpointError, FileNotFoundError: see `load_model`.
+        """
+        _only_unquantized("quantization_method", quantization_method)
+        options = dict(config_kwargs or {})
+        changes = _config_changes(options)
+        if precision is not None:
+            if not isinstance(precision, jax.lax.Precision):
+                raise TypeError(f"precision={precision!r}: must be a jax.lax.Precision or None")
+            changes["matmul_precision"] = precision
+        folder = find_checkpoint(pretrained_model_name_or_path, revision=revision)
+        max_length = _max_length(options, read_config(folder).max_length)
+        if not auto_shard_model and tuple(sharding_axis_dims) != TRIVIAL_DIMS:
+            logger.warning(
+                "auto_shard_model=False: the model goes to the first device, not to sharding_axis_dims=%s",
+                tuple(sharding_axis_dims),
+            )
+        model = load_model(
+            folder,
+            dtype=param_dtype,
+            compute_dtype=dtype,
+            sharding_axis_dims=sharding_axis_dims if auto_shard_model else TRIVIAL_DIMS,
+            axis_names=sharding_axis_names,
+            partition_axis=partition_axis,
+            progress=True,
+        )
+        return EasyDeLModel(
+            config=replace(model.config, **changes),
+            params=model.params,
+            mesh=model.mesh,
+            partition_axis=model.partition_axis,
+            generation_defaults=model.generation_defaults,
+            source=model.source,
+            max_length=max_length,
+        )
+
+
+class vSurge(Engine):
+    """The engine, with the parameters that EasyDeL's has."""
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Model,
+        processor: Any = None,
+        *,
+        max_length: int | None = None,
+        interleaved_mode: bool | None = None,
+        slot_clear_steps: int | None = None,
+        bytecode_decode: bool | None = None,
+        **options: Any,
+    ) -> vSurge:
+        """Builds an engine around a model; nothing is compiled or allocated yet.
+
+        Args:
+            model: from `AutoEasyDeLModelForCausalLM`, `vsurge.load_model` or `vsurge.random_model`.
+            processor: its tokenizer; None if prompts and output are token ids.
+            max_length: longest sequence, tokens; None for what the model was loaded with.
+            interleaved_mode, slot_clear_steps, bytecode_decode: have no effect: prefill and decode steps
+                alternate as the queue asks for, a place is free as soon as its sequence ends, and text never
+                contains half a character.
+            options: the other parameters of `vsurge.vSurge.from_model`.
+        """
+        without_effect = {
+            "interleaved_mode": interleaved_mode,
+            "slot_clear_steps": slot_clear_steps,
+            "bytecode_decode": bytecode_decode,
+        }
+        for name, value in without_effect.items():
+            if value is not None:
+                logger.warning("%s=%s has no effect here", name, value)
+        if max_length is None and isinstance(model, EasyDeLModel):
+            max_length = model.max_length
+        return cast(vSurge, super().from_model(model, processor, max_length=max_length, **options))
+
+    create_odriver = from_model
+
+
+def _config_changes(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Qwen3Config` that `config_kwargs` sets."""
+    known = list(EasyDeLBaseConfigDict.__annotations__)
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"config_kwargs: {name}={value!r}: no such option; there are {known}")
+    _only_unquantized("kv_cache_quantization_method", options.get("kv_cache_quantization_method"))
+    if "gradient_checkpointing" in options:
+        policy = _member(
+            "gradient_checkpointing", options["gradient_checkpointing"], EasyDeLGradientCheckPointers
+        )
+        wanted = policy is not EasyDeLGradientCheckPointers.NONE
+        level = logging.WARNING if wanted else logging.INFO
+        logger.log(level, "gradient_checkpointing=%s has no effect: inference computes no gradients", policy)
+    changes: dict[str, Any] = {}
+    for theirs, ours in (("attn_mechanism", "attention"), ("decode_attn_mechanism", "decode_attention")):
+        if theirs in options:
+            changes[ours] = _attention(theirs, options[theirs])
+    if options.get("kvdtype") is not None:
+        changes["kv_dtype"] = _cache_dtype(options["kvdtype"])
+    return changes
+
+
+Member = TypeVar("Member", bound=Enum)
+
+
+def _member(name: str, value: Any, kind: type[Member]) -> Member:
+    """A member of an enumeration, given as such or by its value."""
+    try:
+        return kind(value)
+    except ValueError:
+        members = [f"{kind.__name__}.{member.name}" for member in kind]
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(members)}") from None
+
+
+def _only_unquantized(name: str, value: Any) -> None:
+    method = _member(name, value, EasyDeLQuantizationMethods)
+    if method is not EasyDeLQuantizationMethods.NONE:
+        raise NotImplementedError(
+            f"{name}={method}: not supported yet; supported is EasyDeLQuantizationMethods.NONE"
+        )
+
+
+def _attention(name: str, value: Any) -> Implementation | None:
+    mechanism = _member(name, value, AttentionMechanisms)
+    if mechanism not in ATTENTION:
+        supported = ", ".join(member.name for member in ATTENTION)
+        raise NotImplementedError(f"{name}={mechanism}: has no equivalent here; supported are {supported}")
+    return ATTENTION[mechanism]
+
+
+def _cache_dtype(value: Any) -> Any:
+    supported = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+    dtype = jnp.dtype(value)
+    if dtype not in supported:
+        raise NotImplementedError(f"kvdtype={dtype}: not supported yet; supported are bfloat16 and float32")
+    return dtype
+
+
+def _max_length(options: dict[str, Any], longest: int) -> int | None:
+    """The default `max_length` of engines: the smaller of the two limits, each at most the model's own."""
+    lengths: list[int] = []
+    for name in ("freq_max_position_embeddings", "mask_max_position_embeddings"):
+        length = options.get(name)
+        if length is None:
+            continue
+        if not isinstance(length, int) or length < 2:
+            raise ValueError(f"{name}={length!r}: must be a number of tokens, at least 2")
+        if length > longest:
+            raise ValueError(f"{name}={length}: this model's position embedding reaches {longest} tokens")
+        lengths.append(length)
+    return min(lengths, default=None)

@@ -33,8 +33,8 @@ else:  # a leaf may also be a ShapeDtypeStruct, a sharding or None, which a runt
 SUPPORTED_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
 KEYS, VALUES = 0, 1  # the second axis of the data
 
-# How XLA's CPU backend copies pages fastest (measured): large ones slice by slice, a few at a time, because a
-# concatenation of eight slices takes several times as long as two of four; small ones by one gather.
+# How XLA's CPU backend copies pages fastest (measured): large ones slice by slice, few at a time (beyond
+# four slices the concatenation becomes slow), small ones by one gather.
 SLICED_FROM = 64  # tokens in a page
 MAX_SLICES = 4
 

@@ -77,9 +77,7 @@ def to_device(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding
     array = tensor.map() if tensor.dtype == dtype else tensor.read_as(dtype)
     on_device = jax.block_until_ready(jax.device_put(array, sharding, may_alias=False))
     del array
-    gc.collect(
-        0
-    )  # only then does jax let go of what it copied from, and mappings and open files would pile up
+    gc.collect(0)  # only then does jax let go of the mapping; they would pile up, with their open files
     return on_device
 
 

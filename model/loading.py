@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -20,12 +17,12 @@ from .checkpoint import load_params, open_checkpoint
 from .config import ConfigError, Qwen3Config, parse_dtype, published_config
 from .config_json import config_from_json, read_json, stored_dtype
 from .generation_defaults import GenerationDefaults, generation_defaults_from_json
-from .params import Params, param_specs
+from .params import Params
+from .random_weights import random_params
 from .safetensors_file import StoredTensor
-from .sharding import AXIS_NAMES, TRIVIAL_DIMS, PartitionAxis, make_mesh, named_sharding
+from .sharding import AXIS_NAMES, TRIVIAL_DIMS, PartitionAxis, make_mesh
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json")
-INITIALIZER_RANGE = 0.02  # standard deviation of the matrices, as Qwen3's config.json says
 
 
 @dataclass(frozen=True)
@@ -170,8 +167,7 @@ def random_model(
 ) -> Model:
     """A model of a published shape (or any configuration) with random weights, made on the device.
 
-    Matrices are uniform with standard deviation 0.02 (a normal draw would take several times as long), norms
-    are one, biases zero.
+    Matrices are uniform with standard deviation 0.02, norms are one, biases zero.
 
     Args:
         name_or_config: "Qwen/Qwen3-0.6B" or just "0.6B", or a configuration.
@@ -186,37 +182,8 @@ def random_model(
     config = _computing_in(config, compute_dtype, param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = partition_axis or PartitionAxis()
-    specs, structure = jax.tree.flatten(param_specs(config))
-    # "rbg" is several times faster than the default generator, and these are only weights
-    key = jax.random.key(seed, impl="rbg")
-    leaves: list[jax.Array] = []
-    for index, spec in enumerate(specs):
-        make = _maker(spec.name, spec.shape, param_dtype, named_sharding(mesh, spec.axes, partition_axis))
-        leaves.append(make(jax.random.fold_in(key, index)))
-    params = jax.block_until_ready(jax.tree.unflatten(structure, leaves))
+    params = random_params(config, seed=seed, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis)
     return Model(config, params, mesh, partition_axis, GenerationDefaults(), None)
-
-
-def _maker(
-    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
-) -> Callable[[jax.Array], jax.Array]:
-    """Makes a tensor on its device from a key."""
-    if name.endswith("norm.weight"):
-        return lambda _: jnp.ones(shape, dtype, device=sharding)
-    if name.endswith(".bias"):
-        return lambda _: jnp.zeros(shape, dtype, device=sharding)
-    return _uniform_maker(shape, dtype, sharding)
-
-
-@cache  # one compilation per shape, not per tensor
-def _uniform_maker(
-    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
-) -> Callable[[jax.Array], jax.Array]:
-    bound = INITIALIZER_RANGE * math.sqrt(3)  # a uniform distribution on [-b, b] deviates by b / sqrt(3)
-    return jax.jit(
-        lambda key: jax.random.uniform(key, shape, np.float32, -bound, bound).astype(dtype),
-        out_shardings=sharding,
-    )
 
 
 __all__ = ["ConfigError", "Model", "find_checkpoint", "load_model", "random_model", "read_config"]

@@ -156,6 +156,7 @@ class Engine:
             dispatched: tuple[StepPlan, jax.Array] | None = None
             while self._take_inbox():
                 previous, plan = dispatched, self._scheduler.plan()
+                self._count_waiting()
                 dispatched = None if plan is None else (plan, self._executor.run(plan))
                 if previous is not None:
                     self._commit(*previous)
@@ -200,6 +201,9 @@ class Engine:
 
     def _abort(self, requests: Sequence[Request]) -> None:
         self._publish([request for request in requests if self._scheduler.abort(request)])
+        self._count_waiting()
+
+    def _count_waiting(self) -> None:
         with self._lock:
             self._num_waiting = len(self._scheduler.waiting)
 

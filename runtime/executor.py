@@ -36,6 +36,7 @@ else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
 
 MAX_PROGRAMS = 16
 SMALLEST_PREFILL = 32  # tokens
+LARGEST_FLOAT, LARGEST_INT = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -286,9 +287,9 @@ def sampling_inputs(chunks: Sequence[Chunk], n: int, positions: npt.NDArray[np.i
     for i, chunk in enumerate(chunks):
         request = chunk.request
         params = request.params
-        temperature[i] = min(params.temperature, np.finfo(np.float32).max)
+        temperature[i] = min(params.temperature, LARGEST_FLOAT)
         top_p[i], min_p[i] = params.top_p, params.min_p
-        top_k[i] = min(max(params.top_k, 0), np.iinfo(np.int32).max)
+        top_k[i] = min(max(params.top_k, 0), LARGEST_INT)
         seed[i] = request.seed >> 32, request.seed & 0xFFFFFFFF
         if not request.may_stop_at(chunk.output_index):
             banned[i, : len(request.stop_token_ids)] = sorted(request.stop_token_ids)

@@ -52,8 +52,11 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
         raise TypeError(f"prompt={prompt!r}: must be a string, token ids or chat messages")
     if len(prompt) == 0:
         raise ValueError("prompt: is empty, it must have at least one token or chat message")
-    if all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+    are_tokens = [isinstance(item, int) and not isinstance(item, bool) for item in prompt]
+    if all(are_tokens):
         return list(prompt)  # pyright: ignore[reportReturnType]
+    if any(are_tokens):
+        raise TypeError(f"prompt: {prompt[are_tokens.index(False)]!r} is no token id, but other items are")
     for message in prompt:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise TypeError(

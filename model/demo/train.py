@@ -1,10 +1,10 @@
 """Trains the demo checkpoint on `corpus.txt` and writes it in the Hugging Face layout.
 
-    python -m vsurge.model.demo.train [--out DIR] [--minutes 25]
+    python -m vsurge.model.demo.train [--out DIR] [--steps 900]
 
-The corpus is a list of documents between lines of `---`. A dialogue (`USER:` and `ASSISTANT:` lines) is learnt
-in that form and in the chat template; random dialogues are also strung together, so that the model can answer
-the second question of a chat. Runs on two CPU cores; the same seed gives the same weights on the same machine.
+The corpus is a list of documents between lines of `---`. A dialogue (`USER:` and `ASSISTANT:` lines) is
+learnt in that form and in the chat template; random dialogues are also strung together, so that the model can
+answer the second question of a chat. Runs on two CPU cores; seeded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ NO_THOUGHTS = "<think>\n\n</think>\n\n"
 VOCABULARY = 1536
 CONTEXT = 1024  # tokens the rotary embedding is declared for
 
-# As Qwen2 and Qwen3 split text before byte-pair encoding: contractions, words, single digits, punctuation, space.
+# As Qwen2 and Qwen3 split text before byte-pair encoding: contractions, words, single digits, punctuation,
+# space.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -119,8 +120,9 @@ def _regex(pattern: str) -> Any:
 def epoch_of_texts(documents: list[str], rng: random.Random) -> list[str]:
     """Every document once in each of its forms, and chats of two or three random dialogues."""
     dialogues = [turns for turns in map(turns_of, documents) if turns]
-    texts = [document + (END_OF_TEXT if turns_of(document) or TURN_START not in document else "\n" + END_OF_TEXT)
-             for document in documents]  # fmt: skip
+    texts = [
+        document + ("\n" if document.startswith(TURN_START) else "") + END_OF_TEXT for document in documents
+    ]
     texts += [as_chat(turns, no_thoughts=rng.random() < 0.5) + END_OF_TEXT for turns in dialogues]
     shuffled = rng.sample(dialogues, len(dialogues))
     while len(shuffled) > 3:
@@ -206,14 +208,14 @@ def train(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b2=0.98, weight_decay=recipe.weight_decay),
     )
-    params = initial_params(config, recipe.seed)
+    params: Any = initial_params(config, recipe.seed)  # optax does not know our pytrees as types
     state = optimizer.init(params)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: Any, *batch: jax.Array) -> tuple[Params, Any, jax.Array]:
+    def step(params: Any, state: Any, *batch: jax.Array) -> tuple[Any, Any, jax.Array]:
         loss, gradients = jax.value_and_grad(loss_of)(params, config, *batch)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss  # pyright: ignore[reportReturnType]
+        return optax.apply_updates(params, updates), state, loss
 
     def batches() -> Any:
         while True:
@@ -295,7 +297,7 @@ def save_checkpoint(folder: Path, params: Params, config: Qwen3Config, tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: this one)")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=900)
     arguments = parser.parse_args()
     recipe = Recipe()
     documents = read_documents(FOLDER / "corpus.txt")
@@ -318,7 +320,8 @@ def main() -> None:
     )
     tokens = sum(len(e.ids) for e in tokenizer.encode_batch(documents))
     print(
-        f"{num_parameters(config):,} parameters, {len(documents)} documents, {tokens:,} tokens, vocabulary {config.vocab_size}"
+        f"{num_parameters(config):,} parameters, {len(documents)} documents, {tokens:,} tokens, "
+        f"vocabulary {config.vocab_size}"
     )
     params, loss, seconds = train(config, tokenizer, documents, recipe, arguments.steps)
     heldout = heldout_loss(params, config, tokenizer, recipe)

@@ -53,7 +53,7 @@ def test_a_kernel_to_come_says_so(name: dispatch.Implementation) -> None:
 
 @pytest.mark.usefixtures("no_type_checker")
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="implementation='cuda': must be one of .*'reference'"):
+    with pytest.raises(ValueError, match=r"implementation='cuda': must be one of .*'reference'"):
         choose_implementation("some kernel", "cuda")  # pyright: ignore[reportArgumentType]
 
 

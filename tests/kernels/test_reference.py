@@ -11,7 +11,9 @@ import pytest
 
 from vsurge.kernels.ragged.reference import attend
 
-PLAIN: dict[str, Any] = {"scale": 0.3, "sliding_window": None, "soft_cap": None, "sinks": None}
+
+def options(**changes: Any) -> dict[str, Any]:
+    return {"scale": 0.3, "sliding_window": None, "soft_cap": None, "sinks": None} | changes
 
 
 def random_sequence(q_len: int, kv_len: int, num_q_heads: int = 4, num_kv_heads: int = 2) -> list[np.ndarray]:
@@ -30,28 +32,28 @@ def test_it_agrees_with_dense_attention(window: int | None) -> None:
         mask=jnp.asarray(seen)[None, None],
         scale=0.3,
     )
-    output, _ = attend(queries, keys, values, **PLAIN | {"sliding_window": window})
+    output, _ = attend(queries, keys, values, **options(sliding_window=window))
     np.testing.assert_allclose(output, np.asarray(dense[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_log_sum_exp_is_that_of_the_scores() -> None:
     queries, keys, values = random_sequence(1, 6, 2, 2)
-    _, log_sum_exp = attend(queries, keys, values, **PLAIN)
+    _, log_sum_exp = attend(queries, keys, values, **options())
     scores = 0.3 * np.einsum("hd,khd->hk", queries[0], keys)
     np.testing.assert_allclose(log_sum_exp[0], np.log(np.exp(scores).sum(axis=1)))
 
 
 def test_a_sink_only_takes_its_share_of_the_weight() -> None:
     queries, keys, values = random_sequence(3, 6)
-    output, log_sum_exp = attend(queries, keys, values, **PLAIN)
+    output, log_sum_exp = attend(queries, keys, values, **options())
     sinks = np.array([-1.0, 0.0, 1.0, 2.0])
-    with_sinks, lse_with_sinks = attend(queries, keys, values, **PLAIN | {"sinks": sinks})
+    with_sinks, lse_with_sinks = attend(queries, keys, values, **options(sinks=sinks))
     np.testing.assert_allclose(lse_with_sinks, np.logaddexp(log_sum_exp, sinks))
     np.testing.assert_allclose(with_sinks, output * np.exp(log_sum_exp - lse_with_sinks)[..., None])
 
 
 def test_a_soft_cap_bounds_the_scores() -> None:
     queries, keys, values = random_sequence(1, 6, 1, 1)
-    _, capped = attend(1e6 * queries, keys, values, **PLAIN | {"soft_cap": 2.0})
+    _, capped = attend(1e6 * queries, keys, values, **options(soft_cap=2.0))
     signs = np.sign(keys[:, 0] @ queries[0, 0])
     np.testing.assert_allclose(capped[0, 0], np.log(np.exp(2.0 * signs).sum()))

@@ -30,6 +30,10 @@ def decode_arguments() -> dict[str, Any]:
     return {name: arguments[name] for name in ("queries", "kv_pages", "kv_lens", "page_table", "scale")}
 
 
+def integers(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: jnp.asarray(value, jnp.int32) for name, value in values.items()}
+
+
 BAD_FOR_BOTH = [
     ({"queries": jnp.ones((5, 32))}, r"queries: shape \(5, 32\)"),
     ({"queries": jnp.ones((2, 4, 8), jnp.float16)}, "queries: dtype float16"),
@@ -82,14 +86,14 @@ BAD_METADATA = [
 
 @pytest.mark.parametrize(("change", "message"), BAD_METADATA)
 def test_debug_refuses_metadata(change: dict[str, Any], message: str) -> None:
-    changed = {name: jnp.asarray(value, jnp.int32) for name, value in change.items()}
+    changed = integers(change)
     with pytest.raises(ValueError, match=message):
         ragged_paged_attention(**ragged_arguments() | changed, debug=True)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_METADATA)
 def test_debug_refuses_metadata_inside_a_compiled_program(change: dict[str, Any], message: str) -> None:
-    changed = {name: jnp.asarray(value, jnp.int32) for name, value in change.items()}
+    changed = integers(change)
     arguments = ragged_arguments()
     scale = arguments.pop("scale")
     attend = jax.jit(lambda arguments: ragged_paged_attention(**arguments, scale=scale, debug=True))
@@ -107,21 +111,16 @@ def test_debug_refuses_metadata_inside_a_compiled_program(change: dict[str, Any]
     ],
 )
 def test_debug_refuses_metadata_of_decode(change: dict[str, Any], message: str) -> None:
-    changed = {name: jnp.asarray(value, jnp.int32) for name, value in change.items()}
+    changed = integers(change)
     with pytest.raises(ValueError, match=message):
         paged_decode_attention(**decode_arguments() | changed, debug=True)
 
 
 def test_debug_accepts_nonsense_where_nobody_looks() -> None:
-    arguments = ragged_arguments() | {"num_seqs": jnp.asarray([1], jnp.int32)}
-    arguments["query_starts"] = jnp.asarray([0, 5, -3], jnp.int32)
-    arguments["kv_lens"] = jnp.asarray([20, 10**6], jnp.int32)
-    ragged_paged_attention(**arguments, debug=True)
-    padding = {
-        "kv_lens": jnp.asarray([0, 2], jnp.int32),
-        "page_table": jnp.asarray([[-5, 77], [2, 9]], jnp.int32),
-    }
-    paged_decode_attention(**decode_arguments() | padding, debug=True)
+    beyond_num_seqs = {"num_seqs": [1], "query_starts": [0, 5, -3], "kv_lens": [20, 10**6]}
+    ragged_paged_attention(**ragged_arguments() | integers(beyond_num_seqs), debug=True)
+    padding = {"kv_lens": [0, 2], "page_table": [[-5, 77], [2, 9]]}
+    paged_decode_attention(**decode_arguments() | integers(padding), debug=True)
 
 
 @pytest.mark.usefixtures("no_type_checker")
@@ -142,13 +141,11 @@ def test_append_refuses(change: dict[str, Any], message: str) -> None:
         append_kv(empty_kv_pages(4, 16, 2, 8, "float32"), **arguments | change)
 
 
-@pytest.mark.parametrize("position", range(4))
-def test_a_cache_has_no_empty_dimension(position: int) -> None:
-    sizes = [4, 16, 2, 8]
-    sizes[position] = 0
-    name = ("num_pages", "page_size", "num_kv_heads", "head_dim")[position]
+@pytest.mark.parametrize("name", ["num_pages", "page_size", "num_kv_heads", "head_dim"])
+def test_a_cache_has_no_empty_dimension(name: str) -> None:
+    sizes = {"num_pages": 4, "page_size": 16, "num_kv_heads": 2, "head_dim": 8} | {name: 0}
     with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
-        empty_kv_pages(*sizes, "float32")
+        empty_kv_pages(**sizes, dtype="float32")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float64"])
@@ -159,4 +156,4 @@ def test_a_cache_holds_bfloat16_or_float32(dtype: str) -> None:
 
 def test_the_type_checker_is_awake() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
-        ragged_paged_attention(**ragged_arguments() | {"query_starts": jnp.ones((7,), jnp.int32)})
+        ragged_paged_attention(**ragged_arguments() | integers({"query_starts": [0] * 7}))

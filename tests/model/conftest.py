@@ -137,7 +137,8 @@ def save_qwen3(tmp_path: Path) -> Callable[..., Path]:
                 else:
                     weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
         folder = tmp_path / "checkpoint"
-        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        torch.nn.Module.to(model, dtype)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         return folder
 
     return save

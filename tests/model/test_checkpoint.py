@@ -68,7 +68,7 @@ def edit_tensors(file: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> No
     save_file(tensors, file)
 
 
-def edit_index(folder: Path, edit: Callable[[dict[str, str]], Any]) -> None:
+def edit_index(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     index = json.loads((folder / INDEX).read_text())
     edit(index["weight_map"])
     (folder / INDEX).write_text(json.dumps(index))

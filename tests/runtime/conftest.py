@@ -1,4 +1,4 @@
-"""Engines to test: one with the demo checkpoint, and one whose executor is a script, which needs no compiling."""
+"""Engines to test: one with the demo checkpoint, and one whose executor is a script and compiles nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-import vsurge.model.demo
 from transformers import AutoTokenizer
+
+import vsurge.model.demo
 from vsurge.model import Model, load_model
 from vsurge.runtime import vSurge
 from vsurge.runtime.engine import Engine
@@ -21,7 +22,7 @@ from vsurge.runtime.executor import Executor
 from vsurge.runtime.page_pool import PagePool
 from vsurge.runtime.scheduler import Scheduler, StepPlan
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 Script = Callable[[list[int], int], int]
 
 

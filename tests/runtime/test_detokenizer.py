@@ -1,13 +1,15 @@
-"""Text grows by whole characters, is never taken back, and is in the end what the tokenizer itself decodes."""
+"""Text grows by whole characters, is never taken back, and ends up as what the tokenizer decodes."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+
 from vsurge.runtime.detokenizer import Detokenizer, TokenBytes, byte_alphabet
 
 TEXT = "naïve café 東京は夜の七時 🙂🏳️‍🌈 ok\n\tx"
@@ -37,7 +39,7 @@ def stream(detokenizer: Detokenizer, ids: list[int], min_tokens: int = 0) -> tup
 
 
 def check_prefixes(texts: list[str]) -> None:
-    for early, late in zip(texts, texts[1:], strict=False):
+    for early, late in itertools.pairwise(texts):
         assert late.startswith(early)
 
 
@@ -92,7 +94,7 @@ def test_an_unfinished_character_becomes_a_replacement_character_at_the_end_only
 
 
 def expected_end(text: str, stops: list[str], earliest: int) -> tuple[int, int] | None:
-    """By definition: the first end of a stop string beyond `earliest` characters, and the longest that ends there."""
+    """By definition: the first end of a stop string beyond `earliest` characters, the longest there."""
     for end in range(earliest + 1, len(text) + 1):
         starts = [end - len(s) for s in stops if text[:end].endswith(s)]
         if starts:
@@ -118,7 +120,7 @@ def test_text_ends_at_the_first_stop_string_however_tokens_cut_it(
             return pieces[token_id].encode()
 
         def is_special(self, token_id: int) -> bool:
-            return False
+            return token_id < 0
 
     detokenizer = Detokenizer(Pieces(), skip_special_tokens=True, stop=stops, include_stop=include)
     texts, stopped = stream(detokenizer, list(range(len(pieces))), min_tokens)

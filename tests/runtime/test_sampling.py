@@ -1,4 +1,4 @@
-"""Sampling on the device against the definition in float64 NumPy, and drawn frequencies against probabilities."""
+"""Sampling on the device against its definition in float64 NumPy: drawn frequencies, thresholds, ties."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 from scipy import stats
+
 from vsurge.runtime.sampling import MAX_BANNED, SamplingInputs, sample
 
 NUM_DRAWS = 4096
@@ -123,7 +124,7 @@ def test_top_k_keeps_k_tokens_and_ties_with_the_kth(top_k: int) -> None:
     assert set(tokens) == set(kept)
 
 
-@pytest.mark.parametrize("vocab", [1, 50, 128, 1000, 10_001])
+@pytest.mark.parametrize("vocab", [1, 128, 10_001])
 def test_greedy_takes_the_first_of_the_likeliest_tokens(vocab: int) -> None:
     rng = np.random.default_rng(0)
     logits = rng.integers(-3, 3, (16, vocab)).astype(np.float32)
@@ -134,8 +135,8 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(vocab: int) -> None:
 def test_a_banned_token_is_not_chosen_even_if_greedy() -> None:
     logits = make_logits("normal", 1000)
     best = np.argsort(logits)[::-1]
-    inputs = make_inputs(4, temperature=0.0, banned=tuple(best[:MAX_BANNED]))
-    assert set(np.asarray(draw(np.tile(logits, (4, 1)), inputs))) == {best[MAX_BANNED]}
+    inputs = make_inputs(NUM_DRAWS, temperature=0.0, banned=tuple(best[:MAX_BANNED]))
+    assert set(np.asarray(draw(np.tile(logits, (NUM_DRAWS, 1)), inputs))) == {best[MAX_BANNED]}
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
@@ -151,11 +152,12 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 63])
 def test_every_bit_of_the_seed_and_the_position_change_the_draws(bit: int) -> None:
-    logits = np.zeros((64, 1000), np.float32)
-    one = np.asarray(draw(logits, make_inputs(64, seed=5)))
-    assert len(set(one)) > 32
-    assert (one == np.asarray(draw(logits, make_inputs(64, seed=5)))).all()
-    assert (one != np.asarray(draw(logits, make_inputs(64, seed=5 ^ (1 << bit))))).mean() > 0.9
+    logits = np.zeros((NUM_DRAWS, 1000), np.float32)
+    one = np.asarray(draw(logits, make_inputs(NUM_DRAWS, seed=5)))
+    assert len(set(one)) > 900
+    assert (one == np.asarray(draw(logits, make_inputs(NUM_DRAWS, seed=5)))).all()
+    other = np.asarray(draw(logits, make_inputs(NUM_DRAWS, seed=5 ^ (1 << bit))))
+    assert (one != other).mean() > 0.9
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1e30, float(np.finfo(np.float32).max)])

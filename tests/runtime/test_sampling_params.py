@@ -1,4 +1,4 @@
-"""Which sampling parameters are accepted. What those that are do is shown in test_engine.py and test_streaming.py."""
+"""Which sampling parameters are accepted. What they do is shown in test_engine.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from vsurge.runtime import SamplingParams
 
 UNSUPPORTED = {

@@ -7,6 +7,7 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vsurge.runtime.channel import Channel
 from vsurge.runtime.page_pool import PagePool
 from vsurge.runtime.request import Request
@@ -37,7 +38,7 @@ def token_of(request: Request, output_index: int) -> int:
 
 
 class World:
-    """A scheduler, a device that runs its plans in order and late, and everything that must always be true."""
+    """A scheduler, a device that runs its plans in order and late, and what must always be true."""
 
     def __init__(self, *, num_pages: int, rows: int, prompts: int, prefill_length: int, lag: int) -> None:
         self.pool = PagePool(num_pages, PAGE_SIZE)
@@ -144,7 +145,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)  # some 10,000 steps
+@settings(max_examples=250, deadline=None)  # some 10,000 steps
 @given(
     st.integers(1, 24), st.integers(1, 5), st.integers(1, 4), st.integers(1, 20), st.integers(0, 2),
     st.lists(actions, min_size=20, max_size=80),

@@ -17,7 +17,7 @@ from vsurge.cli import main
 
 @pytest.fixture(scope="package")
 def vsurge_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """VSURGE_HOME, shared by the tests here, so that they share compiled programs; jax is reset afterwards."""
+    """VSURGE_HOME, one for all tests here, so that they share compiled programs; jax is reset afterwards."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     home = tmp_path_factory.mktemp("vsurge_home")
@@ -60,9 +60,8 @@ def process(vsurge_home: Path) -> Callable[..., Finished]:
     """Runs a command in a process of its own, with the text that it finds on stdin."""
 
     def run(*argv: str, stdin: str = "") -> Finished:
-        run = subprocess.run(
-            [sys.executable, "-m", "vsurge", *argv], input=stdin, capture_output=True, text=True, timeout=120, check=False
-        )  # fmt: skip
-        return Finished(run.returncode, run.stdout, run.stderr)
+        argv = (sys.executable, "-m", "vsurge", *argv)
+        done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+        return Finished(done.returncode, done.stdout, done.stderr)
 
     return run

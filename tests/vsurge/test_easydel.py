@@ -55,7 +55,7 @@ def test_precision_is_that_of_matrix_products(precision: jax.lax.Precision) -> N
 
 
 def test_precision_of_another_type_is_refused(no_type_checker: None) -> None:
-    with pytest.raises(TypeError, match="precision='high': must be a jax.lax.Precision"):
+    with pytest.raises(TypeError, match=r"precision='high': must be a jax\.lax\.Precision"):
         load(precision="high")
 
 
@@ -197,5 +197,5 @@ def test_axis_names_and_partition_axis_describe_the_mesh() -> None:
 
 
 def test_the_type_checker_is_awake_in_this_room() -> None:
-    with pytest.raises(Exception, match="(?i)type-?check"):
+    with pytest.raises(Exception, match=r"(?i)type-?check"):
         load(revision=3)

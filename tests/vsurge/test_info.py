@@ -55,9 +55,8 @@ def test_float32_doubles_weights_and_cache(command: Callable) -> None:
 def test_what_fits_is_whole_pages_in_a_share_of_what_the_weights_leave(
     memory: str, size: float, page_size: int, utilization: float, command: Callable
 ) -> None:
-    done = command(
-        "info", "0.6B", "--memory", memory, "--page-size", str(page_size), "--memory-utilization", str(utilization)
-    )  # fmt: skip
+    options = ("--page-size", str(page_size), "--memory-utilization", str(utilization))
+    done = command("info", "0.6B", "--memory", memory, *options)
     pages = int((size - 2 * PARAMETERS) * utilization) // (CACHE_BYTES * page_size)
     assert rows(done.out)["fits"].startswith(f"{pages * page_size:,} tokens in {utilization:g}")
 
@@ -115,7 +114,8 @@ def test_what_cannot_be_told_is_an_error_of_one_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("80GB", 80 * 10**9), ("1.5 GiB", 3 * 2**29), ("512m", 512 * 10**6), ("7", 7), ("2TiB", 2**41)]
-)  # fmt: skip
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("1.5 GiB", 3 * 2**29), ("512m", 512 * 10**6), ("7", 7), ("2TiB", 2**41)],
+)
 def test_sizes_are_decimal_or_binary_as_their_unit_says(text: str, size: int) -> None:
     assert parse_size(text) == size

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runtime import Generation, vSurge
 from .setup import build_engine, find_model, load_tokenizer, sampling_changes, template_options
-from .terminal import bold, write
+from .terminal import write
 
 PROMPT = "> "
 
@@ -38,7 +38,7 @@ def read_line() -> str | None:
         import readline  # noqa: F401  (input() edits lines with it)
     while True:
         try:
-            line = input(bold(PROMPT) if interactive else "").strip()
+            line = input(PROMPT if interactive else "").strip()
         except EOFError:
             if interactive:
                 print()

@@ -1,0 +1,313 @@
+"""The engine with the demo checkpoint: output depends on the request alone, parameters have their effects."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import pytest
+
+from vsurge.model import Model
+from vsurge.runtime import ReturnSample, SamplingParams, vSurge
+
+from .conftest import TIMEOUT_S
+
+CAPITAL = "USER:What is the capital of France?\nASSISTANT:"
+STORY = "USER:Tell me a short story about a cat.\nASSISTANT:"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+PROMPTS = [
+    CAPITAL,
+    STORY,
+    "Hello",
+    "東京は",
+    "USER:Explain the concept of recursion\nASSISTANT:",
+    " ".join(["a long prompt of many chunks"] * 12),
+]
+
+
+def one(surge: vSurge, prompt: Any, params: SamplingParams = GREEDY, **changes: Any) -> ReturnSample:
+    [sample] = surge.generate(prompt, replace(params, **changes)).result(TIMEOUT_S)
+    assert sample.num_generated_tokens == len(sample.token_ids)
+    return sample
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    events: list[str] = []
+
+    def listen(event: str, *_: Any, **__: Any) -> None:
+        if "compile" in event or "trace" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_listener_below_does_hear_compilations(compilations: list[str]) -> None:
+    jax.jit(lambda x: x + random.random())(1.0)  # never seen before
+    assert compilations
+
+
+def test_nothing_is_compiled_while_serving(surge: vSurge, compilations: list[str]) -> None:
+    rng = random.Random(0)
+    generations = []
+    for _ in range(60):
+        params = SamplingParams(
+            max_tokens=rng.randint(1, 20),
+            min_tokens=rng.choice([0, 1]),
+            temperature=rng.choice([0.0, 0.7, 1.5]),
+            top_k=rng.choice([0, 1, 20, 5000, 2**40]),
+            top_p=rng.choice([1.0, 0.9, 1e-9]),
+            min_p=rng.choice([0.0, 0.1]),
+            seed=rng.choice([None, 2**64 - 1]),
+            stop=rng.choice([None, "the"]),
+            ignore_eos=rng.random() < 0.5,
+        )
+        prompts = [[rng.randrange(1500)] * rng.randint(1, 100) for _ in range(rng.randint(1, 3))]
+        generations.append(surge.generate(prompts, params))
+        if rng.random() < 0.3:
+            rng.choice(generations).abort()
+        if rng.random() < 0.2:
+            generations[-1].result(TIMEOUT_S)
+    for generation in generations:
+        generation.result(TIMEOUT_S)
+    assert compilations == []
+
+
+def test_greedy_output_in_a_batch_is_that_of_each_prompt_alone(surge: vSurge) -> None:
+    alone = [one(surge, prompt).token_ids for prompt in PROMPTS]
+    together = surge.generate(PROMPTS, GREEDY).result(TIMEOUT_S)
+    assert [sample.token_ids for sample in together] == alone
+    assert len(set(alone)) == len(alone)
+
+
+def test_a_token_does_not_depend_on_how_its_prefix_came_into_the_cache(surge: vSurge) -> None:
+    prompt = surge.processor.encode(PROMPTS[5])
+    assert len(prompt) > 80  # at least three chunks, the last of them in the smaller bucket or not
+    whole = one(surge, prompt).token_ids
+    for cut in (1, 7, 15):  # the generated tokens as part of the prompt: prefilled instead of decoded
+        assert one(surge, [*prompt, *whole[:cut]]).token_ids[: 24 - cut] == whole[cut:]
+
+
+def test_a_seeded_request_gives_the_same_text_alone_and_in_any_batch(surge: vSurge) -> None:
+    params = SamplingParams(temperature=2.5, top_p=0.98, seed=2**63 + 11, max_tokens=24, ignore_eos=True)
+    alone = one(surge, STORY, params)
+    assert one(surge, STORY, params).text == alone.text
+    for others in (PROMPTS, PROMPTS[::-1], [STORY] * 3):
+        noise = SamplingParams(temperature=1.3, max_tokens=17, ignore_eos=True)
+        samples = surge.generate([*others, STORY], [noise] * len(others) + [params]).result(TIMEOUT_S)
+        assert samples[-1].token_ids == alone.token_ids
+    other_seed = replace(params, seed=11)  # differs in the upper half only
+    assert one(surge, STORY, other_seed).text != alone.text
+
+
+def test_unseeded_requests_differ_from_each_other(surge: vSurge) -> None:
+    params = SamplingParams(temperature=2.5, max_tokens=24, ignore_eos=True)
+    assert len({one(surge, STORY, params).text for _ in range(4)}) == 4
+
+
+def test_unseeded_requests_repeat_with_the_engines_seed(model: Model) -> None:
+    def drawn(seed: int) -> list[int]:
+        surge = vSurge.from_model(model, num_pages=2, max_concurrent_decodes=1, seed=seed, verbose=False)
+        return [surge._draw_seed() for _ in range(3)]
+
+    assert drawn(1) == drawn(1)
+    assert len({*drawn(1), *drawn(2)}) == 6
+    assert max(drawn(1)) > 2**32
+
+
+def test_requests_wait_when_pages_run_out_and_all_give_what_they_give_alone(surge: vSurge) -> None:
+    # 24 pages of 16 tokens: each of these needs 4 to 10, so four rows cannot always be filled
+    prompts = [[10 + i] * (40 + 6 * i) for i in range(10)]
+    params = replace(GREEDY, max_tokens=25 + 20, ignore_eos=True)
+    alone = [one(surge, prompt, params).token_ids for prompt in prompts]
+    generation = surge.generate(prompts, params)
+    most_used = 0
+    for _ in generation:
+        surge._pool.check_integrity()
+        most_used = max(most_used, surge._pool.num_used)
+    assert [s.token_ids for s in generation.result(TIMEOUT_S)] == alone
+    assert 15 <= most_used <= 24
+
+
+def test_requests_join_and_leave_between_steps(surge: vSurge) -> None:
+    alone = {prompt: one(surge, prompt, max_tokens=60).token_ids for prompt in PROMPTS[:3]}
+
+    async def join_and_leave() -> list[tuple[int, ...]]:
+        first = surge.generate(PROMPTS[0], replace(GREEDY, max_tokens=60))
+        await anext(first)
+        left = surge.generate(PROMPTS[1], replace(GREEDY, max_tokens=60))
+        await anext(left)
+        await left.aclose()
+        joined = surge.generate(PROMPTS[2], replace(GREEDY, max_tokens=60))
+        return [(await g)[0].token_ids for g in (first, left, joined)]
+
+    async def bounded() -> list[tuple[int, ...]]:
+        return await asyncio.wait_for(join_and_leave(), TIMEOUT_S)
+
+    first, left, joined = asyncio.run(bounded())
+    assert (first, joined) == (alone[PROMPTS[0]], alone[PROMPTS[2]])
+    assert left == alone[PROMPTS[1]][: len(left)]
+    assert 0 < len(left) < 60
+
+
+def test_two_engines_serve_side_by_side(surge: vSurge, model: Model) -> None:
+    other = vSurge.from_model(
+        model, surge.processor, max_concurrent_decodes=4, max_concurrent_prefill=3, prefill_lengths=(16, 40),
+        max_length=160, page_size=16, num_pages=24, verbose=False,
+    )  # fmt: skip
+    other._executor._programs = surge._executor._programs  # of the same shapes: saves compiling
+    alone = one(surge, STORY).token_ids
+    with other:
+        generations = [engine.generate(STORY, GREEDY) for engine in (surge, other) for _ in range(3)]
+        assert [g.result(TIMEOUT_S)[0].token_ids for g in generations] == [alone] * 6
+    assert one(surge, STORY).token_ids == alone
+
+
+def test_an_engine_starts_again_with_an_empty_cache(surge: vSurge) -> None:
+    before = one(surge, STORY).token_ids
+    surge.stop()
+    assert surge._executor._kv_pages == ()
+    surge.start()
+    assert one(surge, STORY).token_ids == before
+
+
+# One parameter at a time: what it does, and that it is the parameter that does it.
+
+
+def test_max_tokens_and_max_length_bound_the_output(surge: vSurge) -> None:
+    assert one(surge, [5] * 10, max_tokens=7).num_generated_tokens == 7
+    sample = one(surge, [5] * 10, max_tokens=None)
+    assert (sample.num_generated_tokens, sample.finish_reason) == (150, "length")
+    assert one(surge, [5] * 10, max_tokens=10_000).token_ids == sample.token_ids
+    assert one(surge, [5] * 159, max_tokens=None).num_generated_tokens == 1  # the longest prompt
+
+
+def test_end_of_sequence_ends_unless_ignored(surge: vSurge) -> None:
+    sample = one(surge, CAPITAL, max_tokens=60, ignore_eos=False)
+    assert sample.finish_reason == "stop"
+    assert sample.token_ids[-1] in surge.eos_token_ids  # the token belongs to the ids, not to the text
+    assert "Paris" in sample.text
+    assert "<|" not in sample.text
+    ignored = one(surge, CAPITAL, max_tokens=60, ignore_eos=True)
+    assert (ignored.finish_reason, ignored.num_generated_tokens) == ("length", 60)
+    assert ignored.token_ids[: sample.num_generated_tokens] == sample.token_ids
+
+
+def test_min_tokens_forbids_ending_tokens_and_stop_strings_until_then(surge: vSurge) -> None:
+    short = one(surge, CAPITAL, max_tokens=60, ignore_eos=False)
+    count = short.num_generated_tokens
+    longer = one(surge, CAPITAL, max_tokens=60, ignore_eos=False, min_tokens=count + 5)
+    assert longer.num_generated_tokens > count + 5
+    assert not set(longer.token_ids[: count + 5]) & set(surge.eos_token_ids)
+    exact = one(surge, CAPITAL, max_tokens=60, ignore_eos=False, min_tokens=count - 1)
+    assert exact.token_ids == short.token_ids  # the ending token is the first beyond min_tokens
+    stopped = one(surge, CAPITAL, stop="capital")
+    assert (
+        one(surge, CAPITAL, stop="capital", min_tokens=stopped.num_generated_tokens - 1).text == stopped.text
+    )
+    assert one(surge, CAPITAL, stop="capital", min_tokens=stopped.num_generated_tokens).text != stopped.text
+
+
+def test_stop_token_ids_end_and_their_text_is_left_out_unless_included(surge: vSurge) -> None:
+    free = one(surge, STORY)
+    token = next(t for i, t in enumerate(free.token_ids) if i > 5 and t not in free.token_ids[:i])
+    cut = free.token_ids.index(token)
+    stopped = one(surge, STORY, stop_token_ids=[token])
+    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: cut + 1], "stop")
+    assert stopped.text == surge.processor.decode(free.token_ids[:cut])
+    included = one(surge, STORY, stop_token_ids=[token], include_stop_str_in_output=True)
+    assert included.text == surge.processor.decode(free.token_ids[: cut + 1]) != stopped.text
+
+
+def test_a_stop_string_ends_the_text_before_it_or_after_it_if_included(surge: vSurge) -> None:
+    free = one(surge, STORY)
+    stop = free.text[7:16]  # of several tokens
+    assert len(surge.processor.encode(stop)) > 1
+    before = free.text[: free.text.index(stop)]
+    stopped = one(surge, STORY, stop=["never there", stop])
+    assert (stopped.text, stopped.finish_reason) == (before, "stop")
+    assert stopped.num_generated_tokens < free.num_generated_tokens
+    assert one(surge, STORY, stop=stop, include_stop_str_in_output=True).text == before + stop
+
+
+def test_no_text_that_was_streamed_is_taken_back_by_a_stop_string(surge: vSurge) -> None:
+    free = one(surge, STORY)
+    stop = free.text[7:16]
+    generation = surge.generate(STORY, replace(GREEDY, stop=stop))
+    texts = [samples[0].text for samples in generation]
+    final = free.text[: free.text.index(stop)]
+    assert all(final.startswith(text) for text in texts)
+    assert texts[-1] == final
+
+
+def test_text_held_back_for_a_stop_string_comes_out_at_the_end(surge: vSurge) -> None:
+    free = one(surge, STORY)
+    assert one(surge, STORY, stop=free.text[-3:] + "never").text == free.text
+
+
+def test_detokenize_and_skip_special_tokens_decide_what_becomes_text(surge: vSurge) -> None:
+    sample = one(surge, CAPITAL, max_tokens=60)
+    assert set(sample.token_ids) & {1533, 1534, 1535}
+    assert "<|" not in sample.text
+    with_special = one(surge, CAPITAL, max_tokens=60, skip_special_tokens=False)
+    assert "<|" in with_special.text
+    assert with_special.text == surge.processor.decode(sample.token_ids)
+    without_text = one(surge, CAPITAL, max_tokens=60, detokenize=False)
+    assert (without_text.text, without_text.token_ids) == ("", sample.token_ids)
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-6}])
+def test_each_cut_makes_a_hot_draw_greedy(surge: vSurge, changes: dict[str, Any]) -> None:
+    hot = SamplingParams(temperature=3.0, seed=3, max_tokens=24, ignore_eos=True)
+    greedy = one(surge, STORY).token_ids
+    assert one(surge, STORY, hot).token_ids != greedy
+    assert one(surge, STORY, hot, **changes).token_ids == greedy
+
+
+def test_values_beyond_float32_and_int32_do_not_break_the_engine(surge: vSurge) -> None:
+    wild = SamplingParams(temperature=1e300, top_k=2**70, top_p=1e-300, min_p=1e-300, seed=0, max_tokens=3)
+    assert one(surge, STORY, wild, ignore_eos=True).num_generated_tokens == 3
+    assert one(surge, STORY, wild, temperature=1e-300, ignore_eos=True).num_generated_tokens == 3
+
+
+def test_truncate_prompt_tokens_keeps_the_last_ones(surge: vSurge) -> None:
+    long = list(range(100, 400))
+    with pytest.raises(
+        ValueError, match=r"prompts\[1\]: 300 tokens, must be fewer than max_length=160; trunc"
+    ):
+        surge.generate([[1], long], GREEDY)
+    sample = one(surge, long, truncate_prompt_tokens=100)
+    assert sample.num_prompt_tokens == 100
+    assert sample.token_ids == one(surge, long[-100:]).token_ids
+
+
+def test_a_chat_goes_through_the_template_with_its_options(surge: vSurge) -> None:
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    text = surge.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert one(surge, chat).token_ids == one(surge, text).token_ids
+    assert surge.count_tokens(chat) == one(surge, chat).num_prompt_tokens
+    options = {"enable_thinking": False}
+    closed = surge.generate(chat, GREEDY, chat_template_kwargs=options).result(TIMEOUT_S)
+    assert closed[0].num_prompt_tokens == surge.count_tokens(chat, chat_template_kwargs=options)
+    two = surge.generate([chat, chat], GREEDY).result(TIMEOUT_S)
+    assert len(two) == 2
+
+
+def test_the_models_generation_config_gives_the_defaults(surge: vSurge) -> None:
+    assert surge.default_sampling_params() == SamplingParams(temperature=0.0)
+    greedy = one(surge, STORY, max_tokens=16, ignore_eos=False)
+    [sample] = surge.generate(STORY).result(TIMEOUT_S)
+    assert sample.token_ids == greedy.token_ids
+    assert surge.eos_token_ids == (1535, 1533)
+
+
+def test_a_sample_tells_how_long_it_took(surge: vSurge) -> None:
+    sample = one(surge, STORY)
+    assert sample.time_to_first_token_s is not None
+    assert 0 < sample.time_to_first_token_s < sample.num_generated_tokens / sample.tokens_per_second

@@ -1,0 +1,210 @@
+"""`vsurge generate`, `vsurge demo`, and what all commands have in common."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import vsurge
+from vsurge.cli import main
+from vsurge.cli.demo import PROMPTS
+from vsurge.cli.parser import build_parser
+from vsurge.cli.setup import sampling_changes
+from vsurge.model import PUBLISHED
+
+FRANCE = "USER:What is the capital of France?\nASSISTANT:"
+THANKS = "USER:How do you say thank you in Chinese?\nASSISTANT:"
+SMALL = ("--max-length", "64", "--max-concurrent-decodes", "2")  # three programs to compile
+SUMMARY = r"^\d+ tokens, \d+ tokens/s, time to first token \d+ ms \(%s in \d+\.\d\d s on \w+\)$"
+
+
+def test_texts_of_several_prompts_come_one_after_the_other(command: Callable) -> None:
+    done = command("generate", THANKS, FRANCE, *SMALL)
+    assert done.code == 0
+    assert done.out == (
+        f"[1/2] {THANKS}\n In Chinese, thank you is 谢谢 (xièxie).\n"
+        f"\n[2/2] {FRANCE}\n The capital of France is Paris.\n"
+    )
+    assert re.match(SUMMARY % "2 answers", done.err)
+
+
+def test_json_tells_everything_about_every_sample(command: Callable) -> None:
+    options = ("--max-tokens", "5", "--ignore-eos", "--temperature", "0.9", "--seed", "3")
+    done = command("generate", FRANCE, FRANCE, "--json", *options, *SMALL)
+    document = json.loads(done.out)
+    first, second = document["samples"]
+    assert first["prompt"] == second["prompt"] == FRANCE
+    assert first["token_ids"] == second["token_ids"]  # the same seed
+    assert len(first["token_ids"]) == first["num_generated_tokens"] == 5
+    assert first["finish_reason"] == "length"
+    assert first["time_to_first_token_s"] > 0
+    assert document["num_generated_tokens"] == 10
+    assert document["tokens_per_second"] == pytest.approx(10 / document["seconds"])
+
+
+def test_a_prompt_from_stdin_goes_through_the_chat_template_if_asked(
+    command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?\n"))
+    done = command("generate", "-", "--chat", "--stop", " Paris", *SMALL)
+    assert done.out == "The capital of France is\n"
+    assert re.match(SUMMARY % "1 answer", done.err)
+
+
+def test_a_published_shape_runs_on_random_weights_and_token_ids(
+    command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(
+        PUBLISHED["Qwen/Qwen3-0.6B"],
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_layers=1, num_q_heads=2, num_kv_heads=1,
+        head_dim=16, eos_token_ids=(),
+    )  # fmt: skip
+    monkeypatch.setitem(PUBLISHED, "Qwen/Qwen3-tiny", tiny)
+    options = ("--random-weights", "tiny", "--seed", "1", "--temperature", "0", "--max-tokens", "6",
+        "--max-length", "16", "--max-concurrent-decodes", "2")  # fmt: skip
+    done = command("generate", "1,2,3", *options)
+    assert re.fullmatch(r"\d+( \d+){5}\n", done.out)
+    assert command("generate", "1, 2, 3", *options).out == done.out
+
+    refused = command("generate", "some text", *options)
+    assert (refused.code, refused.out) == (1, "")
+    assert "prompt 'some text': this model has no tokenizer; give one with --tokenizer" in refused.err
+    assert "needs a tokenizer" in command("chat", "--random-weights", "tiny").err
+    assert "--chat needs a tokenizer" in command("generate", "1", "--chat", "--random-weights", "tiny").err
+    outside = command("generate", "1,64", *options)
+    assert (outside.code, "64 is outside the vocabulary" in outside.err) == (1, True)
+
+
+def test_every_sampling_option_sets_its_parameter() -> None:
+    options = {
+        "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_p": 0.8, "top_k": 7, "min_p": 0.1,
+        "seed": 4,
+    }  # fmt: skip
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    args = build_parser().parse_args(["generate", "x", *argv, "--stop", "a", "--stop", "b", "--ignore-eos"])
+    assert sampling_changes(args) == options | {"stop": ["a", "b"], "ignore_eos": True}
+    # what is not given is left to generation_config.json
+    assert sampling_changes(build_parser().parse_args(["generate", "x"])) == {"max_tokens": 256}
+    assert sampling_changes(build_parser().parse_args(["chat"])) == {"max_tokens": None}
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (("--temperature", "-1"), "temperature=-1.0: must lie in [0.0, infinity)"),
+        (("--top-p", "0"), "top_p=0.0: must lie in (0.0, 1.0]"),
+        (("--min-tokens", "500"), "min_tokens=500: must be at most max_tokens=256"),
+        (("--model", "/no/such/folder"), "/no/such/folder: no such folder"),
+        (("--model", "{tmp_path}", "--tokenizer", "{demo}"), "config.json: there is no such file"),
+        (("--revision", "main"), "revision='main': "),
+        (
+            ("--random-weights", "7B", "--tokenizer", "{demo}"),
+            "'7B': no published shape of that name; there are",
+        ),
+        (("--max-length", "100000"), "max_length=100000: must lie between 2 and the model's 1024"),
+        (("--num-pages", "0"), "num_pages=0: must be at least 1"),
+        (("--memory-utilization", "2"), "memory_utilization=2.0: must lie in (0, 1]"),
+    ],
+)
+def test_wrong_values_end_with_one_line_that_says_which(
+    argv: tuple[str, ...], complaint: str, command: Callable, tmp_path: Path
+) -> None:
+    filled = [arg.format(tmp_path=tmp_path, demo=vsurge.demo_model_path()) for arg in argv]
+    done = command("generate", FRANCE, *filled)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("vsurge: error: ")
+    assert complaint in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("generate", "x", "--no-such-option"),
+        ("generate", "x", "--temp", "1"),  # no abbreviations
+        ("generate",),
+        ("generate", "x", "--max-tokens", "many"),
+        ("generate", "x", "--dtype", "int4"),
+        ("generate", "x", "--model", "a/b", "--random-weights", "0.6B"),
+        ("no-such-command",),
+        (),
+    ],
+)
+def test_wrong_usage_ends_with_code_2(argv: tuple[str, ...], command: Callable) -> None:
+    done = command(*argv)
+    assert (done.code, done.out) == (2, "")
+    assert "usage: vsurge" in done.err
+
+
+@pytest.mark.parametrize(
+    ("prompts", "complaint"), [(("-", "-"), "stdin can be read only once"), (("a", ""), "prompt 2 is empty")]
+)
+def test_prompts_that_cannot_be_read_are_refused(
+    prompts: tuple[str, ...], complaint: str, command: Callable
+) -> None:
+    done = command("generate", *prompts)
+    assert (done.code, complaint in done.err) == (1, True)
+
+
+def test_debug_shows_the_traceback(vsurge_home: Path) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        main(["generate", "x", "--temperature", "-1", "--debug"])
+
+
+def test_the_engines_failure_is_one_line_too(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr("vsurge.runtime.executor.Executor.run", fail)
+    done = command("generate", FRANCE, *SMALL)
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert "out of order" in done.err.splitlines()[-1]
+
+
+def test_a_prompt_that_is_too_long_is_an_error_of_one_line(command: Callable) -> None:
+    done = command("generate", "word " * 100, *SMALL)
+    assert (done.code, done.out) == (1, "")
+    assert "tokens, must be fewer than max_length=64" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_the_version_is_the_packages(command: Callable) -> None:
+    assert command("--version").out == f"vsurge {vsurge.__version__}\n"
+
+
+def test_a_reader_that_leaves_is_no_error(vsurge_home: Path) -> None:
+    argv = [sys.executable, "-m", "vsurge", "info", "0.6B"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141
+
+
+def test_the_demo_answers_and_a_later_run_finds_its_programs(process: Callable, vsurge_home: Path) -> None:
+    done = process("demo")
+    assert (done.code, done.err) == (0, "")
+    for prompt in PROMPTS:
+        assert f"\n{prompt} " in done.out
+    assert f"{FRANCE} The capital of France is Paris.\n" in done.out
+    assert "In Chinese, thank you is 谢谢 (xièxie).\n" in done.out
+    assert re.match(SUMMARY % "5 answers", done.out.splitlines()[-1])
+
+    def programs() -> set[str]:
+        return {path.name for path in (vsurge_home / "compiled").glob("*-cache")}
+
+    before = programs()
+    assert len(before) >= 4
+    again = process("demo")
+    assert programs() == before
+    assert again.out.splitlines()[:-1] == done.out.splitlines()[:-1]

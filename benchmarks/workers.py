@@ -1,8 +1,11 @@
-"""One measured engine per process: `python -m vsurge.benchmarks.workers NAME` prints its figures as JSON.
+"""One engine per process, measured on request: `python -m vsurge.benchmarks.workers NAME`.
 
-vsurge, transformers: the workload on either engine.
+A worker says "ready", then answers each line of JSON on stdin, `{"measure": …, …}`, with a line of JSON on stdout.
+So several engines can stand ready and take turns, and a drift of the machine's speed hits all of them.
+
+vsurge, transformers: prefill and decode of the workload.
 matmuls: XLA's matrix products of the shape and nothing else, and what the machine does at best.
-startup: from the start of the process to an engine that is ready.
+startup: no measurements; it ends once an engine is ready.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,63 +22,60 @@ from ..model import PUBLISHED
 from .machine import measure_ceilings, seconds_of
 from .workload import Workload
 
+Measurements = dict[str, Callable[..., Any]]
 
-def run_vsurge(work: Workload) -> dict[str, Any]:
-    """Prefill and decode rates through the engine's API, streaming."""
+
+def vsurge_engine(work: Workload) -> Measurements:
+    """Rates through the engine's own API."""
     from ..model import random_model
     from ..runtime import SamplingParams, vSurge
+    from ..runtime.cache_size import page_bytes
 
     model = random_model(work.model, seed=0)
-    vocab = model.config.vocab_size
     most = max(work.decode_batches)
     surge = vSurge.from_model(
         model,
         max_concurrent_decodes=most,
         max_prefill_length=work.prefill_tokens,
         max_length=1024,
-        num_pages=most * 2,
+        num_pages=2 * most,
     )
     surge.start()
 
-    def prefill(seed: int) -> None:
-        prompt = work.prompt(work.prefill_tokens, vocab, seed)
+    def prefill(seed: int) -> float:
+        prompt = work.prompt(work.prefill_tokens, model.config.vocab_size, seed)
+        start = time.perf_counter()
         surge.generate(prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)).result()
+        return time.perf_counter() - start
 
-    def decode_rate(batch: int, seed: int) -> float:
-        """Tokens per second from the moment when all sequences decode to the last token."""
-        prompts = [work.prompt(work.prompt_tokens, vocab, seed + i) for i in range(batch)]
-        # early sequences go on until the last one, admitted `batch` steps later, has all its tokens
+    def decode(seed: int, batch: int) -> float:
+        """Tokens per second from the moment when all sequences decode until the first of them ends."""
+        prompts = [work.prompt(work.prompt_tokens, model.config.vocab_size, seed + i) for i in range(batch)]
+        # prompts are admitted one by one, so that the first has up to `batch` tokens when the last begins
         params = SamplingParams(max_tokens=work.new_tokens + 2 * batch, temperature=0, ignore_eos=True)
         start: tuple[float, int] | None = None
+        total = 0
         for samples in surge.generate(prompts, params):
             counts = [sample.num_generated_tokens for sample in samples]
+            total = sum(counts)
             if start is None and min(counts) >= 1:
-                start = time.perf_counter(), sum(counts)
+                start = time.perf_counter(), total
             if max(counts) == params.max_tokens:
                 break
-        assert start is not None
-        return (sum(counts) - start[1]) / (time.perf_counter() - start[0])
+        if start is None:
+            raise RuntimeError("a sequence ended before all had begun")
+        return (total - start[1]) / (time.perf_counter() - start[0])
 
-    prefill(0)
-    result = {
-        "prefill_s": seconds_of(lambda: prefill(1), repeats=work.repeats),
-        "decode_tok_s": {
-            b: [decode_rate(b, 10 * r) for r in range(work.repeats)] for b in work.decode_batches
-        },
-        "cache_bytes": surge.num_pages * _page_bytes(model, surge.page_size),
-        "peak_memory_bytes": peak_memory(),
-    }
-    surge.stop()
-    return result
+    def memory() -> dict[str, int]:
+        return {
+            "peak_bytes": peak_memory(),
+            "cache_bytes": surge.num_pages * page_bytes(model, surge.page_size),
+        }
+
+    return {"prefill": prefill, "decode": decode, "memory": memory}
 
 
-def _page_bytes(model: Any, page_size: int) -> int:
-    from ..runtime.cache_size import page_bytes
-
-    return page_bytes(model, page_size)
-
-
-def run_transformers(work: Workload) -> dict[str, Any]:
+def transformers_engine(work: Workload) -> Measurements:
     """The same on transformers: `generate` with its default (dynamic) cache, greedy."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -92,19 +93,20 @@ def run_transformers(work: Workload) -> dict[str, Any]:
         dtype="bfloat16",
     )
     torch.manual_seed(0)
-    previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     model: Any = Qwen3ForCausalLM(config).eval()
-    torch.set_default_dtype(previous)
 
     def tokens(batch: int, length: int, seed: int) -> torch.Tensor:
         return torch.tensor([work.prompt(length, shape.vocab_size, seed + i) for i in range(batch)])
 
-    def prefill(seed: int) -> None:
+    def prefill(seed: int) -> float:
+        prompt = tokens(1, work.prefill_tokens, seed)
         with torch.inference_mode():
-            model(tokens(1, work.prefill_tokens, seed), use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            start = time.perf_counter()
+            model(prompt, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
+            return time.perf_counter() - start
 
-    def decode_rate(batch: int, seed: int) -> float:
+    def decode(seed: int, batch: int) -> float:
         """Tokens per second after the prefill, which is timed alone and taken off."""
         prompts = tokens(batch, work.prompt_tokens, seed)
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -116,51 +118,43 @@ def run_transformers(work: Workload) -> dict[str, Any]:
             end = time.perf_counter()
         return batch * work.new_tokens / ((end - first) - (first - start))
 
-    prefill(0)
-    return {
-        "prefill_s": seconds_of(lambda: prefill(1), repeats=work.repeats),
-        "decode_tok_s": {
-            b: [decode_rate(b, 10 * r) for r in range(work.repeats)] for b in work.decode_batches
-        },
-        "peak_memory_bytes": peak_memory(),
-    }
+    return {"prefill": prefill, "decode": decode, "memory": lambda: {"peak_bytes": peak_memory()}}
 
 
-def run_matmuls(work: Workload) -> dict[str, Any]:
-    """Seconds of all matrix products of the shape, in one program, by rows; and the machine's ceilings."""
+def matmuls(work: Workload) -> Measurements:
+    """Seconds of all matrix products of the shape in one program, by rows."""
     import jax
     import jax.numpy as jnp
 
     from ..model import random_model
     from ..model.qwen3 import linear
 
-    ceilings = measure_ceilings()
     model = random_model(work.model, seed=0)
     config, params = model.config, model.params
 
-    def products(rows: int) -> Callable[[], Any]:
-        @jax.jit
-        def all_of_them(params: Any, x: jax.Array) -> Any:
-            outputs = x.astype(jnp.float32)
-            for layer in params.layers:
-                q = linear(config, outputs, layer.q_proj)
-                kv = linear(config, outputs, layer.k_proj) + linear(config, outputs, layer.v_proj)
-                outputs = linear(config, q, layer.o_proj) + kv[:, :1] * 1e-9
-                inner = linear(config, outputs, layer.gate_proj) + linear(config, outputs, layer.up_proj)
-                outputs = linear(config, inner, layer.down_proj)
-            # a prefill needs the output matrix for one row (computed as two)
-            last = outputs[:2] if rows > max(work.decode_batches) else outputs
-            return linear(config, last, params.embedding if params.lm_head is None else params.lm_head)
+    @jax.jit
+    def all_products(params: Any, x: jax.Array) -> jax.Array:
+        prefill = x.shape[0] == work.prefill_tokens
+        for layer in params.layers:
+            q = linear(config, x, layer.q_proj)
+            kv = linear(config, x, layer.k_proj) + linear(config, x, layer.v_proj)
+            x = linear(config, q, layer.o_proj) + kv[:, :1] * 1e-9  # so that none of them is dropped
+            inner = linear(config, x, layer.gate_proj) + linear(config, x, layer.up_proj)
+            x = linear(config, inner, layer.down_proj)
+        # a prefill needs the output matrix for its last token only, which `linear` computes as two rows
+        head = params.embedding if params.lm_head is None else params.lm_head
+        return linear(config, x[:1] if prefill else x, head)
 
+    def products(rows: int) -> float:
         x = jnp.ones((rows, config.hidden_size), jnp.float32)
-        return lambda: all_of_them(params, x).block_until_ready()
+        seconds = seconds_of(lambda: all_products(params, x).block_until_ready(), repeats=3)
+        return sorted(seconds)[1]
 
-    rows = [*(max(2, batch) for batch in work.decode_batches), work.prefill_tokens]
-    return {"seconds": {r: seconds_of(products(r), repeats=4 * work.repeats) for r in rows}} | ceilings
+    return {"matmuls": products, "ceilings": measure_ceilings}
 
 
-def run_startup(work: Workload) -> dict[str, Any]:
-    """Seconds to import and make the weights, and to compile and start; the caller adds the rest."""
+def startup(work: Workload) -> Measurements:
+    """Weights, compilation, start; prints how long each took."""
     start = time.perf_counter()
     from ..model import random_model
     from ..runtime import vSurge
@@ -170,9 +164,8 @@ def run_startup(work: Workload) -> dict[str, Any]:
     surge = vSurge.from_model(model, max_concurrent_decodes=16, max_prefill_length=512, max_length=1024)
     surge.compile()
     surge.start()
-    ready = time.perf_counter()
-    surge.stop()
-    return {"weights_s": loaded - start, "compile_s": ready - loaded, "ready_at": time.time()}
+    times = {"weights_s": loaded - start, "compile_s": time.perf_counter() - loaded}
+    return {"startup": lambda: times}
 
 
 def peak_memory() -> int:
@@ -180,11 +173,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-WORKERS: dict[str, Callable[[Workload], dict[str, Any]]] = {
-    "vsurge": run_vsurge,
-    "transformers": run_transformers,
-    "matmuls": run_matmuls,
-    "startup": run_startup,
+WORKERS = {
+    "vsurge": vsurge_engine,
+    "transformers": transformers_engine,
+    "matmuls": matmuls,
+    "startup": startup,
 }
 
 
@@ -192,10 +185,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("worker", choices=list(WORKERS))
     parser.add_argument("--model", default=Workload.model)
-    parser.add_argument("--repeats", type=int, default=Workload.repeats)
     arguments = parser.parse_args()
-    work = Workload(model=arguments.model, repeats=arguments.repeats)
-    print(json.dumps(WORKERS[arguments.worker](work)))
+    measurements = WORKERS[arguments.worker](Workload(model=arguments.model))
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(measurements[request.pop("measure")](**request)), flush=True)
 
 
 if __name__ == "__main__":

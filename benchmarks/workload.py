@@ -18,7 +18,6 @@ class Workload:
         prefill_tokens: length of the prompt that prefill is timed on.
         decode_batches: batch sizes that decoding is timed at.
         prompt_tokens, new_tokens: of each sequence when decoding is timed.
-        repeats: of each measurement in one process.
     """
 
     model: str = "Qwen/Qwen3-0.6B"
@@ -26,7 +25,6 @@ class Workload:
     decode_batches: tuple[int, ...] = (1, 16)
     prompt_tokens: int = 128
     new_tokens: int = 48
-    repeats: int = 3
 
     def prompt(self, length: int, vocab_size: int, seed: int) -> list[int]:
         return np.random.default_rng(seed).integers(0, vocab_size - 1000, length).tolist()

@@ -1,8 +1,9 @@
 """vSurge beside transformers on this machine's processor: `python -m vsurge.benchmarks.side_by_side`.
 
-Both engines stand ready in processes of their own and take turns at every single measurement, as do XLA's bare matrix
-products and the machine's ceilings (memory bandwidth, matrix rate). Ratios are taken within a turn and their median is
-printed, so that a drift of the machine's speed cancels out. JSON with every sample is written beside.
+Both engines stand ready in processes of their own and take turns at every single measurement, as do XLA's
+bare matrix products and the machine's ceilings (memory bandwidth, matrix rate). Ratios are taken within a
+turn and their median is printed, so that a drift of the machine's speed cancels out. Writes JSON with every
+sample.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Worker:
 
 
 def measure_startup(work: Workload) -> dict[str, Any]:
-    """Seconds from starting a process to an engine that is ready, with an empty compilation cache and a full one."""
+    """Seconds from a process's start to a ready engine, with an empty compilation cache and a full one."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
         environment = {
@@ -169,9 +170,8 @@ def print_report(report: dict[str, Any]) -> None:
     ceilings = {
         name: statistics.median(turn["ceilings"][name] for turn in turns) for name in turns[0]["ceilings"]
     }
-    print(
-        f"{report['workload']['model']}, random bfloat16 weights; {machine['processor']}, {machine['cores']} cores"
-    )
+    model, cores = report["workload"]["model"], machine["cores"]
+    print(f"{model}, random bfloat16 weights; {machine['processor']}, {cores} cores")
     print(
         f"medians of {len(turns)} turns; here memory reads run at {ceilings['bandwidth_gb_s']:.0f} GB/s, "
         f"bfloat16 products at {ceilings['matrix_gflop_s']:.0f} GFLOP/s"
@@ -187,8 +187,8 @@ def print_report(report: dict[str, Any]) -> None:
         )
     memory = {name: bytes_ / 2**30 for name, bytes_ in report["memory"].items()}
     print(
-        f"peak memory {memory['peak']:.2f} GiB = weights {memory['weights']:.2f} + cache {memory['cache']:.2f} + "
-        f"{memory['beyond']:.2f}; transformers {memory['transformers_peak']:.2f} GiB"
+        f"peak memory {memory['peak']:.2f} GiB = weights {memory['weights']:.2f} + cache "
+        f"{memory['cache']:.2f} + {memory['beyond']:.2f}; transformers {memory['transformers_peak']:.2f} GiB"
     )
     for name, times in report["startup"].items():
         print(

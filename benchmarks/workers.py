@@ -1,7 +1,7 @@
 """One engine per process, measured on request: `python -m vsurge.benchmarks.workers NAME`.
 
-A worker says "ready", then answers each line of JSON on stdin, `{"measure": …, …}`, with a line of JSON on stdout.
-So several engines can stand ready and take turns, and a drift of the machine's speed hits all of them.
+A worker says "ready", then answers each line of JSON on stdin, `{"measure": …, …}`, with a line of JSON on
+stdout. So several engines can stand ready and take turns, and a drift of the machine's speed hits them all.
 
 vsurge, transformers: prefill and decode of the workload.
 matmuls: XLA's matrix products of the shape and nothing else, and what the machine does at best.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -100,12 +101,30 @@ def decoder(
     x = params.embedding.at[token_ids].get(mode="clip").astype(jnp.float32)
     tables = rotary_tables(config, positions)
     for index, layer in enumerate(params.layers):
-        normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        attended = attend(index, *project_heads(layer, config, tables, normed))
-        attended = attended.reshape(x.shape[0], -1)
-        x = x + linear(config, attended, layer.o_proj, layer.o_bias)
-        x = x + mlp(layer, config, rms_norm(x, layer.post_attention_norm, config.rms_norm_eps))
+        attended = attend(index, *before_attention(layer, config, tables, x))
+        x = after_attention(layer, config, x, attended)
     return x
+
+
+# The halves of a layer are jitted so that they are traced once and not once per layer; XLA inlines them.
+@partial(jax.jit, static_argnames="config")
+def before_attention(
+    layer: LayerParams,
+    config: Qwen3Config,
+    tables: tuple[Array, Array],
+    x: Float[Array, "num_tokens hidden"],
+) -> tuple[Queries, KeyValues, KeyValues]:
+    """A layer's queries, keys and values."""
+    return project_heads(layer, config, tables, rms_norm(x, layer.input_norm, config.rms_norm_eps))
+
+
+@partial(jax.jit, static_argnames="config")
+def after_attention(
+    layer: LayerParams, config: Qwen3Config, x: Float[Array, "num_tokens hidden"], attended: Queries
+) -> Float[Array, "num_tokens hidden"]:
+    """A layer's output, from its input and its attention."""
+    x = x + linear(config, attended.reshape(x.shape[0], -1), layer.o_proj, layer.o_bias)
+    return x + mlp(layer, config, rms_norm(x, layer.post_attention_norm, config.rms_norm_eps))
 
 
 def logits(params: Params, config: Qwen3Config, x: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:

@@ -35,7 +35,10 @@ else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
     Leaf = Any
 
 MAX_PROGRAMS = 16
-SMALLEST_PREFILL = 32  # tokens
+SMALLEST_PREFILL = 64  # tokens
+# LLVM's first level of optimization instead of its highest: a quarter less time to compile and, measured on
+# Qwen3-0.6B, steps no slower, for the matrix products are library calls.
+CPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}
 LARGEST_FLOAT, LARGEST_INT = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
 
 
@@ -228,7 +231,9 @@ class Executor:
         last_tokens = jax.ShapeDtypeStruct((self._num_rows,), jnp.int32)
         inputs = jax.eval_shape(partial(self._inputs, StepPlan(kind, ()), size))
         jitted = jax.jit(partial(step, config=self._model.config), donate_argnums=(1, 2))
-        return jitted.lower(self._model.params, kv_pages, last_tokens, inputs).compile()
+        lowered = jitted.lower(self._model.params, kv_pages, last_tokens, inputs)
+        platform = self._model.mesh.devices.flat[0].platform
+        return lowered.compile(CPU_COMPILER_OPTIONS if platform == "cpu" else None)
 
     def run(self, plan: StepPlan) -> jax.Array:
         """Dispatches a step; the tokens it chooses, on the device, one per chunk and then padding."""

@@ -1,7 +1,7 @@
 """What every test runs under: shapes and types checked on every call, no silent promotion of dtypes or ranks.
 
-`--jaxtyping-packages` (pyproject.toml) has jaxtyping and beartype check each annotated function of the package;
-a test per room proves that they do.
+`--jaxtyping-packages` (pyproject.toml) has jaxtyping and beartype check each annotated function of the
+package; a test per room proves that they do.
 """
 
 from __future__ import annotations

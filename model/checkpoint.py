@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -75,8 +76,12 @@ def load_params(
 def to_device(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding.Sharding) -> jax.Array:
     """Copies one tensor to its device; the file is unmapped again on return."""
     array = tensor.map() if tensor.dtype == dtype else tensor.read_as(dtype)
-    on_device = jax.block_until_ready(jax.device_put(array, sharding, may_alias=False))
-    del array
+    on_device = jax.device_put(array, sharding, may_alias=False)
+    shard = on_device.addressable_shards[0].data
+    if shard.platform() == "cpu" and shard.unsafe_buffer_pointer() == array.ctypes.data:
+        on_device = jnp.copy(on_device)  # jax takes aligned memory as it is, whatever may_alias says
+    jax.block_until_ready(on_device)
+    del array, shard
     gc.collect(0)  # only then does jax let go of the mapping; they would pile up, with their open files
     return on_device
 

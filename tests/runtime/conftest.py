@@ -79,6 +79,7 @@ class ScriptedExecutor(Executor):
         self.error: BaseException | None = None
         self.is_allocated = False
         self.num_steps = 0
+        self._is_held = False
         self._condition = threading.Condition()
         self._allowance: int | None = None
 
@@ -97,6 +98,11 @@ class ScriptedExecutor(Executor):
         with self._condition:
             assert self._condition.wait_for(lambda: self.num_steps >= num_steps, TIMEOUT_S)
 
+    def wait_until_held(self) -> None:
+        """Until the engine's thread stands in a step that is not allowed yet."""
+        with self._condition:
+            assert self._condition.wait_for(lambda: self._is_held and self._allowance == 0, TIMEOUT_S)
+
     def compile(self, *, show_progress: bool) -> None:
         pass
 
@@ -109,7 +115,10 @@ class ScriptedExecutor(Executor):
     def run(self, plan: StepPlan) -> jax.Array:
         assert self.is_allocated
         with self._condition:
+            self._is_held = True
+            self._condition.notify_all()
             assert self._condition.wait_for(lambda: self._allowance != 0, TIMEOUT_S)
+            self._is_held = False
             self._allowance = None if self._allowance is None else self._allowance - 1
             self.num_steps += 1
             self._condition.notify_all()

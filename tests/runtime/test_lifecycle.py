@@ -160,7 +160,7 @@ def test_stop_finishes_or_aborts_what_runs_and_what_waits(scripted: Scripted, dr
     scripted.executor.hold()
     generations = [scripted.surge.generate([i], SamplingParams(max_tokens=10)) for i in range(1, 9)]
     scripted.executor.let(3)
-    scripted.executor.wait_for_steps(3)
+    scripted.executor.wait_until_held()
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(scripted.surge.stop, drain=drain)
         refused_meanwhile(scripted)

@@ -84,12 +84,21 @@ def test_an_answer_that_reaches_a_limit_is_said_to_be_cut_off(chat: Callable) ->
     )
 
 
+# A shell's background job ignores SIGINT, and so would its children, the chat among them.
+HEED_CTRL_C = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from vsurge.cli import main
+raise SystemExit(main())
+"""
+
+
 class Terminal:
     """A chat in a process of its own on a terminal of its own."""
 
     def __init__(self, *options: str) -> None:
         self._terminal, theirs = pty.openpty()
-        argv = [sys.executable, "-m", "vsurge", "chat", *options]
+        argv = [sys.executable, "-c", HEED_CTRL_C, "chat", *options]
         self.process = subprocess.Popen(
             argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
         )

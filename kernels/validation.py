@@ -52,6 +52,8 @@ def check_static(
         )
     for name, (array, shape) in metadata.items():
         _check_integers(name, array, shape)
+        if array.ndim == 2 and array.shape[1] == 0:
+            raise ValueError(f"{name}: shape {array.shape}, needs at least one page per sequence")
     _check_options(scale, sliding_window, soft_cap)
     if sinks is not None and sinks.shape != (num_q_heads,):
         raise ValueError(f"sinks: shape {sinks.shape}, expected one per query head ({num_q_heads},)")

@@ -200,8 +200,9 @@ class Engine:
                 self._state = State.STOPPING
 
     def _abort(self, requests: Sequence[Request]) -> None:
-        self._publish([request for request in requests if self._scheduler.abort(request)])
-        self._count_waiting()
+        aborted = [request for request in requests if self._scheduler.abort(request)]
+        self._count_waiting()  # before their callers hear of it, and submit others in their place
+        self._publish(aborted)
 
     def _count_waiting(self) -> None:
         with self._lock:

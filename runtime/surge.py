@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from .scheduler import Scheduler
 logger = logging.getLogger("vsurge.runtime")
 
 DEFAULT_PREFILL_LENGTH = 1024  # tokens
+Surge = TypeVar("Surge", bound="vSurge")  # beartype cannot check typing.Self in a decorated class
 
 
 class vSurge:
@@ -67,7 +68,7 @@ class vSurge:
 
     @classmethod
     def from_model(
-        cls,
+        cls: type[Surge],
         model: Model,
         processor: Any = None,
         *,
@@ -84,7 +85,7 @@ class vSurge:
         seed: int = 0,
         vsurge_name: str = "vsurge",
         verbose: bool = True,
-    ) -> vSurge:
+    ) -> Surge:
         """Builds an engine around a model; nothing is compiled or allocated yet.
 
         Args:
@@ -192,7 +193,7 @@ class vSurge:
         """
         self._engine.stop(drain=drain)
 
-    def __enter__(self) -> vSurge:
+    def __enter__(self: Surge) -> Surge:
         self.start()
         return self
 

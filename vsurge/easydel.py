@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +228,7 @@ class vSurge(Engine):
                 logger.warning("%s=%s has no effect here", name, value)
         if max_length is None and isinstance(model, EasyDeLModel):
             max_length = model.max_length
-        return cast(vSurge, super().from_model(model, processor, max_length=max_length, **options))
+        return super().from_model(model, processor, max_length=max_length, **options)
 
     create_odriver = from_model
 

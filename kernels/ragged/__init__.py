@@ -76,7 +76,9 @@ def ragged_paged_attention(
         ValueError: an argument's shape, dtype or value is not allowed; the message names it.
         NotImplementedError: the implementation does not exist yet.
     """
-    max_seqs = kv_lens.shape[0]
+    max_seqs = kv_lens.shape[0] if kv_lens.ndim else 0
+    if max_seqs == 0:
+        raise ValueError(f"kv_lens: shape {kv_lens.shape}, expected [max_seqs] with at least one sequence")
     check_static(
         queries,
         kv_pages,

@@ -39,7 +39,7 @@ def ragged_paged_attention(
     sinks: Float[Array, " num_q_heads"] | None,
 ) -> tuple[Float[Array, "num_tokens num_q_heads head_dim"], Float[Array, "num_tokens num_q_heads"]]:
     """As `vsurge.kernels.ragged_paged_attention`; output and log-sum-exp in float32."""
-    num_tokens, num_q_heads, head_dim = queries.shape
+    num_tokens, num_q_heads, _ = queries.shape
     max_seqs = kv_lens.shape[0]
     query_block = max(1, min(QUERY_BLOCK, num_tokens))
     in_use = jnp.arange(max_seqs, dtype=jnp.int32) < num_seqs
@@ -73,8 +73,10 @@ def ragged_paged_attention(
             lax.dynamic_update_slice_in_dim(results[1], log_sum_exp[0], start, axis=0),
         )
 
+    # What is there at first is replaced. Not zeros: XLA would make one array of zeros for all layers of a
+    # model and copy it for each before the first layer runs, and hold all of that memory.
     results = (
-        jnp.zeros((num_tokens + query_block, num_q_heads, head_dim), jnp.float32),
+        padded_queries.astype(jnp.float32),
         jnp.full((num_tokens + query_block, num_q_heads), -jnp.inf, jnp.float32),
     )
     output, log_sum_exp = cast(

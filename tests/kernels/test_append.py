@@ -130,11 +130,18 @@ def test_a_bfloat16_cache_on_a_cpu_holds_bits() -> None:
     assert (kv_pages.data.dtype, kv_pages.dtype) == (np.uint16, jnp.bfloat16)
 
 
-def test_the_search_for_copies_finds_the_one_of_a_scatter_without_bits() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_search_for_copies_finds_that_of_a_cache_that_is_kept(dtype: str) -> None:
+    kv_pages = empty_kv_pages(2**7, 16, HEADS, HEAD_DIM, dtype)
+    rows, slots = jnp.ones((4, HEADS, HEAD_DIM), dtype), jnp.arange(4, dtype=jnp.int32)
+    program = jax.jit(write).lower(kv_pages, rows, slots).compile().as_text()  # nothing is donated
+    assert cache_sized(program or "", kv_pages.data.size, {"copy"})
+
+
+def test_the_search_for_copies_finds_a_cache_in_another_dtype() -> None:
     data = jnp.zeros((2**12, 64), jnp.bfloat16)
-    scatter = jax.jit(lambda data, row: data.at[row].set(jnp.bfloat16(1)), donate_argnums=0)
-    program = scatter.lower(data, jnp.asarray([3], jnp.int32)).compile().as_text()
-    assert cache_sized(program or "", data.size, {"copy", "convert"})
+    program = jax.jit(lambda data: data.astype(jnp.float32)).lower(data).compile().as_text()
+    assert cache_sized(program or "", data.size, {"convert"})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,9 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
-from vsurge.kernels import append_kv, empty_kv_pages, paged_decode_attention, ragged_paged_attention
+from vsurge.kernels import (
+    Implementation,
+    append_kv,
+    empty_kv_pages,
+    paged_decode_attention,
+    ragged_paged_attention,
+)
+
+from .cases import IMPLEMENTATIONS
 
 
 def ragged_arguments() -> dict[str, Any]:
@@ -43,6 +52,7 @@ BAD_FOR_BOTH = [
     ({"kv_lens": jnp.ones((2, 1), jnp.int32)}, r"kv_lens: shape \(2, 1\)"),
     ({"page_table": jnp.ones((3, 2), jnp.int32)}, r"page_table: shape \(3, 2\), expected \(2, -1\)"),
     ({"page_table": jnp.ones((2,), jnp.int32)}, r"page_table: shape \(2,\)"),
+    ({"page_table": jnp.ones((2, 0), jnp.int32)}, r"page_table: shape \(2, 0\), needs at least one page"),
     ({"scale": 0.0}, r"scale=0.0: must be a positive number"),
     ({"scale": float("nan")}, "scale=nan"),
     ({"sliding_window": 0}, "sliding_window=0: must be at least 1 token"),
@@ -53,6 +63,7 @@ BAD_FOR_BOTH = [
 ]
 BAD_FOR_RAGGED = [
     ({"query_starts": jnp.ones((2,), jnp.int32)}, r"query_starts: shape \(2,\), expected \(3,\)"),
+    ({"kv_lens": jnp.ones((0,), jnp.int32)}, r"kv_lens: shape \(0,\), expected \[max_seqs\] with at least"),
     ({"num_seqs": jnp.ones((2,), jnp.int32)}, r"num_seqs: shape \(2,\), expected \(1,\)"),
 ]
 
@@ -157,3 +168,11 @@ def test_a_cache_holds_bfloat16_or_float32(dtype: str) -> None:
 def test_the_type_checker_is_awake() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         ragged_paged_attention(**ragged_arguments() | integers({"query_starts": [0] * 7}))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_decode_batch_may_be_empty(implementation: Implementation) -> None:
+    arguments = decode_arguments() | integers({"kv_lens": [], "page_table": np.zeros((0, 2))})
+    arguments["queries"] = jnp.ones((0, 4, 8))
+    output, log_sum_exp = paged_decode_attention(**arguments, return_lse=True, implementation=implementation)
+    assert (output.shape, log_sum_exp.shape) == ((0, 4, 8), (0, 4))

@@ -83,6 +83,16 @@ def edit_header(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
 
 
+def pad_header(file: Path, *, alignment: int, remainder: int = 0) -> int:
+    """Pads the header until the tensors begin `remainder` after a multiple of `alignment`; where that is."""
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    padding = b" " * ((remainder - 8 - size) % alignment)
+    header = (size + len(padding)).to_bytes(8, "little") + raw[8 : 8 + size] + padding
+    file.write_bytes(header + raw[8 + size :])
+    return len(header)
+
+
 def assert_holds(params: Any, tensors: dict[str, np.ndarray], dtype: Any) -> None:
     for spec, array in zip(jax.tree.leaves(param_specs(SHAPE)), jax.tree.leaves(params), strict=True):
         assert array.dtype == dtype
@@ -111,13 +121,7 @@ def test_shards_that_are_links_out_of_the_folder_are_followed_as_in_the_hub_cach
 def test_a_header_of_odd_length_leaves_the_tensors_unaligned_and_intact(tmp_path):
     write_single(tmp_path)
     edit_header(tmp_path / SINGLE, lambda header: header.update(__metadata__={"note": "x"}))
-    raw = (tmp_path / SINGLE).read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    padding = b" " * (1 + size % 2)
-    (tmp_path / SINGLE).write_bytes(
-        (size + len(padding)).to_bytes(8, "little") + raw[8 : 8 + size] + padding + raw[8 + size :]
-    )
-    assert (size + len(padding)) % 2 == 1
+    assert pad_header(tmp_path / SINGLE, alignment=2, remainder=1) % 2 == 1
     assert_holds(load_model(tmp_path).params, random_tensors(), jnp.bfloat16)
 
 
@@ -388,8 +392,12 @@ def test_the_host_holds_no_more_than_the_largest_tensor(dtype, tmp_path, monkeyp
     assert set(mapped) == {0}
 
 
-def test_the_parameters_do_not_live_in_the_file(tmp_path):
-    model = load_model(write_single(tmp_path))
+@pytest.mark.parametrize("remainder", [0, 8])
+def test_the_parameters_do_not_live_in_the_file(tmp_path, remainder):
+    """Memory at a multiple of 64 bytes is what jax on a CPU would take as it is."""
+    write_single(tmp_path)
+    pad_header(tmp_path / SINGLE, alignment=64, remainder=remainder)
+    model = load_model(tmp_path)
     with (tmp_path / SINGLE).open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

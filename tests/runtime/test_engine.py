@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from vsurge.model import Model
 from vsurge.runtime import ReturnSample, SamplingParams, vSurge
+from vsurge.runtime.scheduler import StepPlan
 
 from .conftest import TIMEOUT_S
 
@@ -121,22 +123,36 @@ def test_unseeded_requests_repeat_with_the_engines_seed(model: Model) -> None:
     assert max(drawn(1)) > 2**32
 
 
-def test_requests_wait_when_pages_run_out_and_all_give_what_they_give_alone(surge: vSurge) -> None:
+def test_requests_wait_when_pages_run_out_and_all_give_what_they_give_alone(
+    surge: vSurge, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 24 pages of 16 tokens: each of these needs 4 to 10, so four rows cannot always be filled
     prompts = [[10 + i] * (40 + 6 * i) for i in range(10)]
     params = replace(GREEDY, max_tokens=25 + 20, ignore_eos=True)
     alone = [one(surge, prompt, params).token_ids for prompt in prompts]
-    generation = surge.generate(prompts, params)
-    most_used = 0
-    for _ in generation:
+    run, used = surge._executor.run, list[int]()
+
+    def counting_run(plan: StepPlan) -> jax.Array:  # in the engine's thread, to which the pool belongs
         surge._pool.check_integrity()
-        most_used = max(most_used, surge._pool.num_used)
-    assert [s.token_ids for s in generation.result(TIMEOUT_S)] == alone
-    assert 15 <= most_used <= 24
+        used.append(surge._pool.num_used)
+        return run(plan)
+
+    monkeypatch.setattr(surge._executor, "run", counting_run)
+    samples = surge.generate(prompts, params).result(TIMEOUT_S)
+    assert [sample.token_ids for sample in samples] == alone
+    assert 15 <= max(used) <= 24
 
 
-def test_requests_join_and_leave_between_steps(surge: vSurge) -> None:
+def test_requests_join_and_leave_between_steps(surge: vSurge, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {prompt: one(surge, prompt, max_tokens=60).token_ids for prompt in PROMPTS[:3]}
+    run, leaving, has_left = surge._executor.run, surge.processor.encode(PROMPTS[1]), threading.Event()
+
+    def run_but_not_to_its_end(plan: StepPlan) -> jax.Array:
+        if any(chunk.request.prompt_ids == leaving and chunk.output_index == 30 for chunk in plan.chunks):
+            assert has_left.wait(TIMEOUT_S)
+        return run(plan)
+
+    monkeypatch.setattr(surge._executor, "run", run_but_not_to_its_end)
 
     async def join_and_leave() -> list[tuple[int, ...]]:
         first = surge.generate(PROMPTS[0], replace(GREEDY, max_tokens=60))
@@ -144,6 +160,7 @@ def test_requests_join_and_leave_between_steps(surge: vSurge) -> None:
         left = surge.generate(PROMPTS[1], replace(GREEDY, max_tokens=60))
         await anext(left)
         await left.aclose()
+        has_left.set()
         joined = surge.generate(PROMPTS[2], replace(GREEDY, max_tokens=60))
         return [(await g)[0].token_ids for g in (first, left, joined)]
 

@@ -8,6 +8,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -181,7 +182,8 @@ def refused_meanwhile(scripted: Scripted) -> None:
     """Waits until the engine has been told to stop, and sees that it takes nothing then."""
 
     def submit_until_refused() -> None:
-        for _ in range(10_000):
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
             with contextlib.suppress(QueueFull):
                 scripted.surge.generate([1], SamplingParams(max_tokens=1)).abort()
 
@@ -193,6 +195,7 @@ def test_a_stop_that_drains_can_be_hurried_by_one_that_does_not(scripted: Script
     scripted.executor.hold()
     generation = scripted.surge.generate([1], LONG)
     scripted.executor.let(3)
+    scripted.executor.wait_until_held()  # else it might end before anybody has seen it stop
     with ThreadPoolExecutor(3) as pool:
         draining = pool.submit(scripted.surge.stop, drain=True)
         refused_meanwhile(scripted)
@@ -239,13 +242,18 @@ def test_a_with_block_drains_and_one_that_fails_aborts(
 ) -> None:
     scripted = make_scripted()
 
+    def go_on_when_it_stops() -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while scripted.surge._engine.is_running and time.monotonic() < deadline:
+            time.sleep(0.001)
+        scripted.executor.let(None)
+
     def use() -> Any:
-        with scripted.surge as surge:
+        with ThreadPoolExecutor(1) as pool, scripted.surge as surge:
             scripted.executor.hold()
-            generation = surge.generate([1], LONG)
+            generations.append(surge.generate([1], LONG))
             scripted.executor.let(1)
-            threading.Timer(0.05, scripted.executor.let, (None,)).start()
-            generations.append(generation)
+            pool.submit(go_on_when_it_stops)
             if fails:
                 raise ZeroDivisionError
 

@@ -84,11 +84,29 @@ def test_an_answer_that_reaches_a_limit_is_said_to_be_cut_off(chat: Callable) ->
     )
 
 
-# A shell's background job ignores SIGINT, and so would its children, the chat among them.
+# A shell's background job ignores SIGINT, and so would its children, the chat among them. And an answer must
+# not end before Ctrl-C is pressed, however long that takes.
 HEED_CTRL_C = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import signal, threading
 from vsurge.cli import main
+from vsurge.cli.chat import Interruptible
+from vsurge.runtime.executor import Executor
+
+interrupt, run, interrupted = Interruptible._interrupt, Executor.run, threading.Event()
+
+def interrupt_and_tell(self, *signal_and_frame):
+    interrupt(self, *signal_and_frame)
+    interrupted.set()
+
+def run_some_tokens(self, plan):
+    if plan.kind == "prefill":
+        interrupted.clear()
+    elif any(chunk.output_index == 40 for chunk in plan.chunks):
+        assert interrupted.wait(120)
+    return run(self, plan)
+
+Interruptible._interrupt, Executor.run = interrupt_and_tell, run_some_tokens
+signal.signal(signal.SIGINT, signal.default_int_handler)
 raise SystemExit(main())
 """
 
@@ -118,14 +136,23 @@ class Terminal:
         shown, _, self._unread = self._unread.partition(text)
         return shown + text
 
-    def interrupt_until(self, text: str) -> None:
-        """Presses Ctrl-C until `text` is shown: pressed just before Python waits for a line, it waits too."""
-        for _ in range(20):
-            self.process.send_signal(signal.SIGINT)
+    def interrupt_at_the_prompt(self) -> None:
+        """Presses Ctrl-C until there is a new prompt, and has a line read, so that nothing is pending then.
+
+        Pressed just before Python waits for a line, it waits too; so it may have to be pressed again.
+        """
+        self.until_it_works(lambda _: self.process.send_signal(signal.SIGINT), lambda _: "> ")
+        self.until_it_works(lambda n: self.type(f"/{n}\n"), lambda n: f"[/{n}: no such command")
+        self.read_until("> ")
+
+    def until_it_works(self, attempt: Callable[[int], None], shows: Callable[[int], str]) -> None:
+        """Makes numbered attempts until one shows what it should within a second."""
+        for n in range(100):
+            attempt(n)
             with contextlib.suppress(AssertionError):
-                self.read_until(text, timeout_s=0.5)
+                self.read_until(shows(n), timeout_s=1.0)
                 return
-        self.read_until(text, timeout_s=0.0)
+        raise AssertionError(f"no {shows(0)!r} in {self._unread!r}")
 
     def close(self) -> None:
         self.process.kill()
@@ -154,7 +181,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Ter
     chat.process.send_signal(signal.SIGINT)
     chat.read_until("[stopped]", timeout_s=30)
     chat.read_until("> ", timeout_s=30)
-    chat.interrupt_until("> ")  # at the prompt: a new line
+    chat.interrupt_at_the_prompt()
     chat.type("Hello\n")
     chat.read_until("Hello")
     chat.read_until("\n")

@@ -1,4 +1,5 @@
-# make demo: text streams from the built-in checkpoint.   make test: the whole suite.
+# make demo: text streams from the built-in checkpoint.   make test: the suite, but for the longer sweeps,
+# which are make test-slow.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

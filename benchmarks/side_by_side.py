@@ -195,6 +195,15 @@ def print_report(report: dict[str, Any]) -> None:
             f"start-up, {name}: {times['ready_s']:.1f} s (weights {times['weights_s']:.1f}, "
             f"compiling {times['compile_s']:.1f})"
         )
+    load_s, copy_s, ratio = (
+        statistics.median(figure(turn) for turn in report["loading"])
+        for figure in (
+            lambda t: t["load_s"],
+            lambda t: t["copy_s"],
+            lambda t: t["load_s"] / t["copy_s"],
+        )
+    )
+    print(f"loading from the page cache: {load_s:.2f} s, {ratio:.2f}x copying its bytes ({copy_s:.2f} s)")
 
 
 def results_folder() -> Path:
@@ -212,6 +221,9 @@ def main() -> None:
     work = Workload(model=arguments.model)
     machine = describe_machine()
     startup = measure_startup(work)
+    loader = Worker("loading", work.model)
+    loading = loader.ask("loading", turns=arguments.turns)
+    loader.close()
     turns, memory = measure(work, arguments.turns)
     weights = decode_bytes(PUBLISHED[work.model], 1, 0)
     peak, cache = memory["vsurge"]["peak_bytes"], memory["vsurge"]["cache_bytes"]
@@ -227,6 +239,7 @@ def main() -> None:
             "transformers_peak": memory["transformers"]["peak_bytes"],
         },
         "startup": startup,
+        "loading": loading,
         "turns": turns,
     }
     print_report(report)

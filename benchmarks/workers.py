@@ -5,7 +5,8 @@ stdout. So several engines can stand ready and take turns, and a drift of the ma
 
 vsurge, transformers: prefill and decode of the workload.
 matmuls: XLA's matrix products of the shape and nothing else, and what the machine does at best.
-startup: no measurements; it ends once an engine is ready.
+startup: how long an engine took to be ready.
+loading: a checkpoint loaded, and its bytes copied.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import argparse
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..model import PUBLISHED
@@ -168,6 +171,17 @@ def startup(work: Workload) -> Measurements:
     return {"startup": lambda: times}
 
 
+def loading(work: Workload) -> Measurements:
+    """Seconds of loading the shape's checkpoint, and of copying its bytes."""
+    from .loading import measure_loading
+
+    def measure(turns: int) -> list[dict[str, float]]:
+        with tempfile.TemporaryDirectory() as folder:
+            return measure_loading(PUBLISHED[work.model], Path(folder), turns=turns)
+
+    return {"loading": measure}
+
+
 def peak_memory() -> int:
     """Peak resident bytes of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -178,6 +192,7 @@ WORKERS = {
     "transformers": transformers_engine,
     "matmuls": matmuls,
     "startup": startup,
+    "loading": loading,
 }
 
 

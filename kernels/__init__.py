@@ -4,12 +4,13 @@ Usable on their own: nothing here knows of models or engines.
 """
 
 from .append import append_kv
-from .decode import paged_decode_attention
+from .decode import DecodeBlocks, paged_decode_attention
 from .dispatch import Implementation
 from .kv_pages import KVPages, bytes_per_token, empty_kv_pages, read_kv
 from .ragged import ragged_paged_attention
 
 __all__ = [
+    "DecodeBlocks",
     "Implementation",
     "KVPages",
     "append_kv",

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from functools import cache
 from typing import Literal, get_args
 
 import jax
 
 Implementation = Literal["mosaic_tpu", "mosaic_gpu", "triton", "xla", "reference"]
-AVAILABLE: tuple[Implementation, ...] = ("xla", "reference")
+
+# The best implementation for a platform, of the kernels that have it.
+PREFERRED: dict[str, Implementation] = {"cpu": "xla", "tpu": "mosaic_tpu"}
 
 logger = logging.getLogger("vsurge.kernels")
 
 
-def choose_implementation(kernel: str, implementation: Implementation | None) -> Implementation:
+def choose_implementation(
+    kernel: str, implementation: Implementation | None, available: Collection[Implementation]
+) -> Implementation:
     """`implementation`, or for None the best one for JAX's default backend.
+
+    Args:
+        kernel: its public name.
+        implementation: what the caller asked for.
+        available: the implementations that this kernel has.
 
     Raises:
         ValueError: no such implementation.
@@ -23,16 +33,18 @@ def choose_implementation(kernel: str, implementation: Implementation | None) ->
     """
     if implementation is None:
         platform = jax.default_backend()
-        if platform != "cpu":
-            _log_fallback_once(kernel, platform)
+        preferred = PREFERRED.get(platform)
+        if preferred is not None and preferred in available:
+            return preferred
+        _log_fallback_once(kernel, platform)
         return "xla"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation={implementation!r}: must be one of {get_args(Implementation)} or None"
         )
-    if implementation not in AVAILABLE:
+    if implementation not in available:
         raise NotImplementedError(
-            f"implementation={implementation!r} of {kernel} is not there yet; available: {AVAILABLE}"
+            f"implementation={implementation!r} of {kernel} is not there yet; available: {tuple(available)}"
         )
     return implementation
 

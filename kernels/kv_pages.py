@@ -68,6 +68,11 @@ class KVPages:
     def head_dim(self) -> int:
         return self.data.shape[4]
 
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The name of each axis of each array, for whoever spreads a cache over devices."""
+        return {"data": ("pages", "keys_values", "kv_heads", "page_tokens", "head_dim")}
+
 
 def bytes_per_token(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
     """Bytes of one layer's cache that one token takes: its keys and its values."""
@@ -191,7 +196,7 @@ def write_rows(
     values: Num[Array, "num_tokens num_kv_heads head_dim"],
     slots: Int[Array, " num_tokens"],
 ) -> KVPages:
-    """The cache with one row of keys and of values written per head and token; negative slots are skipped.
+    """The cache with one row of keys and of values written per head and token; slots outside are skipped.
 
     One scatter of rows into the flat view [rows, head_dim]: in place if `kv_pages` is donated, and then as
     cheap as the rows' bytes.
@@ -202,7 +207,8 @@ def write_rows(
     page, offset = (part[:, None, None] for part in (slots // page_size, slots % page_size))
     flat = kv_pages.data.reshape(-1, head_dim)
     rows = (page * (2 * heads) + head) * page_size + offset
-    rows = jnp.where(slots[:, None, None] < 0, flat.shape[0], rows)  # out of range: dropped
+    outside = (slots < 0) | (slots >= kv_pages.num_pages * page_size)
+    rows = jnp.where(outside[:, None, None], flat.shape[0], rows)  # out of range: dropped
     flat = flat.at[rows.reshape(-1)].set(new.reshape(-1, head_dim), mode="drop")
     return replace(kv_pages, data=flat.reshape(kv_pages.data.shape))
 

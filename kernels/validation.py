@@ -26,7 +26,6 @@ def check_static(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Array | None,
-    block_sizes: object,
 ) -> None:
     """Checks what is known before tracing.
 
@@ -34,7 +33,7 @@ def check_static(
         queries: [rows, num_q_heads, head_dim].
         kv_pages: one layer's cache.
         metadata: name -> (array, the shape it must have); -1 stands for any size.
-        scale, sliding_window, soft_cap, sinks, block_sizes: as in `vsurge.kernels.ragged_paged_attention`.
+        scale, sliding_window, soft_cap, sinks: as in `vsurge.kernels.ragged_paged_attention`.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
@@ -57,8 +56,19 @@ def check_static(
     _check_options(scale, sliding_window, soft_cap)
     if sinks is not None and sinks.shape != (num_q_heads,):
         raise ValueError(f"sinks: shape {sinks.shape}, expected one per query head ({num_q_heads},)")
-    if block_sizes is not None:
-        raise ValueError(f"block_sizes={block_sizes!r}: no implementation available here has block sizes")
+
+
+def check_has_blocks(implementation: str, block_sizes: object, kind: type, *, of: str) -> None:
+    """Checks that block sizes are given to the implementation that has them.
+
+    Raises:
+        ValueError: the implementation that was chosen has none.
+        TypeError: they are of another kind.
+    """
+    if implementation != of:
+        raise ValueError(f"block_sizes={block_sizes!r}: {implementation!r} has none, {of!r} has")
+    if not isinstance(block_sizes, kind):
+        raise TypeError(f"block_sizes={block_sizes!r}: must be a {kind.__name__}")
 
 
 def _check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:

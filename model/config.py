@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ class Yarn:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
-            raise ConfigError(f"factor={self.factor!r} of YaRN: must be at least 1")
+        if not 1 <= self.factor < math.inf:
+            raise ConfigError(f"factor={self.factor!r} of YaRN: must be a finite number of at least 1")
         length = self.original_max_position_embeddings
         if type(length) is not int or length < 1:
             raise ConfigError(
@@ -106,8 +107,8 @@ class Qwen3Config:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even for rotary embeddings")
         for name in ("rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be positive and finite")
         for name, dtype in (("dtype", self.dtype), ("kv_dtype", self.cache_dtype)):
             if dtype not in (BFLOAT16, FLOAT32):
                 raise ConfigError(f"{name}={dtype}: supported are bfloat16 and float32")
@@ -133,8 +134,13 @@ def parse_dtype(dtype: DTypeLike | str, name: str) -> np.dtype[Any]:
         ConfigError: another dtype, named `name` in the message.
     """
     supported = {"bfloat16": BFLOAT16, "float32": FLOAT32}
-    key = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if key not in supported:
+    key: Any
+    try:
+        # NumPy takes None for float64
+        key = dtype if dtype is None or isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:  # no dtype at all
+        key = dtype
+    if not isinstance(key, str) or key not in supported:
         raise ConfigError(f"{name}={key!r}: supported are {sorted(supported)}")
     return supported[key]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,17 +27,44 @@ class GenerationDefaults:
     sampling: tuple[tuple[str, float | int], ...] = ()
 
 
-# generation_config.json field -> sampling parameter, those that vLLM takes from the file too
+@dataclass(frozen=True)
+class _Field:
+    """A number in generation_config.json: the sampling parameter it sets and what it may be.
+
+    `parameter` is None where no such parameter works yet; then only `neutral`, which asks for nothing, is
+    without consequence.
+    """
+
+    parameter: str | None
+    type: type[int] | type[float]
+    low: float | int
+    high: float | int = math.inf
+    low_open: bool = False
+    neutral: float | int | None = None
+
+    def allows(self, value: float | int) -> bool:
+        """Whether a number lies in the range; none that is not finite does."""
+        above = self.low < value if self.low_open else self.low <= value
+        return above and value <= self.high and value < math.inf
+
+    @property
+    def range(self) -> str:
+        """What is allowed, for errors."""
+        if self.type is int:
+            return f"an integer, at least {self.low}"
+        end = "infinity)" if self.high == math.inf else f"{self.high}]"
+        return f"a number in {'(' if self.low_open else '['}{self.low}, {end}"
+
+
+# Those that vLLM takes from the file too; the ranges are those of the sampling parameters.
 _SAMPLING = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
+    "temperature": _Field("temperature", float, 0.0),
+    "top_k": _Field("top_k", int, -1),
+    "top_p": _Field("top_p", float, 0.0, 1.0, low_open=True),
+    "min_p": _Field("min_p", float, 0.0, 1.0),
+    "repetition_penalty": _Field(None, float, 0.0, low_open=True, neutral=1.0),
+    "max_new_tokens": _Field("max_tokens", int, 1),
 }
-_NEUTRAL = {"repetition_penalty": 1.0}  # so the parameter need not be passed on
-_INTEGERS = {"top_k", "max_new_tokens"}
 _USED_ELSEWHERE = {"do_sample", "eos_token_id"}
 # Fields of transformers' own bookkeeping, and ids that stand elsewhere.
 _WITHOUT_EFFECT = {
@@ -50,31 +78,34 @@ def generation_defaults_from_json(
 ) -> GenerationDefaults:
     """The defaults in a `generation_config.json`; `do_sample: false` means temperature 0.
 
-    A field that would change the output and is not supported is named in one logged warning, as a request can
-    do without it.
+    Fields that would change the output and are not supported are named in one logged warning, as a request
+    can do without them.
 
     Raises:
-        ConfigError: a value is not a number, or eos_token_id holds no token ids.
+        ConfigError: a value is of the wrong type or out of range.
     """
+    do_sample = raw.get("do_sample")
+    if do_sample is not None and type(do_sample) is not bool:
+        raise ConfigError(f"{source}: do_sample={do_sample!r}: must be true or false")
     sampling: dict[str, float | int] = {}
-    for name, parameter in _SAMPLING.items():
+    ignored: dict[str, Any] = {}
+    for name, field in _SAMPLING.items():
         value = raw.get(name)
-        if value is None or value == _NEUTRAL.get(name):
+        if value is None:
             continue
-        allowed = (int,) if name in _INTEGERS else (int, float)
-        if type(value) not in allowed:
-            expected = "an integer" if name in _INTEGERS else "a number"
-            raise ConfigError(f"{source}: {name}={value!r}: must be {expected}")
-        sampling[parameter] = value
-    if raw.get("do_sample") is False:
+        if type(value) not in (int, field.type) or not field.allows(value):
+            raise ConfigError(f"{source}: {name}={value!r}: must be {field.range}")
+        if field.parameter is not None:
+            sampling[field.parameter] = value
+        elif value != field.neutral:
+            ignored[name] = value
+    if do_sample is False:
         for name in ("top_k", "top_p", "min_p"):  # without meaning where the likeliest token is taken
             sampling.pop(name, None)
         sampling["temperature"] = 0.0
-    ignored = {
-        name: value
-        for name, value in raw.items()
-        if value is not None and name not in _SAMPLING.keys() | _USED_ELSEWHERE | _WITHOUT_EFFECT
-    }
+    known = _SAMPLING.keys() | _USED_ELSEWHERE | _WITHOUT_EFFECT
+    ignored |= {name: value for name, value in raw.items() if value is not None and name not in known}
     if ignored:
-        logger.warning("%s: without effect here: %s", source, ignored)
+        values = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
+        logger.warning("%s: not supported yet, so without effect: %s", source, values)
     return GenerationDefaults(eos_ids(raw.get("eos_token_id"), source), tuple(sampling.items()))

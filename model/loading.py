@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_model(
     sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
     axis_names: Sequence[str] = AXIS_NAMES,
     partition_axis: PartitionAxis | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Model:
     """Loads a Qwen3 checkpoint.
 
@@ -74,20 +75,21 @@ def load_model(
         compute_dtype: bfloat16 or float32, of the operands of matrix products; None for the parameters'.
         sharding_axis_dims, axis_names: see `make_mesh`.
         partition_axis: which axis of the mesh splits what; None for the defaults.
-        progress: show progress bars on a terminal.
+        progress: show a progress bar on stderr while weights are read, if stderr is a terminal.
 
     Raises:
         ConfigError: a configuration that is not supported.
         CheckpointError: files that do not hold the model that config.json describes.
         FileNotFoundError: no such folder, and not a hub id.
+        ValueError, TypeError: a revision of a local folder, a mesh that cannot be, no partition axis.
     """
     mesh = make_mesh(sharding_axis_dims, axis_names)
-    partition_axis = partition_axis or PartitionAxis()
+    partition_axis = _checked(partition_axis)
     folder = find_checkpoint(path_or_hub_id, revision=revision)
     config = read_config(folder)
     generation_defaults = read_generation_defaults(folder)
     stored = open_checkpoint(folder, config)
-    param_dtype = _checkpoint_dtype(folder, stored) if dtype is None else parse_dtype(dtype, "dtype")
+    param_dtype = default_dtype(folder, config, stored) if dtype is None else parse_dtype(dtype, "dtype")
     config = _computing_in(config, compute_dtype, param_dtype)
     params = load_params(
         stored, config, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis, progress=progress
@@ -95,14 +97,36 @@ def load_model(
     return Model(config, params, mesh, partition_axis, generation_defaults, folder)
 
 
-def _checkpoint_dtype(folder: Path, stored: Mapping[str, StoredTensor]) -> np.dtype[Any]:
+def default_dtype(
+    folder: Path, config: Qwen3Config, stored: Mapping[str, StoredTensor] | None = None
+) -> np.dtype[Any]:
+    """The dtype that `load_model` gives a checkpoint's parameters where none is asked for.
+
+    Args:
+        folder: the checkpoint's.
+        config: the shape that its config.json describes.
+        stored: its tensors, from `open_checkpoint`; None to open it if config.json names no dtype.
+
+    Raises:
+        ConfigError: it is neither bfloat16 nor float32.
+        CheckpointError: see `open_checkpoint`.
+    """
     source = str(folder / "config.json")
     name = stored_dtype(read_json(folder / "config.json"), source=source)
-    name = name or stored["model.embed_tokens.weight"].dtype.name
+    if name is None:
+        stored = open_checkpoint(folder, config) if stored is None else stored
+        name = stored["model.embed_tokens.weight"].dtype.name
     try:
         return parse_dtype(name, f"{source}: dtype")
     except ConfigError as error:
         raise ConfigError(f"{error}; ask for one of them with dtype=") from error
+
+
+def _checked(partition_axis: PartitionAxis | None) -> PartitionAxis:
+    """The mapping, or the default one for None."""
+    if partition_axis is not None and not isinstance(partition_axis, PartitionAxis):
+        raise TypeError(f"partition_axis={partition_axis!r}: must be a PartitionAxis or None")
+    return partition_axis or PartitionAxis()
 
 
 def _computing_in(
@@ -119,6 +143,8 @@ def find_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) 
         FileNotFoundError: neither a folder nor a hub id that can be had.
         ValueError: a revision of a local folder.
     """
+    if path_or_hub_id == "":  # as a path it would be the current folder
+        raise FileNotFoundError("'': must be a folder, or a hub id like 'Qwen/Qwen3-0.6B'")
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -171,17 +197,24 @@ def random_model(
 
     Args:
         name_or_config: "Qwen/Qwen3-0.6B" or just "0.6B", or a configuration.
-        seed: of the weights.
+        seed: of the weights, at least 0.
         dtype, compute_dtype, sharding_axis_dims, axis_names, partition_axis: as in `load_model`.
 
     Raises:
-        ConfigError: no published shape of that name.
+        ConfigError: no published shape of that name, or a dtype that is not supported.
+        ValueError, TypeError: a seed that is no integer of at least 0, another argument that cannot be.
     """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed={seed!r}: must be an integer")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: must be at least 0")
     config = published_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    if not isinstance(config, Qwen3Config):
+        raise TypeError(f"name_or_config={config!r}: must be the name of a published model or a Qwen3Config")
     param_dtype = parse_dtype(dtype, "dtype")
     config = _computing_in(config, compute_dtype, param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
-    partition_axis = partition_axis or PartitionAxis()
+    partition_axis = _checked(partition_axis)
     params = random_params(config, seed=seed, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis)
     return Model(config, params, mesh, partition_axis, GenerationDefaults(), None)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..kernels import KVPages
 
 AXIS_NAMES = ("dp", "fsdp", "ep", "tp", "sp")
 TRIVIAL_DIMS = (1, 1, 1, 1, 1)
@@ -34,7 +36,7 @@ class PartitionAxis:
     hidden_state_axis: str | None = "fsdp"
 
     def mesh_axes(self) -> dict[str, str | None]:
-        """The mapping, by the names that `params.TensorSpec.axes` and the cache use."""
+        """The mapping, by the names that `params.TensorSpec.axes` and `kernels.KVPages.axes` use."""
         return {
             "vocab": self.vocab_axis,
             "q_heads": self.head_axis,
@@ -42,6 +44,10 @@ class PartitionAxis:
             "mlp": self.mlp_intermediate_axis,
             "hidden": self.hidden_state_axis,
             "norm": None,
+            "pages": None,
+            "keys_values": None,
+            "page_tokens": None,
+            "head_dim": None,
         }
 
 
@@ -104,3 +110,13 @@ def named_sharding(mesh: Mesh, axes: Sequence[str], partition_axis: PartitionAxi
     if len(set(used)) != len(used):
         raise ValueError(f"{partition_axis}: splits the dimensions {tuple(axes)} of one array over {used}")
     return NamedSharding(mesh, PartitionSpec(*mesh_axes))
+
+
+def cache_sharding(mesh: Mesh, kv_pages: KVPages, partition_axis: PartitionAxis) -> KVPages:
+    """Where one layer's cache lies: a `KVPages` with a sharding in the place of each array.
+
+    Raises:
+        ValueError: as `named_sharding`.
+    """
+    shardings = {name: named_sharding(mesh, axes, partition_axis) for name, axes in kv_pages.axes.items()}
+    return replace(kv_pages, **shardings)

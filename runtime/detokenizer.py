@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from functools import cache
+from os import PathLike
 from typing import Any
 
 
@@ -41,6 +42,11 @@ class TokenBytes:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        if isinstance(tokenizer, str | PathLike):
+            raise TypeError(
+                f"processor={str(tokenizer)!r}: must be a tokenizer, not the name of one; load it first with "  # pyright: ignore[reportUnknownArgumentType]
+                "transformers.AutoTokenizer.from_pretrained"
+            )
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or "ByteLevel" not in repr(backend.decoder):
             raise TypeError(

@@ -53,7 +53,8 @@ class Engine:
 
     Args:
         scheduler, executor: what to run.
-        max_queued_requests: requests that may wait for a place in the batch.
+        max_queued_requests: requests that may wait for a place in the batch. Every request waits for one,
+            until the next step at least.
         name: of the thread.
     """
 
@@ -133,9 +134,12 @@ class Engine:
                 raise EngineStopped(f"the engine is {self._state.value}: call start() first")
             queued = self._num_waiting + self._num_submitted
             if queued + len(requests) > self._max_queued_requests:
+                later = len(requests) <= self._max_queued_requests
                 raise QueueFull(
                     f"{queued} requests are waiting and {len(requests)} more came: "
-                    f"max_queued_requests={self._max_queued_requests}"
+                    f"max_queued_requests={self._max_queued_requests}; "
+                    + ("try again later" if later else "pass fewer prompts at a time")
+                    + " or build the engine with a larger one"
                 )
             for request in requests:
                 request.channel.publisher = self._thread

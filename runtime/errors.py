@@ -17,7 +17,7 @@ class EngineFailed(EngineError):
 
 
 class QueueFull(EngineError):
-    """`max_queued_requests` are waiting already; try again later."""
+    """More requests than `max_queued_requests` would wait; try again later, or with fewer prompts."""
 
 
 class OutOfMemory(EngineError):

@@ -18,8 +18,14 @@ class Generation:
       samples. A reader that falls behind gets the latest state and skips what lay between.
     - `generation.result(timeout_s=None)`: blocks and gives the final list.
 
-    It is bound to no event loop. Leaving it early aborts what is unfinished and frees its pages: `aclose()`,
-    `async with`, cancelling the task that waits for it, or just dropping it.
+    It is bound to no event loop, and generates whether or not somebody waits. It is an awaitable but no
+    coroutine: it may be awaited again and again, and what takes awaitables takes it as it is
+    (`asyncio.gather`, `wait_for`, `shield`, `ensure_future`). What wants tasks takes
+    `asyncio.ensure_future(generation)`, as `asyncio.wait` does, and what wants coroutines (`asyncio.run`,
+    `create_task`) takes one that awaits it.
+
+    Leaving it early aborts what is unfinished and frees its pages: `aclose()`, `async with`, cancelling what
+    waits for it (as `wait_for` does after its timeout), or just dropping it.
 
     Args:
         channel: where the samples arrive.

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from .checks import is_integer
+
 ChatMessage = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
+
+# What apply_chat_template takes besides options of the template: the messages are the prompt, and their text
+# is tokenized here.
+NOT_TEMPLATE_OPTIONS = (
+    "conversation", "conversations", "messages", "tokenize", "tokenizer_kwargs", "sanitize_control_tokens",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+)  # fmt: skip
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -24,23 +34,51 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         )
     if len(prompts) == 0:
         raise ValueError("prompts: is empty, give at least one prompt")
-    if all(isinstance(p, int) for p in prompts) or all(isinstance(p, Mapping) for p in prompts):
+    if all(is_integer(p) for p in prompts) or all(isinstance(p, Mapping) for p in prompts):
         return [prompts]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
 
 
-def is_chat(prompt: Prompt) -> bool:
-    """Whether a prompt is a list of chat messages."""
-    return not isinstance(prompt, str) and any(isinstance(message, Mapping) for message in prompt)
+def check_template_options(options: Mapping[str, Any] | None, prompts: Sequence[Prompt]) -> None:
+    """Refuses what is no option of the chat template, and any options where no prompt is a chat.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: such an option, or no chat.
+    """
+    if options is None:
+        return
+    if not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"chat_template_kwargs={options!r}: must be a dict of the chat template's options")
+    for name in NOT_TEMPLATE_OPTIONS:
+        if name in options:
+            raise ValueError(
+                f"chat_template_kwargs: {name}={options[name]!r} is no option of the template; the prompt "
+                "gives the messages, and the engine tokenizes them"
+            )
+    if options and not any(_is_chat(prompt) for prompt in prompts):
+        raise ValueError(f"chat_template_kwargs={dict(options)}: no prompt is a list of chat messages")
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return (
+        isinstance(prompt, Sequence)  # pyright: ignore[reportUnnecessaryIsInstance]
+        and not isinstance(prompt, str)
+        and any(isinstance(message, Mapping) for message in prompt)
+    )
 
 
 def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
     """The tokens of one prompt.
 
     Args:
-        prompt: a string, token ids, or chat messages, which go through the processor's chat template.
+        prompt: a string, token ids, or chat messages, which go through the processor's chat template. A
+            message's content is a string or a list of parts like {"type": "text", "text": ...}, whose texts
+            are joined by newlines.
         processor: a tokenizer of transformers; None if the prompt is token ids.
-        chat_template_kwargs: options of the chat template, `enable_thinking` for one.
+        chat_template_kwargs: options of the chat template, `enable_thinking` for one. Unless they say
+            otherwise, the template is asked for the beginning of an answer (`add_generation_prompt`), except
+            with `continue_final_message`.
 
     Raises:
         TypeError: none of the forms.
@@ -52,9 +90,9 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
         raise TypeError(f"prompt={prompt!r}: must be a string, token ids or chat messages")
     if len(prompt) == 0:
         raise ValueError("prompt: is empty, it must have at least one token or chat message")
-    are_tokens = [isinstance(item, int) and not isinstance(item, bool) for item in prompt]
+    are_tokens = [is_integer(item) for item in prompt]
     if all(are_tokens):
-        return list(prompt)  # pyright: ignore[reportReturnType]
+        return [operator.index(cast("int", item)) for item in prompt]
     if any(are_tokens):
         raise TypeError(f"prompt: {prompt[are_tokens.index(False)]!r} is no token id, but other items are")
     for message in prompt:
@@ -62,20 +100,39 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
             raise TypeError(
                 f"prompt: {message!r} is neither a token id nor a message with 'role' and 'content'"
             )
-    text = _apply_chat_template(
-        _need(processor, "chat messages"), cast("Sequence[ChatMessage]", prompt), chat_template_kwargs or {}
-    )
+    messages = [_with_plain_content(message) for message in cast("Sequence[ChatMessage]", prompt)]
+    text = _apply_chat_template(_need(processor, "chat messages"), messages, chat_template_kwargs or {})
     return list(processor.encode(text, add_special_tokens=False))
+
+
+def _with_plain_content(message: ChatMessage) -> ChatMessage:
+    content = message["content"]
+    if content is None or isinstance(content, str):  # None where it calls tools; templates know it
+        return message
+    if not isinstance(content, Sequence):
+        raise TypeError(f"prompt: content={content!r} of a message: must be a string or a list of text parts")
+    return {**message, "content": "\n".join(_text_of(part) for part in cast("Sequence[Any]", content))}
+
+
+def _text_of(part: Any) -> str:
+    fields: Mapping[str, Any] = cast("Mapping[str, Any]", part) if isinstance(part, Mapping) else {}
+    kind, text = fields.get("type"), fields.get("text")
+    if isinstance(kind, str) and kind != "text":
+        raise ValueError(f"prompt: a part of type {kind!r} in a message's content: only 'text' is supported")
+    if kind is None or not isinstance(text, str):
+        raise TypeError(
+            f"prompt: {part!r} in a message's content: must look like {{'type': 'text', 'text': '...'}}"
+        )
+    return text
 
 
 def _apply_chat_template(processor: Any, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> str:
     import jinja2  # transformers needs it for chat templates
 
+    options = {"add_generation_prompt": not options.get("continue_final_message"), **options}
     try:
-        return processor.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **options
-        )
-    except jinja2.TemplateError as error:
+        return processor.apply_chat_template(list(messages), tokenize=False, **options)
+    except (jinja2.TemplateError, TypeError) as error:  # a template adds strings to what need not be any
         raise ValueError(f"prompt: the chat template refuses its messages: {error}") from error
 
 

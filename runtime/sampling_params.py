@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import numbers
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
-# vLLM's parameters that have no effect here yet: any other value than the default is refused.
+from .checks import as_flag, as_integer, as_integers, as_number, as_optional_integer
+
+# vLLM's parameters that have no effect here yet: a value that would have one is refused.
 NOT_YET_SUPPORTED = (
     "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "logprobs",
     "prompt_logprobs", "spaces_between_special_tokens", "output_kind", "guided_decoding", "logit_bias",
@@ -24,7 +27,7 @@ class SamplingParams:
     `min_p`, `top_k` and `top_p` each cut what is left.
 
     Attributes:
-        max_tokens: most tokens to generate; None for as many as `max_length` allows.
+        max_tokens: most tokens to generate; None for as many as `max_length` and the cache allow.
         min_tokens: before this many tokens no end-of-sequence or stop token is chosen and no stop string ends
             the text.
         temperature: divides the logits; 0 chooses the likeliest token (greedy).
@@ -41,7 +44,10 @@ class SamplingParams:
         include_stop_str_in_output: end the text after the stop string, or the stop token's text.
         truncate_prompt_tokens: keep only this many of the prompt's last tokens; None keeps all of them.
 
-    The remaining fields are vLLM's too and not yet supported: a value other than the default is an error.
+    The remaining fields are vLLM's too and not yet supported: they may have the default or another value that
+    asks for nothing (`best_of=1`, `bad_words=[]`, `logit_bias={}`), which becomes the default.
+
+    Numbers may be NumPy's; they become Python's.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -79,71 +85,59 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in NOT_YET_SUPPORTED and value != field.default:
-                raise NotImplementedError(
-                    f"{field.name}={value!r}: not yet supported, leave it at {field.default!r}"
-                )
-        self._check_number("temperature", 0.0, math.inf)
-        self._check_number("top_p", 0.0, 1.0, low_open=True)
-        self._check_number("min_p", 0.0, 1.0)
-        self._check_integer("top_k", -1)
-        self._check_integer("max_tokens", 1, optional=True)
-        self._check_integer("min_tokens", 0)
-        self._check_integer("seed", 0, MAX_SEED, optional=True)
-        self._check_integer("truncate_prompt_tokens", 1, optional=True)
+            if field.name in NOT_YET_SUPPORTED:
+                self._set(field.name, _neutral(field.name, getattr(self, field.name), field.default))
+        self._set("temperature", as_number("temperature", self.temperature, 0.0, math.inf))
+        self._set("top_p", as_number("top_p", self.top_p, 0.0, 1.0, low_open=True))
+        self._set("min_p", as_number("min_p", self.min_p, 0.0, 1.0))
+        self._set("top_k", as_integer("top_k", self.top_k, -1))
+        self._set("max_tokens", as_optional_integer("max_tokens", self.max_tokens, 1))
+        self._set("min_tokens", as_integer("min_tokens", self.min_tokens, 0))
+        self._set("seed", as_optional_integer("seed", self.seed, 0, MAX_SEED))
+        truncate = as_optional_integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+        self._set("truncate_prompt_tokens", truncate)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
+            self._set(name, as_flag(name, getattr(self, name)))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens}: must be at most max_tokens={self.max_tokens}")
-        self._check_stops()
+        self._set("stop", self._checked_stop())
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        self._set("stop_token_ids", as_integers("stop_token_ids", ids, 0))
 
-    def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _checked_stop(self) -> tuple[str, ...]:
+        given: Any = () if self.stop is None else self.stop
+        if not isinstance(given, Iterable):
+            raise TypeError(f"stop={given!r}: must be a string or several")
+        stop = (given,) if isinstance(given, str) else tuple(cast("Iterable[Any]", given))
         if not all(isinstance(s, str) for s in stop):
-            raise TypeError(f"stop={self.stop!r}: must be a string or several")
+            raise TypeError(f"stop={given!r}: must be a string or several")
         if not all(stop):
-            raise ValueError(f"stop={self.stop!r}: must be non-empty strings")
+            raise ValueError(f"stop={given!r}: must be non-empty strings")
         if stop and not self.detokenize:
             raise ValueError("stop: stop strings need detokenize=True")
-        object.__setattr__(self, "stop", stop)
-        ids = self._as_tuple("stop_token_ids")
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise TypeError(f"stop_token_ids={self.stop_token_ids!r}: must be token ids, integers")
-        if not all(i >= 0 for i in ids):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids!r}: must be at least 0")
-        object.__setattr__(self, "stop_token_ids", ids)
-
-    def _as_tuple(self, name: str) -> tuple[Any, ...]:
-        value = getattr(self, name)
-        if value is None:
-            return ()
-        if not isinstance(value, Iterable):
-            raise TypeError(f"{name}={value!r}: must be a sequence")
-        return tuple(cast("Iterable[Any]", value))
-
-    def _check_number(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}={value!r}: must be a number")
-        in_range = (low < value if low_open else low <= value) and value <= high and math.isfinite(value)
-        if not in_range:
-            bracket = "(" if low_open else "["
-            end = "infinity)" if high == math.inf else f"{high}]"
-            raise ValueError(f"{name}={value}: must lie in {bracket}{low}, {end}")
-
-    def _check_integer(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: must be an integer{' or None' if optional else ''}")
-        if value < low or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ValueError(f"{name}={value}: must be {allowed}")
+        return stop
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return self.stop  # pyright: ignore[reportReturnType]  (normalized in __post_init__)
+
+
+def _neutral(name: str, value: Any, default: Any) -> Any:
+    """The default of a parameter that is not yet supported, if the value asks for nothing else."""
+    if isinstance(value, bool) and not isinstance(default, bool):
+        raise TypeError(f"{name}={value!r}: must not be a bool")
+    if name == "best_of":
+        is_neutral = value is None or (isinstance(value, numbers.Real) and value == 1)  # 1 is n
+    elif name in ("bad_words", "logit_bias"):
+        is_neutral = value is None or (isinstance(value, Sized) and len(value) == 0)
+    elif isinstance(default, int | float):
+        is_neutral = isinstance(value, numbers.Real) and value == default
+    else:
+        is_neutral = value is default or (isinstance(value, str) and value == default)
+    if not is_neutral:
+        raise NotImplementedError(f"{name}={value!r}: not yet supported, leave it at {default!r}")
+    return default

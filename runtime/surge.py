@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
-
 from ..model import Model
-from .cache_size import choose_num_pages
-from .channel import Channel, ReturnSample
-from .detokenizer import Detokenizer, TokenBytes
 from .engine import Engine
 from .executor import Executor
 from .generation import Generation
+from .options import EngineOptions, options_for
 from .page_pool import PagePool
-from .prompts import Prompt, as_list, is_chat, token_ids_of
+from .prompts import Prompt, as_list, check_template_options, token_ids_of
 from .request import Request
-from .sampling import MAX_BANNED
+from .request_builder import RequestBuilder
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
-logger = logging.getLogger("vsurge.runtime")
-
-DEFAULT_PREFILL_LENGTH = 1024  # tokens
 Surge = TypeVar("Surge", bound="vSurge")  # beartype cannot check typing.Self in a decorated class
 
 
@@ -38,33 +29,30 @@ class vSurge:
     `start` it, `generate` from any number of threads and event loops, `stop` it; or use it in a `with` block.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        processor: Any,
-        *,
-        engine: Engine,
-        executor: Executor,
-        pool: PagePool,
-        max_length: int,
-        eos_token_ids: tuple[int, ...],
-        seed: int,
-        verbose: bool,
-    ) -> None:
+    def __init__(self, model: Model, processor: Any, options: EngineOptions, executor: Executor) -> None:
         self.model = model
         self.processor = processor
-        self.max_length = max_length
-        self.num_pages, self.page_size = pool.num_pages, pool.page_size
-        self.eos_token_ids = eos_token_ids
-        self._token_bytes = None if processor is None else TokenBytes(processor)
-        self._engine = engine
+        self.max_length = options.max_length
+        self.num_pages, self.page_size = options.num_pages, options.page_size
+        self.eos_token_ids = options.eos_token_ids
+        self._verbose = options.verbose
+        self._requests = RequestBuilder(processor, options, model.config.vocab_size)
         self._executor = executor
-        self._pool = pool
-        self._seed = seed
-        self._count = itertools.count()
-        self._verbose = verbose
+        self._pool = PagePool(options.num_pages, options.page_size)
+        scheduler = Scheduler(
+            self._pool,
+            max_concurrent_decodes=options.max_concurrent_decodes,
+            max_concurrent_prefill=options.max_concurrent_prefill,
+            max_prefill_length=options.max_prefill_length,
+        )
+        self._engine = Engine(
+            scheduler,
+            executor,
+            max_queued_requests=options.max_queued_requests,
+            name=options.vsurge_name,
+        )
         # Neither the engine nor its thread holds this object, so it can be dropped.
-        weakref.finalize(self, engine.abandon).atexit = False
+        weakref.finalize(self, self._engine.abandon).atexit = False
 
     @classmethod
     def from_model(
@@ -101,8 +89,11 @@ class vSurge:
             page_size: tokens per page of the cache.
             memory_utilization: share of the accelerator's memory left after the weights that the cache takes,
                 in (0, 1]; on a CPU the cache takes 1 GiB instead.
-            num_pages: pages of the cache; None for as many as `memory_utilization` says.
-            max_queued_requests: requests that may wait; `generate` raises `QueueFull` beyond.
+            num_pages: pages of the cache; None for as many as `memory_utilization` says. A sequence longer
+                than all of them together is refused, or cut off there if its `max_tokens` is None.
+            max_queued_requests: requests that may wait for a place in the batch, beyond which `generate`
+                raises `QueueFull`. All prompts of a call begin by waiting, even while places are free, so it
+                also bounds how many one call may pass.
             extra_eos_token_ids: tokens that end a sequence besides the model's.
             seed: of requests without one of their own.
             vsurge_name: of the engine's thread.
@@ -112,64 +103,23 @@ class vSurge:
             ValueError, TypeError: an option out of range.
             OutOfMemory: not even one page fits the device.
         """
-        config = model.config
-        _check_integers(
-            at_least=1,
+        options = options_for(
+            model,
             max_concurrent_decodes=max_concurrent_decodes,
             max_concurrent_prefill=max_concurrent_prefill,
             max_prefill_length=max_prefill_length,
+            prefill_lengths=prefill_lengths,
             max_length=max_length,
             page_size=page_size,
+            memory_utilization=memory_utilization,
             num_pages=num_pages,
             max_queued_requests=max_queued_requests,
-        )
-        _check_integers(at_least=0, seed=seed)
-        max_length = config.max_length if max_length is None else max_length
-        if not 2 <= max_length <= config.max_length:
-            raise ValueError(
-                f"max_length={max_length}: must lie between 2 and the model's {config.max_length}"
-            )
-        max_prefill_length = _prefill_length(max_prefill_length, prefill_lengths, max_length)
-        if not 0 < memory_utilization <= 1:
-            raise ValueError(f"memory_utilization={memory_utilization}: must lie in (0, 1]")
-        eos_token_ids = tuple(dict.fromkeys([*model.eos_token_ids, *extra_eos_token_ids]))
-        _check_token_ids("extra_eos_token_ids", extra_eos_token_ids, config.vocab_size)
-        if num_pages is None:
-            num_pages = choose_num_pages(
-                model,
-                page_size=page_size,
-                memory_utilization=memory_utilization,
-                max_useful_pages=max_concurrent_decodes * -(-max_length // page_size),
-            )
-        pool = PagePool(num_pages, page_size)
-        scheduler = Scheduler(
-            pool,
-            max_concurrent_decodes=max_concurrent_decodes,
-            max_concurrent_prefill=max_concurrent_prefill,
-            max_prefill_length=max_prefill_length,
-        )
-        executor = Executor(
-            model,
-            num_pages=num_pages,
-            page_size=page_size,
-            max_length=max_length,
-            max_concurrent_decodes=max_concurrent_decodes,
-            max_concurrent_prefill=max_concurrent_prefill,
-            max_prefill_length=max_prefill_length,
-            prefill_lengths=None if prefill_lengths is None else sorted(set(prefill_lengths)),
-        )
-        engine = Engine(scheduler, executor, max_queued_requests=max_queued_requests, name=vsurge_name)
-        return cls(
-            model,
-            processor,
-            engine=engine,
-            executor=executor,
-            pool=pool,
-            max_length=max_length,
-            eos_token_ids=eos_token_ids,
+            extra_eos_token_ids=extra_eos_token_ids,
             seed=seed,
+            vsurge_name=vsurge_name,
             verbose=verbose,
         )
+        return cls(model, processor, options, Executor(model, options))
 
     create_odriver = from_model
 
@@ -203,7 +153,12 @@ class vSurge:
         self.stop(drain=error is None)
 
     def count_tokens(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
-        """Tokens of one prompt, a string, token ids or chat messages (the template's own tokens included)."""
+        """Tokens of one prompt, a string, token ids or chat messages (the template's own tokens included).
+
+        Raises:
+            ValueError, TypeError: no prompt, or no options of a template, as for `generate`.
+        """
+        check_template_options(chat_template_kwargs, [prompt])
         return len(token_ids_of(prompt, self.processor, chat_template_kwargs))
 
     def generate(
@@ -217,12 +172,13 @@ class vSurge:
         """Queues prompts for generation.
 
         Args:
-            prompts: strings, lists of token ids, or chats (lists of messages with "role" and "content"); or
-                one of these, which is a list of one.
+            prompts: strings, lists of token ids, or chats (lists of messages with "role" and "content", a
+                string or a list of text parts); or one of these, which is a list of one.
             sampling_params: for all prompts, or one per prompt; None for the model's defaults
                 (generation_config.json).
             stream: whether awaiting the result gives an iterator instead of the final list.
-            chat_template_kwargs: options of the chat template, `{"enable_thinking": False}` for one.
+            chat_template_kwargs: options of the chat template, `{"enable_thinking": False}` for one;
+                `{"continue_final_message": True}` has the last message continued instead of answered.
 
         Returns:
             A `Generation`: await it, iterate over it (with or without `async`), or call its `result()`.
@@ -230,25 +186,13 @@ class vSurge:
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot work; the message says which and why.
-            QueueFull: too many requests are waiting.
+            QueueFull: more than `max_queued_requests` would wait; none of the prompts is queued.
             EngineStopped, EngineFailed: the engine does not run.
         """
         listed = as_list(prompts)
-        if chat_template_kwargs and not any(is_chat(prompt) for prompt in listed):
-            raise ValueError(
-                f"chat_template_kwargs={dict(chat_template_kwargs)}: no prompt is a list of chat messages"
-            )
+        check_template_options(chat_template_kwargs, listed)
         params = self._params_of(sampling_params, len(listed))
-        token_ids = [
-            self._prompt_ids(i, prompt, p, chat_template_kwargs)
-            for i, (prompt, p) in enumerate(zip(listed, params, strict=True))
-        ]
-        empty = [ReturnSample("", (), 0, 0.0, None, None, len(ids)) for ids in token_ids]
-        channel = Channel(empty)
-        requests = [
-            self._request(i, ids, p, channel)
-            for i, (ids, p) in enumerate(zip(token_ids, params, strict=True))
-        ]
+        channel, requests = self._requests.build(listed, params, chat_template_kwargs)
         self._engine.submit(requests)
         # It holds on to this object, so that the engine lives as long as somebody waits for its output.
         return Generation(channel, partial(self._abort, requests), stream=stream)
@@ -268,6 +212,10 @@ class vSurge:
             return [self.default_sampling_params()] * count
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * count
+        if not isinstance(sampling_params, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"sampling_params={sampling_params!r}: must be a SamplingParams or a list of them"
+            )
         listed = list(sampling_params)
         if len(listed) != count:
             raise ValueError(
@@ -277,105 +225,3 @@ class vSurge:
             if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"sampling_params: {params!r} is no SamplingParams")
         return listed
-
-    def _prompt_ids(
-        self,
-        index: int,
-        prompt: Prompt,
-        params: SamplingParams,
-        chat_template_kwargs: Mapping[str, Any] | None,
-    ) -> list[int]:
-        """A prompt's tokens, truncated if the request says so, and checked."""
-        ids = token_ids_of(prompt, self.processor, chat_template_kwargs)
-        if params.truncate_prompt_tokens is not None:
-            ids = ids[-params.truncate_prompt_tokens :]
-        if not ids:
-            raise ValueError(f"prompts[{index}]: has no tokens")
-        _check_token_ids(f"prompts[{index}]", ids, self.model.config.vocab_size)
-        if len(ids) >= self.max_length:
-            raise ValueError(
-                f"prompts[{index}]: {len(ids)} tokens, must be fewer than max_length={self.max_length}; "
-                f"truncate_prompt_tokens={max(1, self.max_length - (params.max_tokens or 1))} would keep its "
-                "last tokens"
-            )
-        return ids
-
-    def _request(self, index: int, ids: list[int], params: SamplingParams, channel: Channel) -> Request:
-        room = self.max_length - len(ids)
-        stop_token_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_token_ids |= set(self.eos_token_ids)
-        _check_token_ids("stop_token_ids", params.stop_token_ids or (), self.model.config.vocab_size)
-        if params.min_tokens and len(stop_token_ids) > MAX_BANNED:
-            raise ValueError(
-                f"stop_token_ids: {len(stop_token_ids)} with the end-of-sequence tokens, with min_tokens at "
-                f"most {MAX_BANNED} are supported"
-            )
-        request = Request(
-            prompt_ids=ids,
-            params=params,
-            stop_token_ids=stop_token_ids,
-            max_new_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-            seed=self._draw_seed() if params.seed is None else params.seed,
-            channel=channel,
-            index=index,
-            detokenizer=self._detokenizer(params),
-        )
-        needed = self._pool.pages_for(request.max_tokens_in_cache)
-        if needed > self.num_pages:
-            raise ValueError(
-                f"prompts[{index}]: its {len(ids)} tokens and max_tokens={request.max_new_tokens} more need "
-                f"{needed} pages of {self.page_size} tokens, the whole cache has {self.num_pages}; ask for "
-                "fewer tokens or build the engine with a larger num_pages"
-            )
-        return request
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if self._token_bytes is None:
-            if params.stop_strings:
-                raise ValueError(f"stop={params.stop!r}: stop strings need a processor")
-            return None
-        if not params.detokenize:
-            return None
-        return Detokenizer(
-            self._token_bytes,
-            skip_special_tokens=params.skip_special_tokens,
-            stop=params.stop_strings,
-            include_stop=params.include_stop_str_in_output,
-        )
-
-    def _draw_seed(self) -> int:
-        high, low = np.random.SeedSequence([self._seed, next(self._count)]).generate_state(2).tolist()
-        return high << 32 | low
-
-
-def _prefill_length(wanted: int | None, lengths: Sequence[int] | None, max_length: int) -> int:
-    if lengths is not None:
-        if not lengths or any(length < 1 for length in lengths):
-            raise ValueError(f"prefill_lengths={list(lengths)}: must be positive numbers of tokens")
-        if wanted is not None and max(lengths) != wanted:
-            raise ValueError(
-                f"prefill_lengths={list(lengths)}: the largest must be max_prefill_length={wanted}"
-            )
-        wanted = max(lengths)
-    if wanted is None:
-        return min(DEFAULT_PREFILL_LENGTH, max_length)
-    if not 1 <= wanted <= max_length:
-        raise ValueError(f"max_prefill_length={wanted}: must lie between 1 and max_length={max_length}")
-    return wanted
-
-
-def _check_integers(*, at_least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is None:  # where that is allowed, it has a meaning of its own
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{name}={value!r}: must be an integer")
-        if value < at_least:
-            raise ValueError(f"{name}={value}: must be at least {at_least}")
-
-
-def _check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(f"{name}: token id {token_id} is outside the vocabulary, 0 to {vocab_size - 1}")

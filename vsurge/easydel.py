@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NoReturn, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .kernels import Implementation
-from .model import Model, PartitionAxis, load_model
+from .model import Model, PartitionAxis, load_model, make_mesh
+from .model.config import parse_dtype
 from .model.loading import find_checkpoint, read_config
 from .model.sharding import AXIS_NAMES, TRIVIAL_DIMS
 from .runtime import ReturnSample, SamplingParams
@@ -159,27 +161,32 @@ class AutoEasyDeLModelForCausalLM:
             ConfigError, CheckpointError, FileNotFoundError: see `load_model`.
         """
         _only_unquantized("quantization_method", quantization_method)
+        if config_kwargs is not None and not isinstance(config_kwargs, Mapping):
+            raise TypeError(f"config_kwargs={config_kwargs!r}: must be an EasyDeLBaseConfigDict or None")
         options = dict(config_kwargs or {})
         changes = _config_changes(options)
         if precision is not None:
             if not isinstance(precision, jax.lax.Precision):
                 raise TypeError(f"precision={precision!r}: must be a jax.lax.Precision or None")
             changes["matmul_precision"] = precision
+        computes_in = None if dtype is None else parse_dtype(dtype, "dtype")
+        stores = None if param_dtype is None else parse_dtype(param_dtype, "param_dtype")
         folder = find_checkpoint(pretrained_model_name_or_path, revision=revision)
         max_length = _max_length(options, read_config(folder).max_length)
         if not auto_shard_model and tuple(sharding_axis_dims) != TRIVIAL_DIMS:
+            with suppress(NotImplementedError):  # a mesh that nobody uses may well be beyond this version
+                make_mesh(sharding_axis_dims, sharding_axis_names)
             logger.warning(
                 "auto_shard_model=False: the model goes to the first device, not to sharding_axis_dims=%s",
                 tuple(sharding_axis_dims),
             )
         model = load_model(
             folder,
-            dtype=param_dtype,
-            compute_dtype=dtype,
+            dtype=stores,
+            compute_dtype=computes_in,
             sharding_axis_dims=sharding_axis_dims if auto_shard_model else TRIVIAL_DIMS,
             axis_names=sharding_axis_names,
             partition_axis=partition_axis,
-            progress=True,
         )
         return EasyDeLModel(
             config=replace(model.config, **changes),
@@ -231,6 +238,28 @@ class vSurge(Engine):
         return super().from_model(model, processor, max_length=max_length, **options)
 
     create_odriver = from_model
+
+    def pause(self) -> NoReturn:
+        """Is not supported yet."""
+        raise NotImplementedError(
+            "vSurge.pause: not supported yet; stop() finishes what is queued, then ends"
+        )
+
+    def resume(self) -> NoReturn:
+        """Is not supported yet."""
+        raise NotImplementedError("vSurge.resume: not supported yet; start() begins again after stop()")
+
+    def complete(self, *_: Any, **__: Any) -> NoReturn:
+        """Is not supported yet."""
+        raise NotImplementedError(
+            "vSurge.complete: not supported yet; generate(..., stream=True) does its work"
+        )
+
+    def metrics(self, *_: Any, **__: Any) -> NoReturn:
+        """Is not supported yet."""
+        raise NotImplementedError(
+            "vSurge.metrics: not supported yet; a ReturnSample tells of its own request's speed"
+        )
 
 
 def _config_changes(options: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +315,10 @@ def _attention(name: str, value: Any) -> Implementation | None:
 
 def _cache_dtype(value: Any) -> Any:
     supported = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-    dtype = jnp.dtype(value)
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise ValueError(f"kvdtype={value!r}: no such dtype; supported are bfloat16 and float32") from None
     if dtype not in supported:
         raise NotImplementedError(f"kvdtype={dtype}: not supported yet; supported are bfloat16 and float32")
     return dtype

@@ -9,15 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
+from vsurge.benchmarks.loading import copy_weights, write_checkpoint
 from vsurge.benchmarks.workload import decode_bytes, prefill_operations
 from vsurge.kernels import empty_kv_pages
 from vsurge.model import Model, forward, load_model, num_parameters, random_model
-from vsurge.model.params import param_specs
 from vsurge.model.qwen3 import Batch
 from vsurge.runtime.sampling import MAX_BANNED, SamplingInputs, sample
 
@@ -110,49 +108,11 @@ def test_sampling(
 
 
 def test_loading(model: Model, measure: Callable[..., None], tmp_path: Path) -> None:
-    specs = jax.tree.leaves(param_specs(model.config))
-    save_file(
-        {spec.name: np.zeros(spec.shape, ml_dtypes.bfloat16) for spec in specs},
-        tmp_path / "model.safetensors",
-    )
-    write_config(model, tmp_path / "config.json")
+    write_checkpoint(model.config, tmp_path)
     measure(lambda: load_model(tmp_path).params, bytes=2 * num_parameters(model.config))
 
 
 def test_copying_the_same_bytes(model: Model, measure: Callable[..., None], tmp_path: Path) -> None:
-    """What `test_loading` is to be compared with: the bytes in the page cache, copied into device arrays."""
-    sizes = [2 * spec.size for spec in jax.tree.leaves(param_specs(model.config))]
-    (tmp_path / "bytes").write_bytes(bytes(sum(sizes)))
-    ends = np.cumsum(sizes)
-
-    def copy() -> list[jax.Array]:
-        data = np.memmap(tmp_path / "bytes", np.uint8, "r")
-        return [
-            jax.device_put(data[end - size : end], may_alias=False)
-            for size, end in zip(sizes, ends, strict=True)
-        ]
-
-    measure(copy, bytes=sum(sizes))
-
-
-def write_config(model: Model, path: Path) -> None:
-    import json
-
-    config = model.config
-    path.write_text(
-        json.dumps(
-            {
-                "architectures": ["Qwen3ForCausalLM"],
-                "vocab_size": config.vocab_size,
-                "hidden_size": config.hidden_size,
-                "intermediate_size": config.intermediate_size,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_q_heads,
-                "num_key_value_heads": config.num_kv_heads,
-                "head_dim": config.head_dim,
-                "tie_word_embeddings": config.tie_word_embeddings,
-                "rope_theta": config.rope_theta,
-                "torch_dtype": "bfloat16",
-            }
-        )
-    )
+    """What `test_loading` is to be compared with."""
+    write_checkpoint(model.config, tmp_path)
+    measure(lambda: copy_weights(model.config, tmp_path), bytes=2 * num_parameters(model.config))

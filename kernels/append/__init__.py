@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -13,7 +14,15 @@ from . import reference, xla
 
 __all__ = ["append_kv"]
 
+
+def _mosaic_tpu(*arguments: Any, **options: Any) -> KVPages:
+    from . import mosaic_tpu  # importing Pallas takes longer than all else here
+
+    return cast(KVPages, mosaic_tpu.append_kv(*arguments, **options))
+
+
 IMPLEMENTATIONS: dict[Implementation, Callable[..., KVPages]] = {
+    "mosaic_tpu": _mosaic_tpu,
     "xla": xla.append_kv,
     "reference": reference.append_kv,
 }
@@ -33,8 +42,8 @@ def append_kv(
         kv_pages: one layer's cache; not to be used after the call.
         keys: [num_tokens, num_kv_heads, head_dim], cast to the cache's dtype.
         values: like `keys`.
-        slots: [num_tokens] int32, `page * page_size + offset`; negative slots are skipped (padding).
-            Two tokens may not share a slot.
+        slots: [num_tokens] int32, `page * page_size + offset`; slots outside the pool are skipped, negative
+            ones mark padding. Two tokens may not share a slot.
         implementation: "xla" or "reference"; None for the best one.
 
     Returns:
@@ -54,4 +63,5 @@ def append_kv(
                 f"{name}: shape {array.shape}, expected {expected} for {num_tokens} slots, "
                 f"{kv_pages.num_kv_heads} KV heads and head_dim {kv_pages.head_dim}"
             )
-    return IMPLEMENTATIONS[choose_implementation("append_kv", implementation)](kv_pages, keys, values, slots)
+    append = IMPLEMENTATIONS[choose_implementation("append_kv", implementation, IMPLEMENTATIONS)]
+    return append(kv_pages, keys, values, slots)

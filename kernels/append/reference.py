@@ -25,7 +25,7 @@ def append_kv(
         data = data.view(kv_pages.dtype)
     key_rows, value_rows = np.asarray(keys).astype(data.dtype), np.asarray(values).astype(data.dtype)
     for token, slot in enumerate(np.asarray(slots).tolist()):
-        if slot >= 0:
+        if 0 <= slot < kv_pages.num_pages * kv_pages.page_size:
             page, offset = divmod(slot, kv_pages.page_size)
             data[page, 0, :, offset] = key_rows[token]
             data[page, 1, :, offset] = value_rows[token]

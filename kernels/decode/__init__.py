@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -12,12 +13,21 @@ from jaxtyping import Array, Float, Int
 
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
-from ..validation import check_metadata_when_run, check_static
+from ..validation import check_has_blocks, check_metadata_when_run, check_static
 from . import reference, xla
+from .blocks import DecodeBlocks
 
-__all__ = ["paged_decode_attention"]
+__all__ = ["DecodeBlocks", "paged_decode_attention"]
+
+
+def _mosaic_tpu(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike]:
+    from . import mosaic_tpu  # importing Pallas takes longer than all else here
+
+    return cast("tuple[ArrayLike, ArrayLike]", mosaic_tpu.paged_decode_attention(*arguments, **options))
+
 
 IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]] = {
+    "mosaic_tpu": _mosaic_tpu,
     "xla": xla.paged_decode_attention,
     "reference": reference.paged_decode_attention,
 }
@@ -37,7 +47,7 @@ def paged_decode_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " num_q_heads"] | None = None,
     return_lse: bool = False,
-    block_sizes: object = None,
+    block_sizes: DecodeBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> Output | tuple[Output, LogSumExp]:
@@ -51,8 +61,11 @@ def paged_decode_attention(
             zero and whose row of the page table may hold anything.
         page_table: [num_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a
             row are used.
-        kv_pages, scale, sliding_window, soft_cap, sinks, return_lse, block_sizes, implementation, debug:
-            as in `ragged_paged_attention`.
+        block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
+        implementation: "mosaic_tpu" (a Pallas kernel; interpreted where there is no TPU), "xla" (compiled for
+            any device) or "reference" (float64 NumPy, outside jit only); None for the best one on this
+            device.
+        kv_pages, scale, sliding_window, soft_cap, sinks, return_lse, debug: as in `ragged_paged_attention`.
 
     Returns:
         The output [num_seqs, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
@@ -71,23 +84,22 @@ def paged_decode_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
-        block_sizes=block_sizes,
     )
     if debug:
         starts = jnp.pad(jnp.cumsum((kv_lens > 0).astype(jnp.int32)), (1, 0))
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, starts, jnp.asarray([num_seqs], jnp.int32), num_tokens=num_seqs
         )
-    attention = IMPLEMENTATIONS[choose_implementation("paged_decode_attention", implementation)]
-    output, log_sum_exp = attention(
-        queries,
-        kv_pages,
-        kv_lens,
-        page_table,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-    )
+    chosen = choose_implementation("paged_decode_attention", implementation, IMPLEMENTATIONS)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+        "sinks": sinks,
+    }
+    if block_sizes is not None:
+        check_has_blocks(chosen, block_sizes, DecodeBlocks, of="mosaic_tpu")
+        options["block_sizes"] = block_sizes
+    output, log_sum_exp = IMPLEMENTATIONS[chosen](queries, kv_pages, kv_lens, page_table, **options)
     output = jnp.asarray(output, queries.dtype)
     return (output, jnp.asarray(log_sum_exp, jnp.float32)) if return_lse else output

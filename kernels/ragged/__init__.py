@@ -92,13 +92,16 @@ def ragged_paged_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
-        block_sizes=block_sizes,
     )
+    if block_sizes is not None:
+        raise ValueError(f"block_sizes={block_sizes!r}: no implementation of this kernel has block sizes")
     if debug:
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, query_starts, num_seqs, num_tokens=queries.shape[0]
         )
-    attention = IMPLEMENTATIONS[choose_implementation("ragged_paged_attention", implementation)]
+    attention = IMPLEMENTATIONS[
+        choose_implementation("ragged_paged_attention", implementation, IMPLEMENTATIONS)
+    ]
     output, log_sum_exp = attention(
         queries,
         kv_pages,

@@ -35,7 +35,9 @@ FOLDER = Path(__file__).parent
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 VOCABULARY = 1536
-CONTEXT = 1024  # tokens the rotary embedding is declared for
+# Tokens that the configuration declares, so that an engine may be given long contexts; training is on rows of
+# 256, and nothing is learnt of positions beyond.
+CONTEXT = 8192
 
 # As Qwen2 and Qwen3 split text before byte-pair encoding: contractions, words, single digits, punctuation,
 # space.

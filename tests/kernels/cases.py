@@ -27,7 +27,8 @@ from vsurge.kernels.decode import reference as decode_reference
 from vsurge.kernels.ragged import reference as ragged_reference
 
 # What is compared with the reference on this machine. An implementation for another device adds its name.
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla",)
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_tpu")
+RAGGED_IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla",)
 
 TOLERANCES = {
     "float32": 1e-5,

@@ -45,13 +45,17 @@ def test_the_cache_is_a_dictionary_of_slots(
     written: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for _ in range(4):
         slots = rng.permutation(num_slots)[:9]
-        slots[[2, 5]] = [-1, -num_slots]  # skipped
+        slots[[2, 4, 5, 7]] = [-1, num_slots, -num_slots, 2**31 - 1]  # skipped
         keys, values = random_rows(rng, 9, row_dtype)
         kv_pages = append_kv(
             kv_pages, keys, values, jnp.asarray(slots, jnp.int32), implementation=implementation
         )
         stored = [np.asarray(rows.astype(cache_dtype)) for rows in (keys, values)]
-        written |= {slot: (stored[0][i], stored[1][i]) for i, slot in enumerate(slots.tolist()) if slot >= 0}
+        written |= {
+            slot: (stored[0][i], stored[1][i])
+            for i, slot in enumerate(slots.tolist())
+            if slot in range(num_slots)
+        }
     keys, values = read_kv(kv_pages, jnp.arange(num_slots, dtype=jnp.int32))
     assert keys.dtype == values.dtype == cache_dtype
     untouched = (np.zeros((HEADS, HEAD_DIM)), np.zeros((HEADS, HEAD_DIM)))

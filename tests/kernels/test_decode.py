@@ -76,8 +76,10 @@ def test_outliers_do_no_harm(setup: Setup, implementation: Implementation) -> No
 def test_decode_is_ragged_attention_of_one_token_each(dtype: str, implementation: Implementation) -> None:
     setup = Setup(query_dtype=dtype, cache_dtype=dtype)
     queries, kv_pages, kv_lens, page_table = decode_batch(setup, (270, 3, 128, 64, 1)).arguments
-    options = {"scale": setup.scale, "return_lse": True, "implementation": implementation}
-    decode = paged_decode_attention(queries, kv_pages, kv_lens, page_table, **options)
+    options = {"scale": setup.scale, "return_lse": True}
+    decode = paged_decode_attention(
+        queries, kv_pages, kv_lens, page_table, implementation=implementation, **options
+    )
     starts, num_seqs = jnp.arange(6, dtype=jnp.int32), jnp.asarray([5], jnp.int32)
     ragged = ragged_paged_attention(queries, kv_pages, kv_lens, page_table, starts, num_seqs, **options)
     assert_rows_close(decode[0], ragged[0], TOLERANCES[dtype])

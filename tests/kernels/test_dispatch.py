@@ -17,6 +17,7 @@ import vsurge.kernels
 from vsurge.kernels import dispatch
 from vsurge.kernels.dispatch import choose_implementation
 
+AVAILABLE: tuple[dispatch.Implementation, ...] = ("xla", "reference")
 ROOM = Path(vsurge.kernels.__file__).parent
 
 
@@ -28,7 +29,7 @@ def nothing_logged_before() -> Iterator[None]:
 
 
 def test_a_cpu_gets_xla_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_implementation("some kernel", None) == "xla"
+    assert choose_implementation("some kernel", None, AVAILABLE) == "xla"
     assert caplog.records == []
 
 
@@ -39,22 +40,27 @@ def test_another_device_falls_back_with_one_line_per_kernel(
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     caplog.set_level(logging.INFO, "vsurge.kernels")
     for kernel in ("first", "first", "second"):
-        assert choose_implementation(kernel, None) == "xla"
+        assert choose_implementation(kernel, None, AVAILABLE) == "xla"
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["first", "second"]
     assert platform in caplog.text
     assert "falling back to 'xla'" in caplog.text
 
 
+def test_a_tpu_gets_the_kernel_written_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose_implementation("some kernel", None, (*AVAILABLE, "mosaic_tpu")) == "mosaic_tpu"
+
+
 @pytest.mark.parametrize("name", ["mosaic_tpu", "mosaic_gpu", "triton"])
 def test_a_kernel_to_come_says_so(name: dispatch.Implementation) -> None:
     with pytest.raises(NotImplementedError, match=f"{name}.*some kernel is not there yet; available: .*xla"):
-        choose_implementation("some kernel", name)
+        choose_implementation("some kernel", name, AVAILABLE)
 
 
 @pytest.mark.usefixtures("no_type_checker")
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"implementation='cuda': must be one of .*'reference'"):
-        choose_implementation("some kernel", "cuda")  # pyright: ignore[reportArgumentType]
+        choose_implementation("some kernel", "cuda", AVAILABLE)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_room_imports_nothing_but_jax_numpy_and_jaxtyping() -> None:

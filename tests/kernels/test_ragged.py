@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from vsurge.kernels import Implementation, ragged_paged_attention
 
-from .cases import IMPLEMENTATIONS, OPTIONS, SWEEP, RaggedBatch, Setup, check_ragged, chosen, ragged_batch
+from .cases import (
+    OPTIONS,
+    RAGGED_IMPLEMENTATIONS,
+    SWEEP,
+    RaggedBatch,
+    Setup,
+    check_ragged,
+    chosen,
+    ragged_batch,
+)
 
 MIXES = {  # new tokens and tokens in the cache, per sequence; query blocks and KV blocks have 128 tokens
     "prompts": ((5, 131, 33), (5, 131, 33)),
@@ -27,7 +36,7 @@ SETUPS = (
     Setup(head_dim=128, page_size=256, query_dtype="bfloat16"),
     Setup(num_q_heads=1, num_kv_heads=1, page_size=128, query_dtype="bfloat16", cache_dtype="bfloat16"),
 )
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each_implementation = pytest.mark.parametrize("implementation", RAGGED_IMPLEMENTATIONS)
 
 
 def mixed_batch(setup: Setup, mix: str, *, outliers: bool = False) -> RaggedBatch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -349,6 +351,24 @@ def test_a_load_that_is_interrupted_half_way_leaves_nothing_on_the_device(tmp_pa
     assert len(done) == 7
     assert caught.tb is not None  # which would keep the arrays alive
     assert len(jax.live_arrays()) == before
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stderr", "options", "shown"),
+    [(Terminal, {}, True), (Terminal, {"progress": False}, False), (io.StringIO, {}, False)],
+)
+def test_progress_is_shown_on_a_terminal_unless_told_otherwise(stderr, options, shown, tmp_path, monkeypatch):
+    write_single(tmp_path)
+    screen = stderr()
+    monkeypatch.setattr(sys, "stderr", screen)
+    load_model(tmp_path, **options)
+    assert ("loading weights" in screen.getvalue()) == shown
+    assert shown or screen.getvalue() == ""
 
 
 def mappings_of(file: Path) -> int:

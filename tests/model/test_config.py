@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -164,6 +165,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a bool as a string": ({"attention_bias": "false"}, ["attention_bias='false'", "bool"]),
     "a bool for a size": ({"vocab_size": True}, ["vocab_size=True"]),
     "an epsilon of zero": ({"rms_norm_eps": 0}, ["rms_norm_eps=0"]),
+    "a theta without end": ({"rope_theta": math.inf}, ["rope_theta=inf", "finite"]),
+    "YaRN without end": ({"rope_scaling": YARN | {"factor": math.inf}}, ["factor=inf", "finite"]),
     "heads that do not divide": ({"num_key_value_heads": 5}, ["32", "5"]),
     "odd head_dim": ({"head_dim": 127}, ["head_dim=127"]),
     "eos as text": ({"eos_token_id": "</s>"}, ["eos_token_id='</s>'"]),
@@ -203,6 +206,11 @@ def test_a_dtype_has_one_name():
         parse_dtype("float64", "dtype")
     assert parse_dtype(jnp.bfloat16, "dtype") == jnp.bfloat16
     assert parse_dtype(np.float32, "dtype") == np.float32
+
+
+def test_what_is_no_dtype_is_named(no_type_checker):
+    with pytest.raises(ConfigError, match=r"^dtype=3: supported are"):
+        parse_dtype(3, "dtype")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

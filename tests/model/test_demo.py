@@ -96,6 +96,10 @@ def test_it_is_bfloat16_of_the_size_the_specification_allows(shipped):
     assert 1000 <= shipped.config.vocab_size <= 2000
 
 
+def test_it_may_be_given_the_context_of_the_specification_s_script(shipped, tokenizer):
+    assert shipped.config.max_length == tokenizer.model_max_length == 8192
+
+
 def test_its_end_tokens_are_two_and_the_tokenizer_knows_both(shipped, tokenizer):
     assert len(shipped.eos_token_ids) == 2
     for token in shipped.eos_token_ids:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import pytest
 from transformers import GenerationConfig
 
 from vsurge.model import ConfigError, GenerationDefaults
 from vsurge.model.generation_defaults import generation_defaults_from_json
+from vsurge.runtime import SamplingParams
 
 QWEN3 = {  # as published with Qwen3-8B
     "bos_token_id": 151643,
@@ -34,11 +36,18 @@ def test_without_sampling_the_likeliest_token_is_taken():
     assert dict(defaults.sampling) == {"temperature": 0.0, "max_tokens": 9}
 
 
-def test_a_neutral_penalty_asks_for_nothing_and_another_is_passed_on():
-    assert generation_defaults_from_json({"repetition_penalty": 1.0}) == GenerationDefaults()
-    assert dict(generation_defaults_from_json({"repetition_penalty": 1.1}).sampling) == {
-        "repetition_penalty": 1.1
-    }
+def test_a_neutral_penalty_asks_for_nothing_and_another_is_named_in_one_warning(caplog):
+    with caplog.at_level(logging.WARNING, "vsurge.model"):
+        for neutral in (1, 1.0):
+            assert generation_defaults_from_json({"repetition_penalty": neutral}) == GenerationDefaults()
+        assert caplog.text == ""
+        defaults = generation_defaults_from_json(
+            QWEN3 | {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3}, source="x.json"
+        )
+    assert defaults == generation_defaults_from_json(QWEN3)
+    (record,) = caplog.records
+    assert record.message.startswith("x.json: not supported yet")
+    assert record.message.endswith("repetition_penalty=1.05, no_repeat_ngram_size=3")
 
 
 def test_what_the_installed_transformers_writes_is_read_without_a_warning(tmp_path, caplog):
@@ -54,7 +63,7 @@ def test_a_field_without_effect_is_named_in_a_warning(caplog):
     with caplog.at_level(logging.WARNING, "vsurge.model"):
         generation_defaults_from_json(QWEN3 | {"no_repeat_ngram_size": 3}, source="x.json")
     assert "x.json" in caplog.text
-    assert "no_repeat_ngram_size" in caplog.text
+    assert "no_repeat_ngram_size=3" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -64,8 +73,36 @@ def test_a_field_without_effect_is_named_in_a_warning(caplog):
         ({"top_k": 2.5}, "x.json: top_k=2.5: must be an integer"),
         ({"top_p": True}, "x.json: top_p=True"),
         ({"eos_token_id": ["a"]}, "x.json: eos_token_id"),
+        ({"do_sample": 0}, "x.json: do_sample=0: must be true or false"),
+        ({"temperature": -0.1}, r"x.json: temperature=-0.1: must be a number in \[0.0, infinity\)"),
+        ({"top_p": 0.0}, r"x.json: top_p=0.0: must be a number in \(0.0, 1.0\]"),
+        ({"top_k": -2}, "x.json: top_k=-2: must be an integer, at least -1"),
+        ({"repetition_penalty": 0}, r"x.json: repetition_penalty=0: must be a number in \(0.0, infinity\)"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_named(raw, message):
+def test_a_value_of_the_wrong_type_or_out_of_range_is_named(raw, message):
     with pytest.raises(ConfigError, match=message):
         generation_defaults_from_json(raw, source="x.json")
+
+
+NUMBERS = (-2, -1, -1e-9, 0, 0.0, 1e-9, 0.5, 1, 1.0, 1 + 1e-9, 2, 10**12, math.inf, -math.inf, math.nan)
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+@pytest.mark.parametrize(
+    ("field", "parameter"),
+    [
+        *((name, name) for name in ("temperature", "top_k", "top_p", "min_p")),
+        ("max_new_tokens", "max_tokens"),
+    ],
+)
+def test_what_the_file_may_ask_for_is_what_a_request_may(field, parameter, value):
+    def accepted(build):
+        try:
+            build()
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    by_the_file = accepted(lambda: generation_defaults_from_json({field: value}))
+    assert by_the_file == accepted(lambda: SamplingParams(**{parameter: value}))

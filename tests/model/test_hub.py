@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from vsurge import demo_model_path
 from vsurge.model import CheckpointError, Qwen3Config, load_model
 from vsurge.model.loading import find_checkpoint
 from vsurge.model.params import param_specs
@@ -79,6 +80,13 @@ def test_a_path_is_never_looked_up_on_the_hub(path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
     with pytest.raises(FileNotFoundError, match=r"not a hub id like 'Qwen/Qwen3-0\.6B'"):
         find_checkpoint(path)
+
+
+def test_an_empty_name_is_not_the_current_folder(monkeypatch):
+    monkeypatch.chdir(demo_model_path())
+    assert find_checkpoint(".") == Path(".")
+    with pytest.raises(FileNotFoundError, match=r"'': must be a folder, or a hub id"):
+        find_checkpoint("")
 
 
 def test_a_folder_has_no_revisions(tmp_path):

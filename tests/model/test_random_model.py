@@ -62,6 +62,28 @@ def test_dtypes_are_those_asked_for():
     assert model.config.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [(-1, "^seed=-1: must be at least 0"), (0.5, "^seed=0.5: must be an integer"), (True, "^seed=True: ")],
+)
+def test_a_seed_that_is_none_is_named(seed, message, no_type_checker):
+    with pytest.raises((ValueError, TypeError), match=message):
+        random_model(SMALL, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"name_or_config": 8}, "^name_or_config=8: must be the name of a published model or a Qwen3Config"),
+        ({"partition_axis": "tp"}, "^partition_axis='tp': must be a PartitionAxis"),
+        ({"dtype": None}, "^dtype=None: supported are"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(argument, message, no_type_checker):
+    with pytest.raises((ValueError, TypeError), match=message):
+        random_model(**{"name_or_config": SMALL, "seed": 0, **argument})
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ConfigError, match=r"Qwen3-7B.*Qwen/Qwen3-8B"):
         random_model("Qwen/Qwen3-7B", seed=0)

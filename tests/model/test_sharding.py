@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vsurge.kernels import empty_kv_pages
 from vsurge.model import PartitionAxis, Qwen3Config, make_mesh, random_model
-from vsurge.model.sharding import named_sharding
+from vsurge.model.params import param_specs
+from vsurge.model.sharding import cache_sharding, named_sharding
 
 SMALL = Qwen3Config(40, 16, 24, 2, 4, 2, 8)
 ONE = jax.devices()[:1]
@@ -93,6 +96,30 @@ def test_weights_are_described_by_the_mapping():
         (model.params.embedding, PartitionSpec("tp", None)),
     ):
         assert array.sharding == NamedSharding(model.mesh, expected)
+
+
+def test_the_cache_is_described_by_the_same_mapping():
+    mesh = make_mesh(devices=ONE)
+    kv_pages = empty_kv_pages(7, 16, 3, 8, "bfloat16")
+    sizes = dict(zip(kv_pages.axes["data"], kv_pages.data.shape, strict=True))
+    assert sizes == {"pages": 7, "keys_values": 2, "kv_heads": 3, "page_tokens": 16, "head_dim": 8}
+    for axis in ("tp", "sp", None):
+        axes = PartitionAxis(key_value_head_axis=axis)
+        placed = jax.device_put(kv_pages, cache_sharding(mesh, kv_pages, axes))
+        assert placed.data.sharding == NamedSharding(mesh, PartitionSpec(None, None, axis, None, None))
+        weights = named_sharding(mesh, ("kv_heads", "hidden"), axes)
+        assert weights.spec[0] == placed.data.sharding.spec[2]
+    with pytest.raises(ValueError, match=r"key_value_head_axis='tensor'.*'tp'"):
+        cache_sharding(mesh, kv_pages, PartitionAxis(key_value_head_axis="tensor"))
+
+
+def test_every_axis_of_weights_and_cache_is_in_the_mapping():
+    specs = jax.tree.leaves(param_specs(replace(SMALL, attention_bias=True)))
+    cache = empty_kv_pages(1, 16, 1, 8, "float32").axes
+    named = {axis for spec in specs for axis in spec.axes} | {
+        axis for axes in cache.values() for axis in axes
+    }
+    assert named == PartitionAxis().mesh_axes().keys()
 
 
 def test_four_real_devices_are_counted_by_minus_one():

@@ -1,10 +1,11 @@
-"""Which sampling parameters are accepted. What they do is shown in test_engine.py."""
+"""Which sampling parameters are accepted. What they do is shown in test_parameters.py."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vsurge.runtime import SamplingParams
@@ -45,11 +46,67 @@ def test_what_is_not_yet_supported_says_so_and_its_default_is_accepted(name: str
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", np.int64(1)), ("n", 1.0), ("best_of", 1), ("best_of", np.int32(1)), ("presence_penalty", 0),
+        ("presence_penalty", np.float32(0)), ("frequency_penalty", -0.0), ("repetition_penalty", 1),
+        ("repetition_penalty", np.float16(1)), ("bad_words", []), ("bad_words", ()), ("logit_bias", {}),
+        ("output_kind", "".join(["cumul", "ative"])),
+    ],
+)  # fmt: skip
+def test_a_value_that_asks_for_nothing_is_the_default(name: str, value: Any) -> None:
+    params = SamplingParams(**{name: value})
+    assert params == SamplingParams()
+    assert hash(params) == hash(SamplingParams())
+    assert type(getattr(params, name)) is type(getattr(SamplingParams(), name))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logprobs", 0), ("prompt_logprobs", 0), ("best_of", 0), ("n", 0), ("n", "1"), ("n", float("nan")),
+        ("bad_words", [""]), ("allowed_token_ids", []), ("guided_decoding", {}), ("logit_bias", np.ones(2)),
+    ],
+)  # fmt: skip
+def test_a_value_that_only_looks_neutral_is_not_yet_supported(name: str, value: Any) -> None:
+    with pytest.raises(NotImplementedError, match=rf"{name}=.*: not yet supported"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["n", "best_of", "repetition_penalty", "logprobs", "temperature", "top_k"])
+@pytest.mark.parametrize("value", [True, False])
+def test_a_bool_is_no_number(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}={value}: must "):
+        SamplingParams(**{name: value})
+
+
+def test_numpy_numbers_become_pythons() -> None:
+    given: dict[str, Any] = {
+        "temperature": np.float32(0.5), "top_p": np.float64(0.5), "min_p": np.float16(0.5),
+        "top_k": np.int64(3), "max_tokens": np.int32(4), "min_tokens": np.uint8(2), "ignore_eos": np.True_,
+        "truncate_prompt_tokens": np.int16(5), "stop_token_ids": np.array([7, 8]),
+        "seed": np.uint64(2**64 - 1),
+    }  # fmt: skip
+    python = SamplingParams(
+        temperature=0.5, top_p=0.5, min_p=0.5, top_k=3, max_tokens=4, min_tokens=2, seed=2**64 - 1,
+        truncate_prompt_tokens=5, stop_token_ids=[7, 8], ignore_eos=True,
+    )  # fmt: skip
+    params = SamplingParams(**given)
+    assert params == python
+    for field in dataclasses.fields(params):
+        value, expected = getattr(params, field.name), getattr(python, field.name)
+        assert type(value) is type(expected), field.name
+    assert [type(token_id) for token_id in params.stop_token_ids or ()] == [int, int]
+    assert type(SamplingParams(temperature=1).temperature) is float
+
+
+@pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
         ("temperature", -0.1, r"\[0.0, infinity\)"),
         ("temperature", float("inf"), r"\[0.0, infinity\)"),
         ("temperature", float("nan"), r"\[0.0, infinity\)"),
+        ("temperature", 10**400, r"\[0.0, infinity\)"),
         ("top_p", 0.0, r"\(0.0, 1.0\]"),
         ("top_p", 1.1, r"\(0.0, 1.0\]"),
         ("min_p", -0.1, r"\[0.0, 1.0\]"),
@@ -67,7 +124,8 @@ def test_what_is_not_yet_supported_says_so_and_its_default_is_accepted(name: str
     ],
 )
 def test_a_value_out_of_range_names_parameter_value_and_range(name: str, value: Any, allowed: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}={str(value)[:3].replace('[', '.')}.*{allowed}"):
+    written = rf"\[0\]={value[0]}" if name == "stop_token_ids" else f"={str(value)[:3].replace('[', '.')}"
+    with pytest.raises(ValueError, match=rf"^{name}{written}.*{allowed}"):
         SamplingParams(**{name: value})
 
 
@@ -77,11 +135,12 @@ def test_a_value_out_of_range_names_parameter_value_and_range(name: str, value: 
         ("temperature", "hot"), ("temperature", True), ("top_p", None), ("top_k", 1.0), ("max_tokens", "3"),
         ("max_tokens", True), ("seed", 1.5), ("stop", 5), ("stop", [5]), ("stop_token_ids", 5),
         ("stop_token_ids", ["a"]), ("ignore_eos", 1), ("detokenize", None), ("skip_special_tokens", "yes"),
-        ("include_stop_str_in_output", 0), ("truncate_prompt_tokens", 2.0),
+        ("include_stop_str_in_output", 0), ("truncate_prompt_tokens", 2.0), ("temperature", np.True_),
+        ("top_k", np.float32(3)), ("temperature", 1j), ("stop_token_ids", "12"), ("stop_token_ids", [True]),
     ],
 )  # fmt: skip
 def test_a_value_of_a_wrong_type_names_the_parameter(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=rf"^{name}="):
+    with pytest.raises(TypeError, match=rf"^{name}(\[0\])?="):
         SamplingParams(**{name: value})
 
 

@@ -1,13 +1,16 @@
-# The code of the API's specification as it stands there, but for the import of `easydel`, and with the calls
-# that its comments leave to the reader. `test_spec.py` puts in a local folder and smaller numbers, and runs it.
+# The code of the specification's page, block after block, to the letter. `test_spec.py` runs it.
 # ruff: noqa
+# fmt: off
+# pyright: reportMissingImports=false
 import jax
 from jax import numpy as jnp
 from transformers import AutoTokenizer
 
-import vsurge.easydel as ed
+import easydel as ed
 
-pretrained_model_name_or_path = "Qwen/Qwen3-8B"
+pretrained_model_name_or_path = (
+    "Qwen/Qwen3-8B"
+)
 dtype = param_dtype = jnp.bfloat16
 max_length = 8192
 prefill_length = 4096
@@ -64,7 +67,6 @@ non_streaming_sampling_params = [
 # Note: generate is an async method, so it should be awaited in an async context.
 import asyncio
 
-
 async def run_non_streaming():
     final_results = await surge.generate(
         prompts=non_streaming_prompts,
@@ -78,9 +80,8 @@ async def run_non_streaming():
         print(f"  Generated Text: {result.text}")
         print(f"  Tokens per second: {result.tokens_per_second}")
 
-
 # To run this in a script:
-asyncio.run(run_non_streaming())
+# asyncio.run(run_non_streaming())
 
 streaming_prompts = [
     "USER:Tell me a short story about a cat.\nASSISTANT:",
@@ -90,7 +91,6 @@ streaming_sampling_params = [
     ed.SamplingParams(max_tokens=50, temperature=0.7),
     ed.SamplingParams(max_tokens=100, temperature=0.5),
 ]
-
 
 async def run_streaming():
     # generate with stream=True returns an async iterator
@@ -106,8 +106,7 @@ async def run_streaming():
         # Add a small delay to simulate processing time if needed
         # await asyncio.sleep(0.01)
 
-
 # To run this in a script:
-asyncio.run(run_streaming())
+# asyncio.run(run_streaming())
 
 surge.stop()

@@ -6,11 +6,13 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,7 +81,7 @@ def test_a_published_shape_runs_on_random_weights_and_token_ids(
     assert (refused.code, refused.out) == (1, "")
     assert "prompt 'some text': this model has no tokenizer; give one with --tokenizer" in refused.err
     assert "needs a tokenizer" in command("chat", "--random-weights", "tiny").err
-    assert "--chat needs a tokenizer" in command("generate", "1", "--chat", "--random-weights", "tiny").err
+    assert "--chat: needs a tokenizer" in command("generate", "1", "--chat", "--random-weights", "tiny").err
     outside = command("generate", "1,64", *options)
     assert (outside.code, "64 is outside the vocabulary" in outside.err) == (1, True)
 
@@ -104,15 +106,19 @@ def test_every_sampling_option_sets_its_parameter() -> None:
         (("--top-p", "0"), "top_p=0.0: must lie in (0.0, 1.0]"),
         (("--min-tokens", "500"), "min_tokens=500: must be at most max_tokens=256"),
         (("--model", "/no/such/folder"), "/no/such/folder: no such folder"),
+        (("--model", ""), "'': must be a folder, or a hub id like"),
         (("--model", "{tmp_path}", "--tokenizer", "{demo}"), "config.json: there is no such file"),
-        (("--revision", "main"), "revision='main': "),
+        (("--model", "{demo}", "--revision", "main"), "revision='main': "),
         (
             ("--random-weights", "7B", "--tokenizer", "{demo}"),
             "'7B': no published shape of that name; there are",
         ),
-        (("--max-length", "100000"), "max_length=100000: must lie between 2 and the model's 1024"),
+        (("--max-length", "100000"), "max_length=100000: must lie between 2 and the model's 8192"),
         (("--num-pages", "0"), "num_pages=0: must be at least 1"),
-        (("--memory-utilization", "2"), "memory_utilization=2.0: must lie in (0, 1]"),
+        (("--memory-utilization", "2"), "--memory-utilization 2.0: must lie in (0, 1]"),
+        (("--tokenizer", "/no/such"), "--tokenizer '/no/such': must be a folder with tokenizer.json or"),
+        (("--tokenizer", "{tmp_path}"), "--tokenizer '{tmp_path}': must be a folder with tokenizer.json or"),
+        (("--tokenizer", ""), "--tokenizer '': must be a folder with tokenizer.json or"),
     ],
 )
 def test_wrong_values_end_with_one_line_that_says_which(
@@ -122,8 +128,93 @@ def test_wrong_values_end_with_one_line_that_says_which(
     done = command("generate", FRANCE, *filled)
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("vsurge: error: ")
+    assert complaint.format(tmp_path=tmp_path) in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (("--revision", "v2"), "--revision v2: the built-in checkpoint has no revisions; give a hub id with"),
+        (("--random-weights", "0.6B", "--revision", "v2"), "--revision v2: random weights have no revisions"),
+        (("--no-thinking",), "--no-thinking: is for chats, give --chat too"),
+        (("--chat", "--no-thinking", "--tokenizer", "{plain}"),
+            "--no-thinking: this model's chat template has no option enable_thinking"),
+        (("--random-weights", "0.6B", "--stop", "x"), "--stop 'x': needs a tokenizer, and this model has"),
+        (("--memory-utilization", "0.5", "--num-pages", "9"), "has no effect beside --num-pages 9"),
+        (("--memory-utilization", "0.5"),
+            "--memory-utilization 0.5: has no effect on a CPU, where the cache takes 1 GiB; --num-pages N"),
+        (("--top-p", "0.9", "--min-p", "0.1"), "--top-p 0.9, --min-p 0.1: has no effect, for the model"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_have_no_effect_is_refused(
+    argv: tuple[str, ...], complaint: str, command: Callable, tmp_path: Path
+) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(vsurge.demo_model_path() / name, tmp_path)
+    settings = json.loads((vsurge.demo_model_path() / "tokenizer_config.json").read_text())
+    plain = settings | {"chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(plain))
+    done = command("generate", FRANCE, *(arg.format(plain=tmp_path) for arg in argv))
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("vsurge: error: ")
     assert complaint in done.err
     assert done.err.count("\n") == 1
+
+
+def test_no_thinking_closes_the_thought_in_a_chat(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    generate = vsurge.vSurge.generate
+
+    def record(self: vsurge.vSurge, *args: Any, **options: Any) -> Any:
+        seen.append(options["chat_template_kwargs"])
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(vsurge.vSurge, "generate", record)
+    done = command("generate", "What is the capital of France?", "--chat", "--no-thinking", *SMALL)
+    assert (done.code, done.out) == (0, "The capital of France is Paris.\n")
+    assert seen == [{"enable_thinking": False}]
+
+
+def test_a_temperature_gives_what_narrows_the_choice_its_effect(command: Callable) -> None:
+    options = ("--top-k", "3", "--max-tokens", "3", *SMALL)
+    for temperature in ("0", "0.5"):
+        assert command("generate", FRANCE, "--temperature", temperature, *options).code == 0
+
+
+@pytest.fixture
+def demo_asking_for(tmp_path: Path) -> Callable[..., str]:
+    """The demo checkpoint with other contents of generation_config.json."""
+
+    def copy(**changes: Any) -> str:
+        folder = tmp_path / "model"
+        shutil.copytree(vsurge.demo_model_path(), folder)
+        file = folder / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return str(folder)
+
+    return copy
+
+
+def test_a_default_that_is_not_supported_yet_is_a_warning(
+    command: Callable, demo_asking_for: Callable
+) -> None:
+    folder = demo_asking_for(repetition_penalty=1.05)
+    done = command("generate", FRANCE, "--model", folder, *SMALL)
+    assert (done.code, done.out) == (0, " The capital of France is Paris.\n")
+    warning, _ = done.err.splitlines()
+    assert warning.startswith(f"vsurge: {folder}/generation_config.json: not supported yet")
+    assert warning.endswith("repetition_penalty=1.05")
+
+
+def test_a_default_out_of_range_is_an_error_that_names_the_file(
+    command: Callable, demo_asking_for: Callable
+) -> None:
+    folder = demo_asking_for(top_p=0.0)
+    done = command("generate", FRANCE, "--model", folder, *SMALL)
+    assert (done.code, done.out) == (1, "")
+    expected = f"{folder}/generation_config.json: top_p=0.0: must be a number in (0.0, 1.0]"
+    assert done.err == f"vsurge: error: {expected}\n"
 
 
 @pytest.mark.parametrize(
@@ -212,3 +303,14 @@ def test_the_demo_answers_and_a_later_run_finds_its_programs(process: Callable, 
     again = process("demo")
     assert programs() == before
     assert again.out.splitlines()[:-1] == done.out.splitlines()[:-1]
+
+
+def test_a_machine_without_a_tpu_says_nothing_of_it(vsurge_home: Path) -> None:
+    """Though libtpu is installed, and jax asks it first."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    environment.pop("JAX_PLATFORMS", None)
+    argv = [sys.executable, "-m", "vsurge", "info", "0.6B"]  # which asks for the devices
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0
+    assert "TPU" not in done.stderr
+    assert "Source Location" not in done.stderr

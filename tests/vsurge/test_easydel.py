@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import jax
@@ -54,9 +55,19 @@ def test_precision_is_that_of_matrix_products(precision: jax.lax.Precision) -> N
     assert load(precision=precision).config.matmul_precision is precision
 
 
-def test_precision_of_another_type_is_refused(no_type_checker: None) -> None:
-    with pytest.raises(TypeError, match=r"precision='high': must be a jax\.lax\.Precision"):
-        load(precision="high")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"precision": "high"}, r"precision='high': must be a jax\.lax\.Precision"),
+        ({"partition_axis": "tp"}, "partition_axis='tp': must be a PartitionAxis"),
+        ({"config_kwargs": "kvdtype"}, "config_kwargs='kvdtype': must be an EasyDeLBaseConfigDict"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(
+    option: dict[str, Any], message: str, no_type_checker: None
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        load(**option)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, "bfloat16"])
@@ -86,8 +97,8 @@ def test_the_smaller_position_limit_is_the_engines_default_length(
 
 @pytest.mark.parametrize("name", ["freq_max_position_embeddings", "mask_max_position_embeddings"])
 def test_a_limit_beyond_the_models_is_an_error_with_both_numbers(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name}=8192: .* reaches {LONGEST} tokens"):
-        load_with(**{name: 8192})
+    with pytest.raises(ValueError, match=rf"{name}={LONGEST + 1}: .* reaches {LONGEST} tokens"):
+        load_with(**{name: LONGEST + 1})
     with pytest.raises(ValueError, match=rf"{name}=0: must be a number of tokens"):
         load_with(**{name: 0})
 
@@ -134,6 +145,19 @@ def test_other_dtypes_of_the_cache_are_refused_until_they_work(dtype: Any) -> No
         load_with(kvdtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config_kwargs": {"kvdtype": "junk"}}, "kvdtype='junk': no such dtype; supported are bfloat16 and"),
+        ({"dtype": "junk"}, "^dtype='junk': supported are"),
+        ({"param_dtype": jnp.int8}, "^param_dtype='int8': supported are"),
+    ],
+)
+def test_a_dtype_that_is_none_is_named_as_the_caller_named_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(**options)
+
+
 def test_an_unknown_option_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(
         ValueError, match=r"config_kwargs: use_scan_mlp=True: no such option; .*'attn_mechanism'"
@@ -177,12 +201,18 @@ def test_engine_options_without_a_meaning_here_are_said_to_have_no_effect(
 
 
 def test_the_mesh_is_used_only_if_the_model_is_to_be_sharded(caplog: pytest.LogCaptureFixture) -> None:
-    too_many = (1, 1, 1, 2 * len(jax.devices()), 1)
-    with pytest.raises(ValueError, match="sharding_axis_dims"):
-        load(auto_shard_model=True, sharding_axis_dims=too_many)
-    model = load(auto_shard_model=False, sharding_axis_dims=too_many)
+    model = load(auto_shard_model=False, sharding_axis_dims=(1, 1, 1, -1, 1))
     assert list(model.mesh.devices.flat) == jax.devices()[:1]
     assert "auto_shard_model=False" in caplog.text
+
+
+@pytest.mark.parametrize("auto_shard_model", [True, False])
+@pytest.mark.parametrize("dims", [(1, 1, 1, 2 * len(jax.devices()), 1), (1, -1), (1, -1, 1, -1, 1)])
+def test_a_mesh_that_cannot_be_is_refused_even_if_it_is_not_used(
+    dims: tuple[int, ...], auto_shard_model: bool
+) -> None:
+    with pytest.raises(ValueError, match=rf"sharding_axis_dims={re.escape(str(dims))}: "):
+        load(auto_shard_model=auto_shard_model, sharding_axis_dims=dims)
 
 
 def test_axis_names_and_partition_axis_describe_the_mesh() -> None:
@@ -194,6 +224,13 @@ def test_axis_names_and_partition_axis_describe_the_mesh() -> None:
     assert model.partition_axis == partition_axis
     with pytest.raises(ValueError, match="the mesh has the axes"):
         load(partition_axis=partition_axis)
+
+
+@pytest.mark.parametrize("name", ["pause", "resume", "complete", "metrics"])
+def test_methods_of_easydels_engine_that_do_not_exist_yet_say_so(name: str) -> None:
+    surge = ed.vSurge.from_model(load(), max_length=48)
+    with pytest.raises(NotImplementedError, match=rf"^vSurge\.{name}: not supported yet"):
+        getattr(surge, name)()
 
 
 def test_the_type_checker_is_awake_in_this_room() -> None:

@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import vsurge
 from vsurge.cli.info import parse_size
@@ -16,6 +19,7 @@ from vsurge.cli.info import parse_size
 PARAMETERS = 151936 * 1024 + 28 * (
     2048 * 1024 + 2 * 1024 * 1024 + 1024 * 2048 + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128
 ) + 1024  # fmt: skip
+WEIGHTS = "model.safetensors"
 CACHE_BYTES = 28 * 2 * 8 * 128 * 2  # layers, keys and values, heads, head_dim, bytes of a bfloat16
 
 
@@ -77,6 +81,48 @@ def test_a_folder_is_described_by_its_config_alone(tmp_path: Path, command: Call
     assert table == rows(command("info").out)  # the built-in checkpoint is the default
 
 
+def test_the_dtype_is_the_one_that_load_model_would_give(tmp_path: Path, command: Callable) -> None:
+    demo = vsurge.demo_model_path()
+    for file in demo.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    tensors = {name: tensor.astype(np.float32) for name, tensor in load_file(demo / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    config = json.loads((demo / "config.json").read_text())
+    del config["torch_dtype"]
+    bfloat16 = rows(command("info").out)
+    for named, expected in ((None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        config["dtype"] = named
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        model = vsurge.load_model(tmp_path)
+        assert model.params.embedding.dtype == model.config.cache_dtype == expected
+        table = rows(command("info", str(tmp_path)).out)
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+        assert table["weights"].startswith(f"{num_bytes:,} bytes")
+        assert table["weights"].endswith(f" in {expected}")
+        assert table["cache"].endswith(f" in {expected}")
+        assert (table == bfloat16) == (expected == "bfloat16")
+        assert rows(command("info", str(tmp_path), "--dtype", "bfloat16").out) == bfloat16
+
+
+def test_a_dtype_that_load_model_refuses_is_refused_unless_another_is_asked_for(
+    tmp_path: Path, command: Callable
+) -> None:
+    config = json.loads((vsurge.demo_model_path() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    done = command("info", str(tmp_path))
+    assert (done.code, done.out) == (1, "")
+    assert f"{tmp_path}/config.json: dtype='float16': supported are" in done.err
+    assert rows(command("info", str(tmp_path), "--dtype", "float32").out)["weights"].endswith("in float32")
+
+
+def test_a_dtype_that_nothing_names_is_said_to_be_assumed(tmp_path: Path, command: Callable) -> None:
+    config = json.loads((vsurge.demo_model_path() / "config.json").read_text())
+    del config["torch_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert " in bfloat16 (assumed: " in rows(command("info", str(tmp_path)).out)["weights"]
+    assert "assumed" not in command("info", str(tmp_path), "--dtype", "float32").out
+
+
 def test_of_a_hub_id_only_the_config_is_downloaded(
     monkeypatch: pytest.MonkeyPatch, command: Callable
 ) -> None:
@@ -101,6 +147,11 @@ def test_of_a_hub_id_only_the_config_is_downloaded(
         (("0.6B", "--memory", "lots"), "--memory 'lots': must be a size like 80GB"),
         (("0.6B", "--memory", "0GB"), "--memory '0GB': must be"),
         (("0.6B", "--memory-utilization", "1.5"), "--memory-utilization 1.5: must lie in (0, 1]"),
+        (("0.6B", "--memory-utilization", "0.5"), "--memory-utilization 0.5: has no effect on a CPU, where"),
+        (("0.6B", "--revision", "v2"), "--revision v2: 0.6B is short for a hub id; give the id in full"),
+        (("--revision", "v2"), "--revision v2: "),
+        (("",), "'': no such folder, no hub id"),
+        (("not a/valid id",), "not a/valid id: no such folder, and not to be had from the hub"),
         (("0.6B", "--page-size", "0"), "--page-size 0: must be at least 1"),
     ],
 )

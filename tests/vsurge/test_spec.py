@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,40 +16,57 @@ import pytest
 from vsurge import demo_model_path
 
 CODE = Path(__file__).with_name("spec_script.py").read_text(encoding="utf-8")
-SPEC_CALL = "async for request_output in surge.generate("
+# All that may differ from the page.
+REPLACEMENTS = {
+    "import easydel as ed": "import vsurge.easydel as ed",
+    '"Qwen/Qwen3-8B"': repr(str(demo_model_path())),
+}
+TO_RUN_IT = "# To run this in a script:\n"  # here the page leaves a call of `asyncio.run` to the reader
+STREAMING_CALL = "in surge.generate("
+
+
+def printed(act: Callable[[], Any]) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        act()
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
-def run() -> tuple[str, str]:
-    """What the script prints with the demo checkpoint, which reaches 1,024 tokens, for Qwen3-8B; and what it
-    prints when it streams again, from the awaited generation."""
-    replacements = {
-        '"Qwen/Qwen3-8B"': repr(str(demo_model_path())),
-        "max_length = 8192": "max_length = 1024",
-        "prefill_length = 4096": "prefill_length = 32",
-        "max_concurrent_decodes = 64": "max_concurrent_decodes = 2",
-    }
+def script() -> dict[str, Any]:
+    """The names that the script leaves behind; under "first", "second" and "third" what it prints without
+    streaming, with it, and when it streams from the awaited generation."""
     code = CODE
-    for old, new in replacements.items():
+    for old, new in REPLACEMENTS.items():
         assert code.count(old) == 1
         code = code.replace(old, new)
-    first, second, names = io.StringIO(), io.StringIO(), dict[str, Any]()
-    with contextlib.redirect_stdout(first):
-        exec(compile(code, "spec_script.py", "exec"), names)
-    assert not names["surge"]._engine.is_running
-    assert names["surge"].max_length == 1024
+    until_results, until_stream, rest = code.split(TO_RUN_IT)
+    awaiting = until_stream.replace(STREAMING_CALL, STREAMING_CALL.replace("surge", "await surge"))
+    assert awaiting != until_stream
 
-    streaming = code[code.index("async def run_streaming") :]
-    assert streaming.count(SPEC_CALL) == 1
-    names["surge"].start()
-    with contextlib.redirect_stdout(second):
-        exec(streaming.replace(SPEC_CALL, SPEC_CALL.replace("surge", "await surge")), names)
-    return first.getvalue(), second.getvalue()
+    names = dict[str, Any]()
+    exec(compile(until_results, "spec_script.py", "exec"), names)
+    names["first"] = printed(lambda: asyncio.run(names["run_non_streaming"]()))
+    for name, part in (("second", until_stream), ("third", awaiting)):
+        exec(compile(part, "spec_script.py", "exec"), names)
+        names[name] = printed(lambda: asyncio.run(names["run_streaming"]()))
+    assert names["surge"]._engine.is_running
+    exec(compile(rest, "spec_script.py", "exec"), names)
+    return names
 
 
-def test_final_results_answer_the_questions_and_tell_their_speed(run: tuple[str, str]) -> None:
+def test_the_engine_is_as_large_as_the_page_says_and_stopped_at_the_end(script: dict[str, Any]) -> None:
+    surge = script["surge"]
+    assert surge.max_length == script["max_length"] == 8192
+    assert max(surge._executor.prefill_buckets) == script["prefill_length"] == 4096
+    assert max(surge._executor.decode_buckets) == script["max_concurrent_decodes"] == 64
+    assert not surge._engine.is_running
+
+
+def test_final_results_answer_the_questions_and_tell_their_speed(script: dict[str, Any]) -> None:
     found = re.findall(
-        r"Non-Streaming Result for Prompt (\d):\n  Generated Text: (.*)\n  Tokens per second: (.*)\n", run[0]
+        r"Non-Streaming Result for Prompt (\d):\n  Generated Text: (.*)\n  Tokens per second: (.*)\n",
+        script["first"],
     )
     assert [number for number, _, _ in found] == ["1", "2"]
     assert found[0][1] == " The capital of France is Paris."
@@ -55,11 +74,10 @@ def test_final_results_answer_the_questions_and_tell_their_speed(run: tuple[str,
     assert all(0 < float(speed) < 1e5 for _, _, speed in found)
 
 
-@pytest.mark.parametrize("form", ["async for", "async for after await"])
-def test_streamed_texts_grow_to_the_answers(form: str, run: tuple[str, str]) -> None:
-    output = run[form == "async for after await"]
+@pytest.mark.parametrize("output", ["second", "third"], ids=["async for", "async for after await"])
+def test_streamed_texts_grow_to_the_answers(output: str, script: dict[str, Any]) -> None:
     for number, beginning in ((1, " Once there was a"), (2, " Photosynthesis is the way")):
-        texts = re.findall(rf"Streaming Update for Prompt {number}: (.*)", output)
+        texts = re.findall(rf"Streaming Update for Prompt {number}: (.*)", script[output])
         assert len(set(texts)) > 10
         assert all(new.startswith(old) for old, new in pairwise(texts))
         assert texts[-1].startswith(beginning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import io
 import logging
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no emoji shows a question mark
     # transformers warns of a missing torch, which is not needed here
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    quiet_libtpu()
     with log_to_stderr(debug=args.debug):
         try:
             importlib.import_module(f".{args.command}", __name__).run(args)
@@ -53,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"vsurge: error: {message}", file=sys.stderr)
             return 1
     return 0
+
+
+def quiet_libtpu() -> None:
+    """Keeps libtpu, installed for its compiler, from complaining on a machine without a TPU."""
+    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")  # any that it knows
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 class OneLine(logging.Formatter):

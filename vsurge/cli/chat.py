@@ -9,7 +9,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..runtime import Generation, vSurge
-from .setup import build_engine, find_model, load_tokenizer, sampling_changes, template_options
+from .setup import (
+    build_engine,
+    check_sampling_has_effect,
+    find_model,
+    load_tokenizer,
+    sampling_changes,
+    template_options,
+)
 from .terminal import write
 
 PROMPT = "> "
@@ -21,8 +28,11 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args, folder)
     if tokenizer is None:
         raise ValueError("chat needs a tokenizer, and this model has none; give one with --tokenizer")
-    with build_engine(args, folder, tokenizer, max_concurrent_decodes=1) as surge:
-        chat = Chat(surge, changes, system=args.system, template=template_options(args))
+    template = template_options(args, tokenizer)
+    surge = build_engine(args, folder, tokenizer, max_concurrent_decodes=1)
+    check_sampling_has_effect(changes, surge)
+    with surge:
+        chat = Chat(surge, changes, system=args.system, template=template)
         chat.count_tokens([{"role": "user", "content": "?"}])  # no chat template: known at once
         if sys.stdin.isatty():
             note(f"{folder or args.random_weights}: /reset forgets the conversation, Ctrl-C stops an answer, "

@@ -11,26 +11,40 @@ from dataclasses import asdict
 from typing import Any
 
 from ..runtime import Generation, ReturnSample
-from .setup import build_engine, find_model, load_tokenizer, sampling_changes, template_options
+from .setup import (
+    build_engine,
+    check_sampling_has_effect,
+    find_model,
+    load_tokenizer,
+    sampling_changes,
+    template_options,
+)
 from .terminal import stream_in_order, summary
 
 MAX_CONCURRENT_DECODES = 8
+NEEDS_TOKENIZER = "needs a tokenizer, and this model has none; give one with --tokenizer"
 
 
 def run(args: argparse.Namespace) -> None:
     changes = sampling_changes(args)
+    if args.no_thinking and not args.chat:
+        raise ValueError("--no-thinking: is for chats, give --chat too (or leave it out)")
     texts = read_prompts(args.prompts)
     folder = find_model(args)
     tokenizer = load_tokenizer(args, folder)
+    if tokenizer is None and args.stop:
+        raise ValueError(f"--stop {args.stop[0]!r}: {NEEDS_TOKENIZER}")
     prompts = [engine_prompt(text, tokenizer, chat=args.chat) for text in texts]
+    template = template_options(args, tokenizer)
     surge = build_engine(args, folder, tokenizer, max_concurrent_decodes=MAX_CONCURRENT_DECODES)
+    check_sampling_has_effect(changes, surge)
     with surge:
         started = time.perf_counter()
         generation = surge.generate(
             prompts,
             surge.default_sampling_params(**changes),
             stream=True,
-            chat_template_kwargs=template_options(args),
+            chat_template_kwargs=template,
         )
         samples = generation.result() if args.json else _stream(generation, texts, tokenizer)
         seconds = time.perf_counter() - started
@@ -63,7 +77,7 @@ def engine_prompt(text: str, tokenizer: Any, *, chat: bool) -> Any:
     if tokenizer is not None:
         return [{"role": "user", "content": text}] if chat else text
     if chat:
-        raise ValueError("--chat needs a tokenizer, and this model has none; give one with --tokenizer")
+        raise ValueError(f"--chat: {NEEDS_TOKENIZER}")
     ids = text.split(",")
     if not all(token.strip().isdecimal() for token in ids):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`vsurge info`: what a model takes, computed from its configuration alone."""
+"""`vsurge info`: what a model takes, computed from its configuration and the headers of its weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from .. import demo_model_path
 from ..kernels import bytes_per_token
 from ..model import PUBLISHED, ConfigError, Qwen3Config, num_parameters, published_config
-from ..model.loading import read_config
+from ..model.checkpoint import INDEX, SINGLE
+from ..model.config import parse_dtype
+from ..model.config_json import read_json, stored_dtype
+from ..model.loading import default_dtype, read_config
 from ..runtime.cache_size import CPU_CACHE_BYTES
+from .setup import given, share_of_memory
 
 UNITS = {"": 1} | {
     f"{prefix}{suffix}": base**power
@@ -24,50 +27,73 @@ UNITS = {"": 1} | {
 
 
 def run(args: argparse.Namespace) -> None:
-    name = args.model or str(demo_model_path())
+    name = given(args.model, str(demo_model_path()))
     if args.page_size < 1:
         raise ValueError(f"--page-size {args.page_size}: must be at least 1")
-    if not 0 < args.memory_utilization <= 1:
-        raise ValueError(f"--memory-utilization {args.memory_utilization}: must lie in (0, 1]")
     memory = None if args.memory is None else parse_size(args.memory)
-    config = find_config(name, args.revision)
-    print(next((full for full, published in PUBLISHED.items() if published is config), name))
+    instead = "--memory SIZE describes an accelerator" if memory is None else None
+    utilization = share_of_memory(args, instead=instead)
+    config, folder = find_config(name, args.revision)
+    title = next((full for full, published in PUBLISHED.items() if published is config), name)
+    note = ""
     if args.dtype is not None:
-        config = dataclasses.replace(config, dtype=jnp.dtype(args.dtype))
-    rows = describe(config) | {"fits": fits(config, memory, args.page_size, args.memory_utilization)}
+        config = dataclasses.replace(config, dtype=parse_dtype(args.dtype, "--dtype"))
+    elif folder is not None and says_dtype(folder):
+        config = dataclasses.replace(config, dtype=default_dtype(folder, config))
+    elif folder is not None:
+        note = " (assumed: config.json names no dtype, and there are no weights)"
+    rows = describe(config) | {"fits": fits(config, memory, args.page_size, utilization)}
+    rows["weights"] += note
+    print(title)
     for label, value in rows.items():
         print(f"  {label:<12}{value}")
 
 
-def find_config(name: str, revision: str | None) -> Qwen3Config:
+def find_config(name: str, revision: str | None) -> tuple[Qwen3Config, Path | None]:
     """The configuration of a folder, a published model (nothing is downloaded) or a hub id (one file is).
+
+    With it comes the folder that config.json lies in; None for a published model.
 
     Raises:
         ConfigError: one that is not supported.
         FileNotFoundError: no such model.
+        ValueError: a revision of what has none.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():  # an empty name would be the current folder
         if revision is not None:
             raise ValueError(f"--revision {revision}: {name} is a local folder, which has no revisions")
-        return read_config(folder)
-    if revision is None:
-        try:
-            return published_config(name)
-        except ConfigError:
-            pass
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder, no hub id, and none of {', '.join(PUBLISHED)}")
+        return read_config(folder), folder
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    try:
+        published = published_config(name)
+    except ConfigError:
+        published = None
+    if published is not None and revision is None:
+        return published, None
+    if published is not None and not is_hub_id:
+        raise ValueError(f"--revision {revision}: {name} is short for a hub id; give the id in full")
+    if not is_hub_id:
+        raise FileNotFoundError(
+            f"{name or repr(name)}: no such folder, no hub id, and none of {', '.join(PUBLISHED)}"
+        )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         path = Path(hf_hub_download(name, "config.json", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{name}: no such folder, and not to be had from the hub (revision {revision or 'main'}): {error}"
         ) from error
-    return read_config(path.parent)
+    return read_config(path.parent), path.parent
+
+
+def says_dtype(folder: Path) -> bool:
+    """Whether a folder tells what dtype `load_model` would give its parameters."""
+    path = folder / "config.json"
+    named = stored_dtype(read_json(path), source=str(path)) is not None
+    return named or any((folder / weights).exists() for weights in (SINGLE, INDEX))
 
 
 def weight_bytes(config: Qwen3Config) -> int:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 DEFAULT_MAX_TOKENS = 256  # of `vsurge generate`
+DEFAULT_MEMORY_UTILIZATION = 0.9
 
 
 class ShowVersion(argparse.Action):
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message to begin with")
     chat.set_defaults(default_max_tokens=None)
 
-    info = add("info", "Size of a model and of its cache, from its configuration alone.")
+    info = add("info", "Size of a model and of its cache; no weights are read.")
     info.add_argument("model", nargs="?", metavar="MODEL",
         help="folder, hub id or published name like 8B (default: the built-in checkpoint)")  # fmt: skip
     info.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -72,7 +73,7 @@ def _model() -> argparse.ArgumentParser:
     )
     source.add_argument("--random-weights", metavar="NAME",
         help="random weights in the shape of a published model, like Qwen/Qwen3-0.6B or 0.6B")  # fmt: skip
-    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--revision", help="branch, tag or commit of the hub id that --model gives")
     group.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id (default: the model's own)")
     _add_dtype(group)
     return parser
@@ -99,8 +100,9 @@ def _engine() -> argparse.ArgumentParser:
 def _add_cache(group: Any) -> None:
     group.add_argument("--page-size", type=int, default=128, metavar="TOKENS",
         help="tokens per page of the cache (default: 128)")  # fmt: skip
-    group.add_argument("--memory-utilization", type=float, default=0.9, metavar="SHARE",
-        help="of an accelerator's memory beside the weights, for the cache (default: 0.9)")  # fmt: skip
+    group.add_argument("--memory-utilization", type=float, metavar="SHARE",
+        help="of an accelerator's memory beside the weights, for the cache "
+        f"(default: {DEFAULT_MEMORY_UTILIZATION})")  # fmt: skip
 
 
 def _sampling() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from .. import demo_model_path
@@ -14,28 +15,56 @@ from ..home import keep_compiled_programs
 from ..model import Model, load_model, random_model
 from ..model.loading import find_checkpoint
 from ..runtime import SamplingParams, vSurge
+from ..runtime.cache_size import CPU_CACHE_BYTES
+from .parser import DEFAULT_MEMORY_UTILIZATION
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 SAMPLING = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
+NARROWING = ("top_p", "top_k", "min_p")  # of a choice among several tokens
 
 
 def find_model(args: argparse.Namespace) -> Path | None:
-    """The model's folder, downloaded first if need be; None for random weights."""
+    """The model's folder, downloaded first if need be; None for random weights.
+
+    Raises:
+        ValueError: a revision of what has none.
+        FileNotFoundError: no such model.
+    """
+    if args.revision is not None and args.model is None:
+        what = "random weights have" if args.random_weights is not None else "the built-in checkpoint has"
+        raise ValueError(f"--revision {args.revision}: {what} no revisions; give a hub id with --model")
     if args.random_weights is not None:
         return None
-    return find_checkpoint(args.model or demo_model_path(), revision=args.revision)
+    return find_checkpoint(given(args.model, demo_model_path()), revision=args.revision)
 
 
 def load_tokenizer(args: argparse.Namespace, folder: Path | None) -> Any:
-    """The tokenizer that --tokenizer names, or else the model's; None if it has none."""
+    """The tokenizer that --tokenizer names, or else the model's; None if it has none.
+
+    Raises:
+        ValueError: there is none to be had where one should be.
+    """
     source = args.tokenizer
-    if source is None and folder is not None and any((folder / name).exists() for name in TOKENIZER_FILES):
+    if source is None and folder is not None and _holds_tokenizer(folder):
         source = folder
     if source is None:
         return None
+    name = f"the tokenizer of {folder}" if args.tokenizer is None else f"--tokenizer {source!r}"
+    allowed = f"must be a folder with {' or '.join(TOKENIZER_FILES)}, or a hub id like 'Qwen/Qwen3-0.6B'"
+    path = Path(source).expanduser()
+    # transformers makes an empty tokenizer of a folder that holds none
+    if not source or (path.is_dir() and not _holds_tokenizer(path)):
+        raise ValueError(f"{name}: {allowed}")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {allowed}; transformers says: {error}") from error
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def build_engine(
@@ -48,7 +77,16 @@ def build_engine(
         folder: the model's; None for random weights.
         tokenizer: None for prompts and output in token ids.
         max_concurrent_decodes: unless the arguments say otherwise.
+
+    Raises:
+        ValueError: an option out of range, or one that would have no effect.
     """
+    if args.memory_utilization is not None and args.num_pages is not None:
+        raise ValueError(
+            f"--memory-utilization {args.memory_utilization}: has no effect beside --num-pages "
+            f"{args.num_pages}; give one of them"
+        )
+    memory_utilization = share_of_memory(args, instead="--num-pages N chooses another size")
     keep_compiled_programs()
     return vSurge.from_model(
         _load(args, folder),
@@ -57,14 +95,38 @@ def build_engine(
         max_length=args.max_length,
         page_size=args.page_size,
         num_pages=args.num_pages,
-        memory_utilization=args.memory_utilization,
+        memory_utilization=memory_utilization,
         seed=given(args.seed, secrets.randbits(32)),
     )
 
 
+def share_of_memory(args: argparse.Namespace, *, instead: str | None) -> float:
+    """The value of --memory-utilization, or its default.
+
+    Args:
+        args: of any command that has the option.
+        instead: what to use if the device here is a CPU, where it has no effect; None if it does not matter
+            what is here.
+
+    Raises:
+        ValueError: out of range, or without effect.
+    """
+    share = args.memory_utilization
+    if share is None:
+        return DEFAULT_MEMORY_UTILIZATION
+    if not 0 < share <= 1:
+        raise ValueError(f"--memory-utilization {share}: must lie in (0, 1]")
+    if instead is not None and jax.default_backend() == "cpu":
+        size = f"{CPU_CACHE_BYTES / 2**30:g} GiB"
+        raise ValueError(
+            f"--memory-utilization {share}: has no effect on a CPU, where the cache takes {size}; {instead}"
+        )
+    return share
+
+
 def _load(args: argparse.Namespace, folder: Path | None) -> Model:
     if folder is not None:
-        return load_model(folder, dtype=args.dtype, progress=True)
+        return load_model(folder, dtype=args.dtype)
     dtype = given(args.dtype, jnp.bfloat16)
     return random_model(args.random_weights, seed=given(args.seed, 0), dtype=dtype)
 
@@ -82,6 +144,35 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def template_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of the chat template."""
-    return {"enable_thinking": False} if args.no_thinking else {}
+def check_sampling_has_effect(changes: dict[str, Any], surge: vSurge) -> None:
+    """Refuses what narrows a choice where the model's defaults leave none.
+
+    With a temperature of 0 that was asked for, the likeliest token is what every such option leaves.
+
+    Args:
+        changes: from `sampling_changes`.
+        surge: the engine, not yet started.
+
+    Raises:
+        ValueError: it would have no effect.
+    """
+    idle = [f"--{name.replace('_', '-')} {changes[name]}" for name in NARROWING if name in changes]
+    greedy = dict(surge.model.generation_defaults.sampling).get("temperature") == 0
+    if idle and greedy and "temperature" not in changes:
+        raise ValueError(
+            f"{', '.join(idle)}: has no effect, for the model's generation_config.json takes the likeliest "
+            "token; give --temperature too"
+        )
+
+
+def template_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """Options of the chat template.
+
+    Raises:
+        ValueError: one that the tokenizer's template does not have.
+    """
+    if not args.no_thinking:
+        return {}
+    if "enable_thinking" not in tokenizer.get_chat_template():
+        raise ValueError("--no-thinking: this model's chat template has no option enable_thinking")
+    return {"enable_thinking": False}

@@ -1,0 +1,70 @@
+"""Block sizes of the decode kernel for TPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LANES = 128  # numbers in a row of a vector register
+MOST_TOKENS, MOST_STEPS = 1024, 16
+
+
+@dataclass(frozen=True)
+class DecodeBlocks:
+    """How `paged_decode_attention` cuts its work.
+
+    Attributes:
+        kv_tokens: tokens of a sequence that are computed at once; a multiple of the page size and of 128.
+        lanes: such units, of one sequence or of several, that are computed side by side.
+        depth: steps that have a place in vector memory, the one that is computed included; at least 2.
+    """
+
+    kv_tokens: int
+    lanes: int = 1
+    depth: int = 4
+
+    def check(self, *, page_size: int, token_bytes: int, vmem_bytes: int) -> None:
+        """Checks the sizes against a cache and a device.
+
+        Args:
+            page_size: tokens per page.
+            token_bytes: of a token's keys and values in one layer.
+            vmem_bytes: the device's vector memory.
+
+        Raises:
+            ValueError: names the block size, its value and what is allowed.
+        """
+        if self.kv_tokens < 1 or self.kv_tokens % page_size or self.kv_tokens % LANES:
+            raise ValueError(
+                f"block_sizes: kv_tokens={self.kv_tokens} must be a multiple of {page_size=} and of {LANES}"
+            )
+        if self.lanes < 1:
+            raise ValueError(f"block_sizes: lanes={self.lanes} must be at least 1")
+        if self.depth < 2:
+            raise ValueError(f"block_sizes: depth={self.depth} must be at least 2")
+        needed = self.depth * self.lanes * self.kv_tokens * token_bytes
+        if needed > vmem_bytes:
+            raise ValueError(
+                f"block_sizes: {self} holds {needed} bytes of the cache, vector memory has {vmem_bytes}"
+            )
+
+
+def default_blocks(
+    *, page_size: int, pages_per_seq: int, most_seqs: int, token_bytes: int, vmem_bytes: int
+) -> DecodeBlocks:
+    """Block sizes that fit half of the vector memory, the largest units first, then as many steps.
+
+    Args:
+        page_size, token_bytes, vmem_bytes: as in `DecodeBlocks.check`.
+        pages_per_seq: pages of the longest sequence, which a unit need not exceed.
+        most_seqs: sequences of a group at most, which `lanes` times `depth` must not exceed.
+    """
+    kv_tokens = math.lcm(LANES, page_size)
+    while (
+        2 * kv_tokens <= MOST_TOKENS
+        and kv_tokens < page_size * pages_per_seq
+        and 4 * 2 * kv_tokens * token_bytes <= vmem_bytes // 2
+    ):
+        kv_tokens *= 2
+    depth = vmem_bytes // 2 // (kv_tokens * token_bytes)
+    return DecodeBlocks(kv_tokens, lanes=1, depth=max(2, min(MOST_STEPS, most_seqs, depth)))

@@ -1,0 +1,1 @@
+"""What the Pallas kernels for TPU share."""

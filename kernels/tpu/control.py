@@ -1,0 +1,26 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""Loops and scalars inside kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+
+def for_each(lower: Any, upper: Any, act: Callable[[Any], None]) -> None:
+    """Calls `act` with each integer from lower to upper - 1."""
+
+    def body(i: Any, _: None) -> None:
+        act(i)
+
+    lax.fori_loop(lower, upper, body, None)
+
+
+def largest(scalars: Sequence[Any]) -> Any:
+    """The largest of some scalars."""
+    return reduce(jnp.maximum, scalars)

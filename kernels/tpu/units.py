@@ -1,0 +1,253 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""Pages on their way from HBM to VMEM, a few steps ahead of their use, inside a Pallas kernel for TPU.
+
+The tokens that the sequences of a batch see are cut into units of a few pages, and all units of all sequences
+form one list. A step of the kernel takes the next `lanes` units of the list. A grid step covers a group of
+sequences; a step never mixes groups, and what is missing to a full step at a group's end are units without
+tokens. The list is never stored: a cursor walks along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..kv_pages import KVPages
+from .control import for_each
+from .launch import SUBLANES, padded
+
+
+@dataclass(frozen=True)
+class Units:
+    """How the list is cut.
+
+    Attributes:
+        seqs: sequences in a group.
+        num_groups: groups of the batch.
+        table_row: entries of a sequence's row in the page table; a group's fill a multiple of TABLE_TILE.
+        lanes: units in a step.
+        pages: pages in a unit, at most.
+        page_size: tokens in a page.
+        depth: steps that have a place in VMEM: the one in use and those under way. At least 2, and with
+            depth * lanes <= seqs, so that what has been described is of this group or the next.
+        sliding_window: tokens that a query sees; None for all.
+    """
+
+    seqs: int
+    num_groups: int
+    table_row: int
+    lanes: int
+    pages: int
+    page_size: int
+    depth: int
+    sliding_window: int | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a unit, at most."""
+        return self.pages * self.page_size
+
+    def check(self) -> None:
+        """Checks what the list takes of scalar memory.
+
+        Raises:
+            ValueError: too much; the message says how much and of what.
+        """
+        needed = 4 * (TABLES * self.table_group + padded(self.num_groups * self.seqs, SMEM_TILE))
+        if needed > SMEM_BYTES:
+            raise ValueError(
+                f"block_sizes: groups of {self.seqs} sequences (lanes={self.lanes} x depth={self.depth}) "
+                f"of up to {self.table_row} pages need {needed} bytes of scalar memory, which has "
+                f"{SMEM_BYTES}; use fewer lanes, less depth or larger pages"
+            )
+
+    @property
+    def table_group(self) -> int:
+        """Entries of a group's rows in the page table."""
+        return self.seqs * self.table_row
+
+    def lowest(self, kv_len: Any) -> Any:
+        """The first position that a sequence's last query sees."""
+        return jnp.int32(0) if self.sliding_window is None else jnp.maximum(kv_len - self.sliding_window, 0)
+
+    def first_page(self, kv_len: Any) -> Any:
+        """The page of that position."""
+        return self.lowest(kv_len) // self.page_size
+
+
+# Places in scalar memory: of the cursor, and of what is known of a unit and of its step.
+SEQUENCE, PAGE, GROUP, NEXT_SLOT, USED_SLOT, CURSOR_SIZE = range(6)
+ROW, FIRST, TOKENS, UNSEEN, UNIT_SIZE = range(5)
+LAST, FULL, STEP_SIZE = range(3)
+TABLES = 3  # groups whose rows of the page table are in scalar memory: this one, the next, one under way
+SMEM_BYTES = 2**20  # of a TensorCore
+TABLE_TILE = 1024  # entries; how one-dimensional int32 arrays are tiled in HBM
+SMEM_TILE = 4096  # entries left for small arrays, by which lengths are rounded up
+
+
+def most_seqs(pages_per_seq: int, num_seqs: int) -> int:
+    """Sequences of a group at most, so that their rows of the page table fit scalar memory."""
+    entries = SMEM_BYTES // 4 - padded(num_seqs, SMEM_TILE)
+    return entries // TABLES // padded(pages_per_seq) // SUBLANES * SUBLANES
+
+
+@dataclass(frozen=True)
+class Fetcher:
+    """Walks along the list: can `describe` a step, `start` its copies, and later `wait` for them.
+
+    Attributes:
+        units: how the list is cut.
+        kv_lens: [num_groups * seqs] int32 in scalar memory; 0 behind the batch's end.
+        table_hbm: [num_groups * table_group] int32, the rows of the page table one after another.
+        kv_hbm: the cache's data.
+        table: [TABLES * table_group] int32 in scalar memory.
+        table_arrived: a DMA semaphore.
+        buffer: [depth, lanes, 2, num_kv_heads, tokens, head_dim] in VMEM.
+        arrived: [depth] DMA semaphores.
+        cursor: [CURSOR_SIZE] int32 in scalar memory: where the next unit begins, and the next slots.
+        units_in: [depth, lanes, UNIT_SIZE] int32 in scalar memory, of the units in a slot: TOKENS; ROW,
+            the sequence's place in its group, seqs if there are no tokens; FIRST, the place of the first page
+            in `table`; UNSEEN, how many of the first tokens the query does not see, or less than 0.
+        step_in: [depth, STEP_SIZE] int32 in scalar memory, of the step in a slot: LAST, whether it is its
+            group's last one; FULL, whether all tokens that its units have room for are there and seen.
+    """
+
+    units: Units
+    kv_lens: Any
+    table_hbm: Any
+    kv_hbm: Any
+    table: Any
+    table_arrived: Any
+    buffer: Any
+    arrived: Any
+    cursor: Any
+    units_in: Any
+    step_in: Any
+
+    def begin(self) -> None:
+        """Describes the first `depth` steps, and starts the copies of all but the last of them."""
+        for group in range(min(TABLES - 1, self.units.num_groups)):
+            self._copy_table(group).start()
+            self._copy_table(group).wait()
+        self.cursor[SEQUENCE] = 0
+        self.cursor[PAGE] = self.units.first_page(self.kv_lens[0])
+        self.cursor[GROUP] = 0
+        self.cursor[NEXT_SLOT] = 0
+        self.cursor[USED_SLOT] = 0
+        for_each(0, self.units.depth - 1, lambda _: self.start(self.describe()))
+        self.describe()
+
+    def begin_group(self) -> None:
+        """Starts the copy of a later group's rows of the page table, and waits for the one before."""
+        group, num_groups = pl.program_id(0), self.units.num_groups
+
+        @pl.when((group > 0) & (group + TABLES - 2 < num_groups))
+        def _() -> None:
+            self._copy_table(group + TABLES - 2).wait()
+
+        @pl.when(group + TABLES - 1 < num_groups)
+        def _() -> None:
+            self._copy_table(group + TABLES - 1).start()
+
+    def describe(self) -> Any:
+        """Moves the cursor over the next step's units; the slot that describes them, until now free."""
+        units, cursor = self.units, self.cursor
+        slot, group = cursor[NEXT_SLOT], cursor[GROUP]
+        end = (group + 1) * units.seqs
+        sequence, page = cursor[SEQUENCE], cursor[PAGE]
+        full = jnp.bool_(True)
+        for lane in range(units.lanes):
+            inside = (sequence < end) & (group < units.num_groups)
+            here = jnp.where(inside, sequence, 0)
+            kv_len = self.kv_lens[here]
+            tokens = jnp.where(inside, jnp.clip(kv_len - page * units.page_size, 0, units.tokens), 0)
+            unseen = units.lowest(kv_len) - page * units.page_size
+            full &= (tokens == units.tokens) & (unseen <= 0)
+            unit = self.units_in.at[slot, lane]
+            row = jnp.where(inside, sequence - group * units.seqs, 0)
+            unit[ROW] = jnp.where(tokens > 0, row, units.seqs)
+            unit[FIRST] = lax.rem(group, TABLES) * units.table_group + row * units.table_row + page
+            unit[TOKENS], unit[UNSEEN] = tokens, unseen
+            following = jnp.minimum(here + 1, units.num_groups * units.seqs - 1)
+            ends = inside & ((page + units.pages) * units.page_size >= kv_len)
+            beyond = jnp.where(inside, page + units.pages, page)
+            page = jnp.where(ends, units.first_page(self.kv_lens[following]), beyond)
+            sequence = jnp.where(ends, sequence + 1, sequence)
+        step = self.step_in.at[slot]
+        step[LAST] = (sequence == end).astype(jnp.int32)
+        step[FULL] = full.astype(jnp.int32)
+        cursor[SEQUENCE], cursor[PAGE] = sequence, page
+        cursor[GROUP] = jnp.where(sequence == end, group + 1, group)
+        cursor[NEXT_SLOT] = lax.rem(slot + 1, units.depth)
+        return slot
+
+    def take_oldest(self) -> tuple[Any, Any]:
+        """The slots of the oldest step, which is used until the next `describe`, and of the step to start."""
+        slot = self.cursor[USED_SLOT]
+        self.cursor[USED_SLOT] = lax.rem(slot + 1, self.units.depth)
+        return slot, lax.rem(slot + self.units.depth - 1, self.units.depth)
+
+    def start(self, slot: Any) -> None:
+        """Starts the copies of a slot's pages."""
+        self._each_page(slot, lambda lane, i: self._copy(slot, lane, i, self._page(slot, lane, i)).start())
+
+    def start_full(self, slot: Any) -> None:
+        """`start` of a full step, without a branch, so that the arithmetic beside it can hide it."""
+        places = [(lane, i) for lane in range(self.units.lanes) for i in range(self.units.pages)]
+        pages = [self._page(slot, lane, i) for lane, i in places]  # all first: a copy's start holds up reads
+        for (lane, i), page in zip(places, pages, strict=True):
+            self._copy(slot, lane, i, page).start()
+
+    def wait(self, slot: Any) -> None:
+        """Waits for a slot's pages."""
+        self._each_page(slot, lambda lane, i: self._copy(slot, lane, i, 0).wait())
+
+    def wait_full(self, slot: Any) -> None:
+        """`wait` for a full step: for all of its bytes at once."""
+        everything = self.buffer.at[slot]
+        pltpu.make_async_copy(everything, everything, self.arrived.at[slot]).wait()
+
+    def _each_page(self, slot: Any, act: Callable[[int, Any], None]) -> None:
+        for lane in range(self.units.lanes):
+            pages = (self.units_in[slot, lane, TOKENS] + self.units.page_size - 1) // self.units.page_size
+            for_each(0, pages, partial(act, lane))
+
+    def _page(self, slot: Any, lane: int, i: Any) -> Any:
+        """The page of the pool that holds page `i` of a unit."""
+        return self.table[self.units_in[slot, lane, FIRST] + i]
+
+    def _copy_table(self, group: Any) -> Any:
+        size = self.units.table_group
+        return pltpu.make_async_copy(
+            self.table_hbm.at[pl.ds(group * size, size)],
+            self.table.at[pl.ds(lax.rem(jnp.int32(group), TABLES) * size, size)],
+            self.table_arrived,
+        )
+
+    def _copy(self, slot: Any, lane: int, i: Any, page: Any) -> Any:
+        place = pl.ds(i * self.units.page_size, self.units.page_size)
+        return pltpu.make_async_copy(
+            self.kv_hbm.at[page], self.buffer.at[slot, lane, :, :, place], self.arrived.at[slot]
+        )
+
+
+def fetcher_scratch(units: Units, kv_pages: KVPages) -> list[Any]:
+    """The scratch memory of a `Fetcher`: what follows its `kv_hbm`, in that order."""
+    place = (units.depth, units.lanes, 2, kv_pages.num_kv_heads, units.tokens, kv_pages.head_dim)
+    return [
+        pltpu.SMEM((TABLES * units.table_group,), jnp.int32),
+        pltpu.SemaphoreType.DMA,
+        pltpu.VMEM(place, kv_pages.data.dtype),
+        pltpu.SemaphoreType.DMA((units.depth,)),
+        pltpu.SMEM((CURSOR_SIZE,), jnp.int32),
+        pltpu.SMEM((units.depth, units.lanes, UNIT_SIZE), jnp.int32),
+        pltpu.SMEM((units.depth, STEP_SIZE), jnp.int32),
+    ]

@@ -1,0 +1,68 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""Compiling for a TPU on a machine that need not have one: libtpu alone holds the compiler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# A chip's name -> the smallest topology of it that the compiler knows.
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+
+
+def compile_for(
+    chip: str, function: Callable[..., Any], *arguments: Any, donate_argnums: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
+    """Compiles a function for one core of a TPU.
+
+    Args:
+        chip: one of `CHIPS`.
+        function: of arrays.
+        arguments: pytrees of `jax.ShapeDtypeStruct`, or of arrays, whose shapes count alone.
+        donate_argnums: as for `jax.jit`.
+
+    Returns:
+        The program; `as_text()` and `memory_analysis()` tell of it, and it cannot be called here.
+
+    Raises:
+        ValueError: an unknown chip.
+        RuntimeError: libtpu is not installed.
+        jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
+    """
+    if chip not in CHIPS:
+        raise ValueError(f"chip={chip!r}: must be one of {tuple(CHIPS)}")
+    mesh = _mesh(chip)
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def placed(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    with jax.set_mesh(mesh):  # by which kernels know what they are traced for
+        jitted = jax.jit(function, out_shardings=sharding, donate_argnums=donate_argnums)
+        return jitted.lower(*jax.tree.map(placed, arguments)).compile()
+
+
+@cache
+def _mesh(chip: str) -> Mesh:
+    """A mesh of the first core of a topology.
+
+    Raises:
+        RuntimeError: libtpu is not installed.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the cloud's metadata server would be waited for
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    except Exception as error:
+        raise RuntimeError(
+            "compiling for a TPU needs libtpu: pip install 'vsurge[tune]' (Linux on x86-64)"
+        ) from error
+    devices = cast("list[Any]", topology.devices)
+    return Mesh(np.array(devices[:1]), ("x",))

@@ -1,0 +1,148 @@
+"""The options of an engine: checked, and those that were left open decided for the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from ..model import Model, Qwen3Config
+from .cache_size import choose_num_pages
+from .checks import as_flag, as_integer, as_integers, as_number, as_optional_integer, check_vocabulary
+
+DEFAULT_PREFILL_LENGTH = 1024  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What `vSurge.from_model` was asked for, for one model.
+
+    Attributes:
+        max_concurrent_decodes: rows of the batch: requests that hold pages at a time.
+        max_concurrent_prefill: prompts in one prefill step.
+        max_prefill_length: tokens in one prefill step; a longer prompt takes several.
+        prefill_lengths: sizes of prefill steps, tokens, in order; None for a default choice.
+        max_length: longest sequence, prompt and output, tokens.
+        page_size: tokens per page of the cache.
+        num_pages: pages of the cache.
+        max_queued_requests: requests that may wait for a place in the batch.
+        eos_token_ids: tokens that end a sequence.
+        seed: of requests without one of their own.
+        vsurge_name: of the engine's thread.
+        verbose: show progress bars on a terminal.
+    """
+
+    max_concurrent_decodes: int
+    max_concurrent_prefill: int
+    max_prefill_length: int
+    prefill_lengths: tuple[int, ...] | None
+    max_length: int
+    page_size: int
+    num_pages: int
+    max_queued_requests: int
+    eos_token_ids: tuple[int, ...]
+    seed: int
+    vsurge_name: str
+    verbose: bool
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Pages of a sequence of `max_length`."""
+        return -(-self.max_length // self.page_size)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens of a sequence that `max_length` and the cache allow; its last is never in the cache."""
+        return min(self.max_length, self.num_pages * self.page_size + 1)
+
+
+def options_for(
+    model: Model,
+    *,
+    max_concurrent_decodes: int,
+    max_concurrent_prefill: int,
+    max_prefill_length: int | None,
+    prefill_lengths: Sequence[int] | None,
+    max_length: int | None,
+    page_size: int,
+    memory_utilization: float,
+    num_pages: int | None,
+    max_queued_requests: int,
+    extra_eos_token_ids: Sequence[int],
+    seed: int,
+    vsurge_name: str,
+    verbose: bool,
+) -> EngineOptions:
+    """The options of an engine around a model; parameters and errors are those of `vSurge.from_model`."""
+    config = _check_model(model).config
+    rows = as_integer("max_concurrent_decodes", max_concurrent_decodes, 1)
+    page_size = as_integer("page_size", page_size, 1)
+    num_pages = as_optional_integer("num_pages", num_pages, 1)
+    share = as_number("memory_utilization", memory_utilization, 0, 1, low_open=True)
+    extra_eos = as_integers("extra_eos_token_ids", extra_eos_token_ids, 0)
+    check_vocabulary("extra_eos_token_ids", extra_eos, config.vocab_size)
+    if not isinstance(vsurge_name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"vsurge_name={vsurge_name!r}: must be a string")
+    max_length = _length(max_length, config)
+    lengths = None if prefill_lengths is None else as_integers("prefill_lengths", prefill_lengths, 1)
+    return EngineOptions(
+        max_concurrent_decodes=rows,
+        max_concurrent_prefill=as_integer("max_concurrent_prefill", max_concurrent_prefill, 1),
+        max_prefill_length=_prefill_length(max_prefill_length, lengths, max_length),
+        prefill_lengths=None if lengths is None else tuple(sorted(set(lengths))),
+        max_length=max_length,
+        page_size=page_size,
+        max_queued_requests=as_integer("max_queued_requests", max_queued_requests, 1),
+        eos_token_ids=tuple(dict.fromkeys([*model.eos_token_ids, *extra_eos])),
+        seed=as_integer("seed", seed, 0),
+        vsurge_name=vsurge_name,
+        verbose=as_flag("verbose", verbose),
+        num_pages=num_pages  # last: it looks at the device
+        or choose_num_pages(
+            model,
+            page_size=page_size,
+            memory_utilization=share,
+            max_useful_pages=rows * -(-max_length // page_size),
+        ),
+    )
+
+
+def _check_model(model: Any) -> Model:
+    if isinstance(model, str | PathLike):
+        raise TypeError(f"model={str(model)!r}: must be a Model; load it first with load_model(...)")  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(model, Model):
+        raise TypeError(f"model={model!r}: must be a Model, from load_model or random_model")
+    for name in ("attention", "decode_attention"):
+        if getattr(model.config, name) == "reference":
+            raise ValueError(
+                f"{name}='reference' in the model's config: the reference computes in NumPy, outside of any "
+                f"compiled program, and an engine compiles its steps; use {name}=None or 'xla'"
+            )
+    return model
+
+
+def _length(wanted: int | None, config: Qwen3Config) -> int:
+    length = as_optional_integer("max_length", wanted, 1)
+    if length is None:
+        return config.max_length
+    if not 2 <= length <= config.max_length:
+        raise ValueError(f"max_length={length}: must lie between 2 and the model's {config.max_length}")
+    return length
+
+
+def _prefill_length(wanted: int | None, lengths: tuple[int, ...] | None, max_length: int) -> int:
+    wanted = as_optional_integer("max_prefill_length", wanted, 1)
+    if lengths is not None:
+        if not lengths:
+            raise ValueError("prefill_lengths: is empty, give at least one number of tokens, or None")
+        if wanted is not None and max(lengths) != wanted:
+            raise ValueError(
+                f"prefill_lengths={list(lengths)}: the largest must be max_prefill_length={wanted}"
+            )
+        wanted = max(lengths)
+    if wanted is None:
+        return min(DEFAULT_PREFILL_LENGTH, max_length)
+    if wanted > max_length:
+        raise ValueError(f"max_prefill_length={wanted}: must lie between 1 and max_length={max_length}")
+    return wanted

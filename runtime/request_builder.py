@@ -1,0 +1,146 @@
+"""From prompts and sampling parameters to requests, or an error that says what cannot work and why."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .channel import Channel, ReturnSample
+from .checks import check_vocabulary
+from .detokenizer import Detokenizer, TokenBytes
+from .options import EngineOptions
+from .prompts import Prompt, token_ids_of
+from .request import Request
+from .sampling import MAX_BANNED
+from .sampling_params import SamplingParams
+
+
+class RequestBuilder:
+    """Makes requests that the engine can serve. Methods may be called from any thread.
+
+    Args:
+        processor: the tokenizer; None if prompts and output are token ids.
+        options: the engine's.
+        vocab_size: the model's.
+
+    Raises:
+        TypeError: a tokenizer of another kind.
+    """
+
+    def __init__(self, processor: Any, options: EngineOptions, vocab_size: int) -> None:
+        self._processor = processor
+        self._options = options
+        self._vocab_size = vocab_size
+        self._token_bytes = None if processor is None else TokenBytes(processor)
+        self._count = itertools.count()
+
+    def build(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[Channel, list[Request]]:
+        """One request per prompt, and the channel that they share.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that cannot work.
+        """
+        token_ids = [
+            self._prompt_ids(i, prompt, p, chat_template_kwargs)
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+        ]
+        channel = Channel([ReturnSample("", (), 0, 0.0, None, None, len(ids)) for ids in token_ids])
+        return channel, [
+            self._request(i, ids, p, channel)
+            for i, (ids, p) in enumerate(zip(token_ids, params, strict=True))
+        ]
+
+    def _prompt_ids(
+        self,
+        index: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> list[int]:
+        """A prompt's tokens, truncated if the request says so, and checked."""
+        ids = token_ids_of(prompt, self._processor, chat_template_kwargs)
+        if params.truncate_prompt_tokens is not None:
+            ids = ids[-params.truncate_prompt_tokens :]
+        if not ids:
+            raise ValueError(f"prompts[{index}]: has no tokens")
+        check_vocabulary(f"prompts[{index}]", ids, self._vocab_size)
+        if len(ids) >= self._options.max_length:
+            raise ValueError(
+                f"prompts[{index}]: {len(ids)} tokens, must be fewer than "
+                f"max_length={self._options.max_length}; {self._truncation(params)}"
+            )
+        return ids
+
+    def _truncation(self, params: SamplingParams) -> str:
+        """Advice that leaves room for the output asked for, but at most half of the longest sequence."""
+        longest = self._options.longest_sequence
+        room = min(longest // 2, params.max_tokens or longest)
+        keep = longest - room
+        return f"truncate_prompt_tokens={keep} would keep the last {keep} and leave room for {room} of output"
+
+    def _request(self, index: int, ids: list[int], params: SamplingParams, channel: Channel) -> Request:
+        stop_token_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_token_ids |= set(self._options.eos_token_ids)
+        check_vocabulary("stop_token_ids", params.stop_token_ids or (), self._vocab_size)
+        if params.min_tokens and len(stop_token_ids) > MAX_BANNED:
+            raise ValueError(
+                f"stop_token_ids: {len(stop_token_ids)} with the end-of-sequence tokens, with min_tokens at "
+                f"most {MAX_BANNED} are supported"
+            )
+        return Request(
+            prompt_ids=ids,
+            params=params,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=self._max_new_tokens(index, ids, params),
+            seed=self.draw_seed() if params.seed is None else params.seed,
+            channel=channel,
+            index=index,
+            detokenizer=self._detokenizer(params),
+        )
+
+    def _max_new_tokens(self, index: int, ids: list[int], params: SamplingParams) -> int:
+        """How many tokens may be generated: as many as asked for, within `max_length`; None asks for all."""
+        options = self._options
+        room = options.longest_sequence - len(ids)
+        if params.max_tokens is None:
+            wanted = max(1, room)
+        else:
+            wanted = min(params.max_tokens, options.max_length - len(ids))
+        if wanted > room:
+            needed = -(-(len(ids) + wanted - 1) // options.page_size)
+            advice = f"max_tokens={room} would fit" if room > 0 else self._truncation(params)
+            raise ValueError(
+                f"prompts[{index}]: its {len(ids)} tokens and {wanted} of output need {needed} pages of "
+                f"{options.page_size} tokens, the whole cache has num_pages={options.num_pages}; {advice}, "
+                "or build the engine with more pages"
+            )
+        return wanted
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+        if self._token_bytes is None:
+            if params.stop_strings:
+                raise ValueError(f"stop={params.stop!r}: stop strings need a processor")
+            return None
+        if not params.detokenize:
+            return None
+        return Detokenizer(
+            self._token_bytes,
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+        )
+
+    def draw_seed(self) -> int:
+        """64 bits, others at every call; the same ones in every engine with the same seed."""
+        entropy = [self._options.seed, next(self._count)]
+        high, low = np.random.SeedSequence(entropy).generate_state(2).tolist()
+        return high << 32 | low

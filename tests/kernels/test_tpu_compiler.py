@@ -1,0 +1,126 @@
+"""The kernels for TPU through the real compiler, for every generation, without a TPU."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vsurge.kernels import DecodeBlocks, KVPages, append_kv, paged_decode_attention
+from vsurge.kernels.kv_pages import SUPPORTED_DTYPES
+from vsurge.kernels.tuning import CHIPS, compile_for
+
+NUM_PAGES = 512
+# query heads, KV heads: Qwen3-0.6B, 8B and 32B, and shards of them over 2, 4 and 8 chips
+HEADS = [(16, 8), (32, 8), (64, 8), (16, 4), (8, 2), (8, 1), (4, 1), (2, 1)]
+
+
+def shape(*sizes: int, dtype: Any = "int32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
+
+
+def cache(num_kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> KVPages:
+    data: Any = shape(NUM_PAGES, 2, num_kv_heads, page_size, head_dim, dtype=dtype)
+    return KVPages(data, None, jnp.dtype(dtype), page_size)
+
+
+def compile_decode(
+    chip: str,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    page_size: int = 64,
+    dtype: Any = "bfloat16",
+    *,
+    num_seqs: int = 64,
+    context: int = 8192,
+    **options: Any,
+) -> jax.stages.Compiled:
+    attend = partial(
+        paged_decode_attention, scale=head_dim**-0.5, implementation="mosaic_tpu", return_lse=True, **options
+    )
+    return compile_for(
+        chip,
+        attend,
+        shape(num_seqs, heads[0], head_dim, dtype=dtype),
+        cache(heads[1], head_dim, page_size, dtype),
+        shape(num_seqs),
+        shape(num_seqs, -(-context // page_size)),
+    )
+
+
+def compile_append(
+    chip: str,
+    num_kv_heads: int = 8,
+    head_dim: int = 128,
+    page_size: int = 64,
+    dtype: Any = "bfloat16",
+    num_tokens: int = 64,
+) -> jax.stages.Compiled:
+    rows = shape(num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    return compile_for(
+        chip,
+        partial(append_kv, implementation="mosaic_tpu"),
+        cache(num_kv_heads, head_dim, page_size, dtype),
+        rows,
+        rows,
+        shape(num_tokens),
+        donate_argnums=(0,),
+    )
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_generation_takes_the_kernels(chip: str) -> None:
+    decode, append = compile_decode(chip), compile_append(chip)
+    for program in (decode, append):
+        assert 'custom_call_target="tpu_custom_call"' in (program.as_text() or "")
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_every_shard_compiles(heads: tuple[int, int]) -> None:
+    compile_decode("v6e", heads)
+    compile_append("v6e", heads[1])
+
+
+@pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
+    compile_decode("v5e", (8, 2), head_dim, page_size, dtype)
+    compile_append("v5e", 2, head_dim, page_size, dtype)
+
+
+def test_options_and_lanes_compile() -> None:
+    blocks = DecodeBlocks(kv_tokens=256, lanes=4, depth=3)
+    compile_decode("7x", (8, 1), sliding_window=1000, soft_cap=30.0, block_sizes=blocks)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_the_largest_batch_of_the_longest_context_compiles(page_size: int) -> None:
+    """Its page table is larger than the scalar memory."""
+    compile_decode("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 4096])
+def test_the_cache_is_written_in_place(num_tokens: int) -> None:
+    program = compile_append("v6e", num_tokens=num_tokens)
+    memory, num_bytes = program.memory_analysis(), NUM_PAGES * 64 * 2 * 8 * 128 * 2
+    assert memory is not None
+    assert memory.alias_size_in_bytes == num_bytes
+    assert memory.temp_size_in_bytes < num_bytes // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "heads"), list(itertools.product(CHIPS, HEADS)))
+def test_every_generation_takes_every_shard(chip: str, heads: tuple[int, int]) -> None:
+    for page_size in (16, 32, 64, 128, 256):
+        compile_decode(chip, heads, page_size=page_size)
+        compile_append(chip, heads[1], page_size=page_size)
+
+
+def test_an_unknown_chip_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"chip='v3': must be one of \('v4'"):
+        compile_for("v3", jnp.sin, shape(1))

@@ -1,0 +1,104 @@
+"""The kernels for TPU in the interpreter: block sizes, both orders of copies, races, planted ones too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from vsurge.kernels import DecodeBlocks, append, append_kv, decode, empty_kv_pages, read_kv
+from vsurge.kernels.append import mosaic_tpu as append_tpu
+from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.tpu.units import Fetcher
+
+from .cases import Setup, check_decode, decode_batch, sinks_of
+from .interpreter import DMA_MODES, DmaMode, races_in
+
+BLOCKS = [DecodeBlocks(128, 1, 2), DecodeBlocks(128, 2, 3), DecodeBlocks(256, 3, 2), DecodeBlocks(256, 1, 5)]
+BFLOAT16 = Setup(query_dtype="bfloat16", cache_dtype="bfloat16", page_size=32)
+LENGTHS = (520, 0, 3, 256, 384, 1, 1, 700, 128, 0, 260, 33)  # of two groups
+
+
+@pytest.fixture(autouse=True)
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls the functions under their jit, which would answer with what it compiled before."""
+    for room, kernel in ((decode, decode_tpu.paged_decode_attention), (append, append_tpu.append_kv)):
+        jitted: Any = kernel
+        monkeypatch.setitem(room.IMPLEMENTATIONS, "mosaic_tpu", jitted.__wrapped__)
+
+
+def attend(blocks: DecodeBlocks, setup: Setup = BFLOAT16, **options: Any) -> None:
+    check_decode(decode_batch(setup, LENGTHS), "mosaic_tpu", block_sizes=blocks, **options)
+
+
+def write(num_tokens: int = 100) -> None:
+    """Writes rows of many tiles, several to a tile and out of order, and reads them."""
+    page_size, heads, head_dim = 32, 2, 64
+    kv_pages = empty_kv_pages(12, page_size, heads, head_dim, "bfloat16")
+    slots = np.random.default_rng(0).permutation(12 * page_size)[:num_tokens]
+    slots[7] = -1
+    keys, values = jax.random.normal(jax.random.key(0), (2, num_tokens, heads, head_dim), jnp.bfloat16)
+    written = append_kv(kv_pages, keys, values, jnp.asarray(slots, jnp.int32), implementation="mosaic_tpu")
+    got = read_kv(written, jnp.asarray(slots, jnp.int32))
+    kept = slots >= 0
+    for rows, new in zip(got, (keys, values), strict=True):
+        np.testing.assert_array_equal(np.asarray(rows)[kept], np.asarray(new)[kept])
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_any_block_sizes_match_the_reference(blocks: DecodeBlocks) -> None:
+    attend(blocks)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS[:2], ids=str)
+def test_a_window_may_begin_anywhere_in_a_unit(blocks: DecodeBlocks) -> None:
+    attend(blocks, Setup(page_size=16), sliding_window=77, sinks=sinks_of(Setup()), soft_cap=3.0)
+
+
+def test_pages_larger_than_a_unit_and_odd_numbers_of_heads() -> None:
+    attend(DecodeBlocks(256, 1, 2), Setup(num_q_heads=9, num_kv_heads=3, page_size=256))
+
+
+@pytest.mark.parametrize("mode", DMA_MODES)
+@pytest.mark.parametrize("run", [lambda: attend(BLOCKS[1]), write], ids=["decode", "append"])
+def test_there_are_no_races(run: Callable[[], None], mode: DmaMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not races_in(run, mode, monkeypatch)
+
+
+def missing_wait(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Fetcher, "wait", lambda *_: None)
+    patch.setattr(Fetcher, "wait_full", lambda *_: None)
+
+
+def copied_over_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
+    right = Fetcher._copy
+
+    def copy(self: Fetcher, slot: Any, *place: Any) -> Any:
+        shifted = replace(self, buffer=self.buffer.at[pl.ds(1 - slot, 1)])  # of the two slots the other one
+        return right(replace(shifted, arrived=self.arrived.at[pl.ds(slot, 1)]), 0, *place)
+
+    patch.setattr(Fetcher, "_copy", copy)
+
+
+@pytest.mark.parametrize("fault", [missing_wait, copied_over_what_is_in_use])
+def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    batch = decode_batch(BFLOAT16, LENGTHS)
+
+    def run() -> Any:
+        return decode_tpu.paged_decode_attention.__wrapped__(  # pyright: ignore[reportAttributeAccessIssue]
+            *batch.arguments,
+            scale=0.1,
+            sliding_window=None,
+            soft_cap=None,
+            sinks=None,
+            block_sizes=BLOCKS[0],
+        )
+
+    assert races_in(run, "eager", monkeypatch)

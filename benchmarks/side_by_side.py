@@ -195,15 +195,16 @@ def print_report(report: dict[str, Any]) -> None:
             f"start-up, {name}: {times['ready_s']:.1f} s (weights {times['weights_s']:.1f}, "
             f"compiling {times['compile_s']:.1f})"
         )
-    load_s, copy_s, ratio = (
-        statistics.median(figure(turn) for turn in report["loading"])
-        for figure in (
-            lambda t: t["load_s"],
-            lambda t: t["copy_s"],
-            lambda t: t["load_s"] / t["copy_s"],
-        )
+    loading = report["loading"]
+    load_s = statistics.median(turn["load_s"] for turn in loading)
+    one_by_one, at_once = (
+        statistics.median(turn["load_s"] / turn[name] for turn in loading)
+        for name in ("copy_s", "copy_all_at_once_s")
     )
-    print(f"loading from the page cache: {load_s:.2f} s, {ratio:.2f}x copying its bytes ({copy_s:.2f} s)")
+    print(
+        f"loading from the page cache: {load_s:.2f} s, {one_by_one:.2f}x copying its tensors one by one, "
+        f"{at_once:.2f}x copying all at once"
+    )
 
 
 def results_folder() -> Path:

@@ -1,13 +1,15 @@
 """Reading weights from safetensors, one tensor at a time, straight to their device.
 
 A checkpoint is checked as a whole before a byte of it is used: the headers of all its files, then names and
-shapes against what the model needs. Then each tensor is mapped, copied to its device and unmapped, so that
-the host never holds more than one tensor besides what lives on the devices.
+shapes against what the model needs. Then the tensors are mapped, copied to their devices and unmapped, as
+many at a time as are no larger together than the largest of them: that is all that the host holds besides
+what lives on the devices.
 """
 
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,11 +63,15 @@ def load_params(
         progress: show a progress bar on a terminal.
     """
     specs, structure = jax.tree.flatten(param_specs(config))
+    copying = _Copying(most_bytes=max(spec.size for spec in specs) * dtype.itemsize)
     loaded: list[jax.Array] = []
     try:
         for spec in progress_bar(specs, "loading weights", show=progress, unit="tensor"):
+            copying.make_room(spec.size * dtype.itemsize)
             sharding = named_sharding(mesh, spec.axes, partition_axis)
             loaded.append(to_device(stored[spec.name], dtype, sharding))
+            copying.add(loaded[-1], spec.size * dtype.itemsize)
+        copying.make_room(copying.most_bytes)
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
         for array in loaded:
             array.delete()
@@ -73,16 +79,36 @@ def load_params(
     return jax.tree.unflatten(structure, loaded)
 
 
+class _Copying:
+    """The tensors on their way to a device, oldest first, and the bytes that the host holds for them."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._bytes = 0
+        self._arrays: deque[tuple[jax.Array, int]] = deque()
+
+    def add(self, array: jax.Array, size: int) -> None:
+        self._arrays.append((array, size))
+        self._bytes += size
+
+    def make_room(self, size: int) -> None:
+        """Waits for the oldest until another `size` bytes fit."""
+        if self._bytes + size <= self.most_bytes:
+            return
+        while self._bytes + size > self.most_bytes:
+            array, done = self._arrays.popleft()
+            jax.block_until_ready(array)
+            self._bytes -= done
+        gc.collect(0)  # only then does jax let go of the mappings; they would pile up, with their open files
+
+
 def to_device(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding.Sharding) -> jax.Array:
-    """Copies one tensor to its device; the file is unmapped again on return."""
+    """Begins to copy one tensor to its device."""
     array = tensor.map() if tensor.dtype == dtype else tensor.read_as(dtype)
     on_device = jax.device_put(array, sharding, may_alias=False)
     shard = on_device.addressable_shards[0].data
     if shard.platform() == "cpu" and shard.unsafe_buffer_pointer() == array.ctypes.data:
-        on_device = jnp.copy(on_device)  # jax takes aligned memory as it is, whatever may_alias says
-    jax.block_until_ready(on_device)
-    del array, shard
-    gc.collect(0)  # only then does jax let go of the mapping; they would pile up, with their open files
+        return jnp.copy(on_device)  # jax takes aligned memory as it is, whatever may_alias says
     return on_device
 
 

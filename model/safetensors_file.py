@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,10 +54,13 @@ class StoredTensor:
         return converted.reshape(self.shape)
 
     def _map(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        # an ndarray, not a memmap: slices of a memmap are ten times slower to make
-        return np.asarray(
-            np.memmap(self.file, np.uint8, "r", offset=self.offset + start, shape=(stop - start,))
-        )
+        # np.memmap takes three times as long
+        begin = self.offset + start
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        with self.file.open("rb") as file:
+            length = self.offset + stop - page
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=page)
+        return np.frombuffer(mapped, np.uint8, count=stop - start, offset=begin - page)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -371,13 +371,15 @@ def test_progress_is_shown_on_a_terminal_unless_told_otherwise(stderr, options, 
     assert shown or screen.getvalue() == ""
 
 
-def mappings_of(file: Path) -> int:
-    return sum(str(file) in line for line in Path("/proc/self/maps").read_text().splitlines())
+def mapped_bytes(file: Path) -> int:
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    ends = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return sum(stop - start for start, stop in ends)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_the_host_holds_no_more_than_the_largest_tensor(dtype, tmp_path, monkeypatch):
-    """Between two tensors nothing of the file is mapped, and NumPy allocates no more than the largest one."""
+    """Of the file, and in NumPy's memory; after the last tensor nothing is left of either."""
     large = CONFIG | {
         "vocab_size": 4000,
         "hidden_size": 256,
@@ -396,7 +398,7 @@ def test_the_host_holds_no_more_than_the_largest_tensor(dtype, tmp_path, monkeyp
 
     def watched(items: Any, *_: Any, **__: Any) -> Any:
         for item in items:
-            mapped.append(mappings_of(tmp_path / SINGLE))
+            mapped.append(mapped_bytes(tmp_path / SINGLE))
             yield item
 
     monkeypatch.setattr(checkpoint, "progress_bar", watched)
@@ -409,7 +411,9 @@ def test_the_host_holds_no_more_than_the_largest_tensor(dtype, tmp_path, monkeyp
     finally:
         tracemalloc.stop()
     assert peak <= largest + slack
-    assert set(mapped) == {0}
+    assert max(mapped) <= largest + slack
+    assert dtype or max(mapped) > 0  # of a converted tensor nothing stays mapped
+    assert mapped_bytes(tmp_path / SINGLE) == 0
 
 
 @pytest.mark.parametrize("remainder", [0, 8])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import jax
@@ -57,12 +58,10 @@ def _mesh(chip: str) -> Mesh:
     Raises:
         RuntimeError: libtpu is not installed.
     """
+    if find_spec("libtpu") is None:
+        raise RuntimeError("compiling for a TPU needs libtpu: pip install 'vsurge[tune]' (Linux on x86-64)")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the cloud's metadata server would be waited for
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-    except Exception as error:
-        raise RuntimeError(
-            "compiling for a TPU needs libtpu: pip install 'vsurge[tune]' (Linux on x86-64)"
-        ) from error
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers, as no TPU is used
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
     devices = cast("list[Any]", topology.devices)
     return Mesh(np.array(devices[:1]), ("x",))

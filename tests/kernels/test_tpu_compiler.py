@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from vsurge.kernels import DecodeBlocks, KVPages, append_kv, paged_decode_attention
 from vsurge.kernels.kv_pages import SUPPORTED_DTYPES
-from vsurge.kernels.tuning import CHIPS, compile_for
+from vsurge.kernels.tuning import CHIPS, compile_for, compiler
 
 NUM_PAGES = 512
 # query heads, KV heads: Qwen3-0.6B, 8B and 32B, and shards of them over 2, 4 and 8 chips
@@ -124,3 +126,23 @@ def test_every_generation_takes_every_shard(chip: str, heads: tuple[int, int]) -
 def test_an_unknown_chip_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"chip='v3': must be one of \('v4'"):
         compile_for("v3", jnp.sin, shape(1))
+
+
+def test_two_processes_can_compile_at_once() -> None:
+    """libtpu takes a lock against sharing a TPU, which compiling does not need."""
+    compile_for("v6e", jnp.sin, shape(8, 128, dtype="float32"))
+    program = (
+        "import jax; from vsurge.kernels.tuning import compile_for;"
+        "compile_for('v6e', jax.numpy.sin, jax.ShapeDtypeStruct((8, 128), 'float32')); print('compiled')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "compiled" in run.stdout, run.stderr
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "find_spec", lambda _: None)
+    compiler._mesh.cache_clear()
+    with pytest.raises(RuntimeError, match=r"needs libtpu: pip install 'vsurge\[tune\]'"):
+        compile_for("v6e", jnp.sin, shape(1))

@@ -7,12 +7,13 @@ from .append import append_kv
 from .decode import DecodeBlocks, paged_decode_attention
 from .dispatch import Implementation
 from .kv_pages import KVPages, bytes_per_token, empty_kv_pages, read_kv
-from .ragged import ragged_paged_attention
+from .ragged import RaggedBlocks, ragged_paged_attention
 
 __all__ = [
     "DecodeBlocks",
     "Implementation",
     "KVPages",
+    "RaggedBlocks",
     "append_kv",
     "bytes_per_token",
     "empty_kv_pages",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..kernels import KVPages, append_kv, paged_decode_attention, ragged_paged_attention
+from ..kernels import Implementation, KVPages, append_kv, paged_decode_attention, ragged_paged_attention
 from .config import Qwen3Config
 from .params import LayerParams, Params
 from .rope import rotary_tables, rotate
@@ -81,7 +81,9 @@ def forward(
     written = list(kv_pages)
 
     def attend(layer: int, queries: Queries, keys: KeyValues, values: KeyValues) -> Queries:
-        written[layer] = append_kv(written[layer], keys, values, batch.slots)
+        written[layer] = append_kv(
+            written[layer], keys, values, batch.slots, implementation=implementation_of(config, batch)
+        )
         return paged_attention(config, batch, queries, written[layer])
 
     x = decoder(params, config, batch.token_ids, batch.positions, attend)
@@ -152,6 +154,11 @@ def project_heads(
     return queries.astype(config.dtype), keys.astype(config.dtype), values.astype(config.dtype)
 
 
+def implementation_of(config: Qwen3Config, batch: Batch) -> Implementation | None:
+    """What the config names for a step of one token per sequence, or for any other."""
+    return config.decode_attention if batch.query_starts is None else config.attention
+
+
 def paged_attention(config: Qwen3Config, batch: Batch, queries: Queries, kv_pages: KVPages) -> Queries:
     """The decode kernel for a step of one token per sequence, the ragged one for any other."""
     scale = config.head_dim**-0.5
@@ -162,7 +169,7 @@ def paged_attention(config: Qwen3Config, batch: Batch, queries: Queries, kv_page
             batch.kv_lens,
             batch.page_table,
             scale=scale,
-            implementation=config.decode_attention,
+            implementation=implementation_of(config, batch),
         )
     else:
         output = ragged_paged_attention(
@@ -173,7 +180,7 @@ def paged_attention(config: Qwen3Config, batch: Batch, queries: Queries, kv_page
             batch.query_starts,
             batch.num_seqs,
             scale=scale,
-            implementation=config.attention,
+            implementation=implementation_of(config, batch),
         )
     assert not isinstance(output, tuple)  # only with return_lse
     return output

@@ -15,6 +15,7 @@ code without branches or masks. Any other step runs the code of the smallest wid
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,10 +34,10 @@ from ..tpu.streams import Products
 from ..tpu.units import (
     FULL,
     LAST,
+    REST,
     ROW,
     TABLE_TILE,
     TOKENS,
-    UNSEEN,
     Fetcher,
     Units,
     fetcher_scratch,
@@ -104,6 +105,7 @@ def _kernel(
     units: Units,
     kv_pages: KVPages,
     kv_lens: Any,
+    num_groups: Any,
     queries: Any,
     sinks: Any,
     table_hbm: Any,
@@ -119,7 +121,8 @@ def _kernel(
 
     Args:
         attention, units, kv_pages: static; of `kv_pages` only what it says of its data.
-        kv_lens: [num_groups * seqs] int32 in scalar memory.
+        kv_lens: [grid steps * seqs] int32 in scalar memory.
+        num_groups: [1] int32 in scalar memory, the groups up to the last sequence with tokens.
         queries, output: [seqs, num_q_heads, head_dim] in VMEM.
         sinks: [num_q_heads, 1] float32 in VMEM, MASKED for none.
         table_hbm, kv_hbm: page table and cache, see `Fetcher`.
@@ -127,12 +130,19 @@ def _kernel(
         highest, total, weighted: see `Softmax`.
         fetcher_refs: see `fetcher_scratch`.
     """
-    fetcher = Fetcher(units, kv_lens, table_hbm, kv_hbm, *fetcher_refs)
+    fetcher = Fetcher(units, num_groups[0], kv_lens, table_hbm, kv_hbm, *fetcher_refs)
     softmax = Softmax(highest, total, weighted)
     compute = partial(_compute, attention, kv_pages, fetcher, queries, softmax)
-    pl.when(pl.program_id(0) == 0)(fetcher.begin)
-    fetcher.begin_group()
     softmax.reset()
+    pl.when(pl.program_id(0) == 0)(fetcher.begin)
+    pl.when(pl.program_id(0) < num_groups[0])(partial(_attend_group, fetcher, compute))
+    softmax.write(sinks, output, log_sum_exp)
+
+
+def _attend_group(fetcher: Fetcher, compute: Callable[..., None]) -> None:
+    """Takes the steps of a group; `compute` is `_compute` from its `slot` on."""
+    units = fetcher.units
+    fetcher.begin_group()
 
     def step(_: Any) -> Any:
         slot, coming = fetcher.take_oldest()
@@ -141,8 +151,8 @@ def _kernel(
 
         @pl.when(full)
         def _() -> None:
-            fetcher.wait_full(slot)
-            fetcher.start_full(coming)
+            fetcher.wait_whole(slot)
+            fetcher.start_whole(coming)
             compute(slot, units.tokens, masked=False)
             fetcher.describe()
 
@@ -161,7 +171,6 @@ def _kernel(
         return last
 
     lax.while_loop(lambda last: last == 0, step, jnp.int32(0))
-    softmax.write(sinks, output, log_sum_exp)
 
 
 def _widths(tokens: int) -> list[int]:
@@ -223,7 +232,7 @@ def _seen(attention: Attention, units_in: list[Any], width: int) -> Any:
     for unit in units_in:
         sees = column < unit[TOKENS]
         if attention.sliding_window is not None:
-            sees &= column >= unit[UNSEEN]
+            sees &= column >= unit[REST] - attention.sliding_window
         seen.append(sees)
     return jnp.concatenate(seen)
 
@@ -281,10 +290,12 @@ def paged_decode_attention(
     kv_lens = jnp.pad(kv_lens, (0, spare))
     queries = jnp.pad(queries, ((0, spare), (0, 0), (0, 0)))
     page_table = jnp.pad(page_table, ((0, spare), (0, units.table_row - pages_per_seq)))
+    last = jnp.max(jnp.where(kv_lens > 0, jnp.arange(1, kv_lens.shape[0] + 1, dtype=jnp.int32), 0))
+    used_groups = ((last + seqs - 1) // seqs)[None]
     start = jnp.full(num_q_heads, MASKED) if sinks is None else sinks
 
     def by_group(numbers: int) -> pl.BlockSpec:
-        def index(group: Any, _: Any) -> Any:
+        def index(group: Any, *_: Any) -> Any:
             return group, 0, 0
 
         return pl.BlockSpec((seqs, num_q_heads, numbers), index)
@@ -293,7 +304,7 @@ def paged_decode_attention(
     output, log_sum_exp = tpu_call(
         partial(_kernel, attention, units, jax.eval_shape(lambda: kv_pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(num_groups,),
             in_specs=[
                 by_group(head_dim),
@@ -313,5 +324,12 @@ def paged_decode_attention(
         ],
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem_bytes()),
         name="paged_decode_attention",
-    )(kv_lens, queries, start.astype(jnp.float32)[:, None], page_table.reshape(-1), kv_pages.data)
+    )(
+        kv_lens,
+        used_groups,
+        queries,
+        start.astype(jnp.float32)[:, None],
+        page_table.reshape(-1),
+        kv_pages.data,
+    )
     return output[:num_seqs], log_sum_exp[:num_seqs, :, 0]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -12,12 +13,23 @@ from jaxtyping import Array, Float, Int
 
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
-from ..validation import check_metadata_when_run, check_static
+from ..validation import check_has_blocks, check_metadata_when_run, check_static
 from . import reference, xla
+from .blocks import RaggedBlocks
 
-__all__ = ["ragged_paged_attention"]
+__all__ = ["RaggedBlocks", "ragged_paged_attention"]
 
-IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]] = {
+
+def _mosaic_tpu(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike | None]:
+    from . import mosaic_tpu  # importing Pallas takes longer than all else here
+
+    return cast(
+        "tuple[ArrayLike, ArrayLike | None]", mosaic_tpu.ragged_paged_attention(*arguments, **options)
+    )
+
+
+IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike | None]]] = {
+    "mosaic_tpu": _mosaic_tpu,
     "xla": xla.ragged_paged_attention,
     "reference": reference.ragged_paged_attention,
 }
@@ -39,7 +51,7 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " num_q_heads"] | None = None,
     return_lse: bool = False,
-    block_sizes: object = None,
+    block_sizes: RaggedBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> Output | tuple[Output, LogSumExp]:
@@ -63,9 +75,10 @@ def ragged_paged_attention(
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None for none.
         sinks: [num_q_heads]; one more score per head that takes part in the softmax and carries no value.
         return_lse: also return the log-sum-exp of the scores (and sink), for merging partial results.
-        block_sizes: tuning parameters of an implementation that has some; the present ones have none.
-        implementation: "xla" (compiled for any device) or "reference" (float64 NumPy, outside jit only);
-            None for the best one on this device.
+        block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
+        implementation: "mosaic_tpu" (Pallas kernels; interpreted where there is no TPU), "xla" (compiled for
+            any device) or "reference" (float64 NumPy, outside jit only); None for the best one on this
+            device.
         debug: also check the values of the metadata (slow: a round trip to the host).
 
     Returns:
@@ -93,26 +106,26 @@ def ragged_paged_attention(
         soft_cap=soft_cap,
         sinks=sinks,
     )
-    if block_sizes is not None:
-        raise ValueError(f"block_sizes={block_sizes!r}: no implementation of this kernel has block sizes")
     if debug:
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, query_starts, num_seqs, num_tokens=queries.shape[0]
         )
-    attention = IMPLEMENTATIONS[
-        choose_implementation("ragged_paged_attention", implementation, IMPLEMENTATIONS)
-    ]
-    output, log_sum_exp = attention(
-        queries,
-        kv_pages,
-        kv_lens,
-        page_table,
-        query_starts,
-        num_seqs,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        sinks=sinks,
+    chosen = choose_implementation("ragged_paged_attention", implementation, IMPLEMENTATIONS)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+        "sinks": sinks,
+    }
+    if block_sizes is not None:
+        check_has_blocks(chosen, block_sizes, RaggedBlocks, of="mosaic_tpu")
+        options["block_sizes"] = block_sizes
+    if chosen == "mosaic_tpu":  # to which it is work of its own
+        options["return_lse"] = return_lse
+    output, log_sum_exp = IMPLEMENTATIONS[chosen](
+        queries, kv_pages, kv_lens, page_table, query_starts, num_seqs, **options
     )
     output = jnp.asarray(output, queries.dtype)
-    return (output, jnp.asarray(log_sum_exp, jnp.float32)) if return_lse else output
+    return (
+        output if log_sum_exp is None or not return_lse else (output, jnp.asarray(log_sum_exp, jnp.float32))
+    )

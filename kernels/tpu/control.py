@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 
 def for_each(lower: Any, upper: Any, act: Callable[[Any], None]) -> None:
@@ -24,3 +25,9 @@ def for_each(lower: Any, upper: Any, act: Callable[[Any], None]) -> None:
 def largest(scalars: Sequence[Any]) -> Any:
     """The largest of some scalars."""
     return reduce(jnp.maximum, scalars)
+
+
+def if_then_else(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Calls one of two functions."""
+    pl.when(condition)(then)
+    pl.when(jnp.logical_not(condition))(otherwise)

@@ -39,6 +39,7 @@ class Units:
         depth: steps that have a place in VMEM: the one in use and those under way. At least 2, and with
             depth * lanes <= seqs, so that what has been described is of this group or the next.
         sliding_window: tokens that a query sees; None for all.
+        queries: of a sequence, its last tokens, at most.
     """
 
     seqs: int
@@ -49,6 +50,7 @@ class Units:
     page_size: int
     depth: int
     sliding_window: int | None
+    queries: int = 1
 
     @property
     def tokens(self) -> int:
@@ -75,8 +77,10 @@ class Units:
         return self.seqs * self.table_row
 
     def lowest(self, kv_len: Any) -> Any:
-        """The first position that a sequence's last query sees."""
-        return jnp.int32(0) if self.sliding_window is None else jnp.maximum(kv_len - self.sliding_window, 0)
+        """The first position that a sequence's queries see, or one before it."""
+        if self.sliding_window is None:
+            return jnp.int32(0)
+        return jnp.maximum(kv_len - self.sliding_window - (self.queries - 1), 0)
 
     def first_page(self, kv_len: Any) -> Any:
         """The page of that position."""
@@ -85,8 +89,8 @@ class Units:
 
 # Places in scalar memory: of the cursor, and of what is known of a unit and of its step.
 SEQUENCE, PAGE, GROUP, NEXT_SLOT, USED_SLOT, CURSOR_SIZE = range(6)
-ROW, FIRST, TOKENS, UNSEEN, UNIT_SIZE = range(5)
-LAST, FULL, STEP_SIZE = range(3)
+ROW, FIRST, TOKENS, REST, UNIT_SIZE = range(5)
+LAST, WHOLE, FULL, STEP_SIZE = range(4)
 TABLES = 3  # groups whose rows of the page table are in scalar memory: this one, the next, one under way
 SMEM_BYTES = 2**20  # of a TensorCore
 TABLE_TILE = 1024  # entries; how one-dimensional int32 arrays are tiled in HBM
@@ -105,7 +109,8 @@ class Fetcher:
 
     Attributes:
         units: how the list is cut.
-        kv_lens: [num_groups * seqs] int32 in scalar memory; 0 behind the batch's end.
+        num_groups: groups that are walked through, the first ones.
+        kv_lens: [units.num_groups * seqs] int32 in scalar memory; 0 behind the batch's end.
         table_hbm: [num_groups * table_group] int32, the rows of the page table one after another.
         kv_hbm: the cache's data.
         table: [TABLES * table_group] int32 in scalar memory.
@@ -115,12 +120,14 @@ class Fetcher:
         cursor: [CURSOR_SIZE] int32 in scalar memory: where the next unit begins, and the next slots.
         units_in: [depth, lanes, UNIT_SIZE] int32 in scalar memory, of the units in a slot: TOKENS; ROW,
             the sequence's place in its group, seqs if there are no tokens; FIRST, the place of the first page
-            in `table`; UNSEEN, how many of the first tokens the query does not see, or less than 0.
+            in `table`; REST, the sequence's tokens from the unit's first one to its end.
         step_in: [depth, STEP_SIZE] int32 in scalar memory, of the step in a slot: LAST, whether it is its
-            group's last one; FULL, whether all tokens that its units have room for are there and seen.
+            group's last one; WHOLE, whether all tokens that its units have room for are there; FULL, whether
+            all queries also see them.
     """
 
     units: Units
+    num_groups: Any
     kv_lens: Any
     table_hbm: Any
     kv_hbm: Any
@@ -135,8 +142,12 @@ class Fetcher:
     def begin(self) -> None:
         """Describes the first `depth` steps, and starts the copies of all but the last of them."""
         for group in range(min(TABLES - 1, self.units.num_groups)):
-            self._copy_table(group).start()
-            self._copy_table(group).wait()
+
+            @pl.when(group < self.num_groups)
+            def _(group: int = group) -> None:
+                self._copy_table(group).start()
+                self._copy_table(group).wait()
+
         self.cursor[SEQUENCE] = 0
         self.cursor[PAGE] = self.units.first_page(self.kv_lens[0])
         self.cursor[GROUP] = 0
@@ -147,7 +158,7 @@ class Fetcher:
 
     def begin_group(self) -> None:
         """Starts the copy of a later group's rows of the page table, and waits for the one before."""
-        group, num_groups = pl.program_id(0), self.units.num_groups
+        group, num_groups = pl.program_id(0), self.num_groups
 
         @pl.when((group > 0) & (group + TABLES - 2 < num_groups))
         def _() -> None:
@@ -163,19 +174,22 @@ class Fetcher:
         slot, group = cursor[NEXT_SLOT], cursor[GROUP]
         end = (group + 1) * units.seqs
         sequence, page = cursor[SEQUENCE], cursor[PAGE]
-        full = jnp.bool_(True)
+        whole = full = jnp.bool_(True)
         for lane in range(units.lanes):
-            inside = (sequence < end) & (group < units.num_groups)
+            inside = (sequence < end) & (group < self.num_groups)
             here = jnp.where(inside, sequence, 0)
             kv_len = self.kv_lens[here]
-            tokens = jnp.where(inside, jnp.clip(kv_len - page * units.page_size, 0, units.tokens), 0)
-            unseen = units.lowest(kv_len) - page * units.page_size
-            full &= (tokens == units.tokens) & (unseen <= 0)
+            rest = kv_len - page * units.page_size
+            tokens = jnp.where(inside, jnp.clip(rest, 0, units.tokens), 0)
+            whole &= tokens == units.tokens
+            full &= inside & (rest >= units.tokens + units.queries - 1)
+            if units.sliding_window is not None:
+                full &= rest <= units.sliding_window
             unit = self.units_in.at[slot, lane]
             row = jnp.where(inside, sequence - group * units.seqs, 0)
             unit[ROW] = jnp.where(tokens > 0, row, units.seqs)
             unit[FIRST] = lax.rem(group, TABLES) * units.table_group + row * units.table_row + page
-            unit[TOKENS], unit[UNSEEN] = tokens, unseen
+            unit[TOKENS], unit[REST] = tokens, rest
             following = jnp.minimum(here + 1, units.num_groups * units.seqs - 1)
             ends = inside & ((page + units.pages) * units.page_size >= kv_len)
             beyond = jnp.where(inside, page + units.pages, page)
@@ -183,6 +197,7 @@ class Fetcher:
             sequence = jnp.where(ends, sequence + 1, sequence)
         step = self.step_in.at[slot]
         step[LAST] = (sequence == end).astype(jnp.int32)
+        step[WHOLE] = whole.astype(jnp.int32)
         step[FULL] = full.astype(jnp.int32)
         cursor[SEQUENCE], cursor[PAGE] = sequence, page
         cursor[GROUP] = jnp.where(sequence == end, group + 1, group)
@@ -199,8 +214,8 @@ class Fetcher:
         """Starts the copies of a slot's pages."""
         self._each_page(slot, lambda lane, i: self._copy(slot, lane, i, self._page(slot, lane, i)).start())
 
-    def start_full(self, slot: Any) -> None:
-        """`start` of a full step, without a branch, so that the arithmetic beside it can hide it."""
+    def start_whole(self, slot: Any) -> None:
+        """`start` of a whole step, without a branch, so that the arithmetic beside it can hide it."""
         places = [(lane, i) for lane in range(self.units.lanes) for i in range(self.units.pages)]
         pages = [self._page(slot, lane, i) for lane, i in places]  # all first: a copy's start holds up reads
         for (lane, i), page in zip(places, pages, strict=True):
@@ -210,8 +225,8 @@ class Fetcher:
         """Waits for a slot's pages."""
         self._each_page(slot, lambda lane, i: self._copy(slot, lane, i, 0).wait())
 
-    def wait_full(self, slot: Any) -> None:
-        """`wait` for a full step: for all of its bytes at once."""
+    def wait_whole(self, slot: Any) -> None:
+        """`wait` for a whole step: for all of its bytes at once."""
         everything = self.buffer.at[slot]
         pltpu.make_async_copy(everything, everything, self.arrived.at[slot]).wait()
 

@@ -28,13 +28,13 @@ from vsurge.kernels.ragged import reference as ragged_reference
 
 # What is compared with the reference on this machine. An implementation for another device adds its name.
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_tpu")
-RAGGED_IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla",)
 
 TOLERANCES = {
     "float32": 1e-5,
     "bfloat16": 8e-3,
 }  # of an output row, relative to its norm; by the queries' dtype
 LSE_TOLERANCE = 1e-5  # relative, or absolute below 1: scores are float32 whatever the inputs are
+ROUNDED_LSE_TOLERANCE = 2.0**-9  # where weights are summed that were rounded to bfloat16
 SPARE_PAGES = 4  # in nobody's table
 
 
@@ -196,7 +196,14 @@ def check_ragged(batch: RaggedBatch, implementation: Implementation, **options: 
         *batch.arguments, scale=scale, return_lse=True, implementation=implementation, **options
     )
     want = ragged_reference.ragged_paged_attention(*batch.arguments, scale=scale, **_all(options))
-    _check(batch.setup, [np.asarray(a)[batch.owned] for a in got], [a[batch.owned] for a in want])
+    both_bfloat16 = batch.setup.query_dtype == batch.setup.cache_dtype == "bfloat16"
+    rounded = both_bfloat16 and implementation == "mosaic_tpu"
+    _check(
+        batch.setup,
+        [np.asarray(a)[batch.owned] for a in got],
+        [a[batch.owned] for a in want],
+        lse_tolerance=ROUNDED_LSE_TOLERANCE if rounded else LSE_TOLERANCE,
+    )
 
 
 def check_decode(batch: DecodeBatch, implementation: Implementation, **options: Any) -> None:
@@ -213,11 +220,11 @@ def _all(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.get(name) for name in ("sliding_window", "soft_cap", "sinks")}
 
 
-def _check(setup: Setup, got: list[Any], want: list[Any]) -> None:
+def _check(setup: Setup, got: list[Any], want: list[Any], *, lse_tolerance: float = LSE_TOLERANCE) -> None:
     assert got[0].dtype == setup.query_dtype
     assert got[1].dtype == jnp.float32
     assert_rows_close(got[0], want[0], TOLERANCES[setup.query_dtype])
-    assert_lse_close(got[1], want[1])
+    assert_lse_close(got[1], want[1], lse_tolerance)
 
 
 def assert_rows_close(got: Any, want: Any, tolerance: float) -> None:
@@ -230,12 +237,12 @@ def assert_rows_close(got: Any, want: Any, tolerance: float) -> None:
     assert within.all(), f"{np.sum(~within)} of {within.size} rows differ, by {worst:.1e} > {tolerance:.0e}"
 
 
-def assert_lse_close(got: Any, want: Any) -> None:
+def assert_lse_close(got: Any, want: Any, tolerance: float = LSE_TOLERANCE) -> None:
     """Log-sum-exps agree, -inf included."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     finite = np.isfinite(want)
-    np.testing.assert_allclose(got[finite], want[finite], rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
+    np.testing.assert_allclose(got[finite], want[finite], rtol=tolerance, atol=tolerance)
 
 
 def chosen(options: str, setup: Setup) -> dict[str, Any]:

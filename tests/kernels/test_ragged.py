@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from vsurge.kernels import Implementation, ragged_paged_attention
 
 from .cases import (
+    IMPLEMENTATIONS,
     OPTIONS,
-    RAGGED_IMPLEMENTATIONS,
     SWEEP,
     RaggedBatch,
     Setup,
@@ -36,7 +37,7 @@ SETUPS = (
     Setup(head_dim=128, page_size=256, query_dtype="bfloat16"),
     Setup(num_q_heads=1, num_kv_heads=1, page_size=128, query_dtype="bfloat16", cache_dtype="bfloat16"),
 )
-each_implementation = pytest.mark.parametrize("implementation", RAGGED_IMPLEMENTATIONS)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def mixed_batch(setup: Setup, mix: str, *, outliers: bool = False) -> RaggedBatch:
@@ -53,18 +54,32 @@ def mixed_batch(setup: Setup, mix: str, *, outliers: bool = False) -> RaggedBatc
     )
 
 
-@each_implementation
+@pytest.mark.parametrize(
+    ("implementation", "setup"),
+    [
+        *(("xla", setup) for setup in SETUPS),
+        *(("mosaic_tpu", setup) for setup in SETUPS[:2]),
+        *(pytest.param("mosaic_tpu", setup, marks=pytest.mark.slow) for setup in SETUPS[2:]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_any_mix_of_lengths_matches_the_reference(
     setup: Setup, mix: str, implementation: Implementation
 ) -> None:
     check_ragged(mixed_batch(setup, mix), implementation)
 
 
-@each_implementation
+def options_of(implementation: Implementation) -> list[Any]:
+    """On the interpreter, which is slow, one run of all options at once and the others marked so."""
+    fast = OPTIONS if implementation == "xla" else ("all",)
+    every = [("float32", options) for options in OPTIONS] + [("bfloat16", "all")]
+    marks = [() if options in fast else (pytest.mark.slow,) for _, options in every]
+    return [pytest.param(implementation, *case, marks=mark) for case, mark in zip(every, marks, strict=True)]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "options"), [*(("float32", options) for options in OPTIONS), ("bfloat16", "all")]
+    ("implementation", "dtype", "options"), [*options_of("xla"), *options_of("mosaic_tpu")]
 )
 def test_every_option_matches_the_reference(dtype: str, options: str, implementation: Implementation) -> None:
     setup = Setup(query_dtype=dtype, cache_dtype=dtype)

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vsurge.kernels import DecodeBlocks, KVPages, append_kv, paged_decode_attention
+from vsurge.kernels import (
+    DecodeBlocks,
+    KVPages,
+    RaggedBlocks,
+    append_kv,
+    paged_decode_attention,
+    ragged_paged_attention,
+)
 from vsurge.kernels.kv_pages import SUPPORTED_DTYPES
 from vsurge.kernels.tuning import CHIPS, compile_for, compiler
 
@@ -54,6 +61,40 @@ def compile_decode(
     )
 
 
+SMALL = RaggedBlocks(q_tokens=32, kv_tokens=256)  # which compile in seconds
+
+
+def compile_ragged(
+    chip: str,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    page_size: int = 64,
+    dtype: Any = "bfloat16",
+    *,
+    num_seqs: int = 64,
+    context: int = 8192,
+    block_sizes: RaggedBlocks | None = SMALL,
+    **options: Any,
+) -> jax.stages.Compiled:
+    attend = partial(
+        ragged_paged_attention,
+        scale=head_dim**-0.5,
+        implementation="mosaic_tpu",
+        block_sizes=block_sizes,
+        **options,
+    )
+    return compile_for(
+        chip,
+        attend,
+        shape(2048, heads[0], head_dim, dtype=dtype),
+        cache(heads[1], head_dim, page_size, dtype),
+        shape(num_seqs),
+        shape(num_seqs, -(-context // page_size)),
+        shape(num_seqs + 1),
+        shape(1),
+    )
+
+
 def compile_append(
     chip: str,
     num_kv_heads: int = 8,
@@ -76,14 +117,14 @@ def compile_append(
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_generation_takes_the_kernels(chip: str) -> None:
-    decode, append = compile_decode(chip), compile_append(chip)
-    for program in (decode, append):
+    for program in (compile_decode(chip), compile_ragged(chip), compile_append(chip)):
         assert 'custom_call_target="tpu_custom_call"' in (program.as_text() or "")
 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_shard_compiles(heads: tuple[int, int]) -> None:
     compile_decode("v6e", heads)
+    compile_ragged("v6e", heads)
     compile_append("v6e", heads[1])
 
 
@@ -92,18 +133,21 @@ def test_every_shard_compiles(heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("page_size", [16, 256])
 def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
     compile_decode("v5e", (8, 2), head_dim, page_size, dtype)
+    compile_ragged("v5e", (8, 2), head_dim, page_size, dtype)
     compile_append("v5e", 2, head_dim, page_size, dtype)
 
 
 def test_options_and_lanes_compile() -> None:
     blocks = DecodeBlocks(kv_tokens=256, lanes=4, depth=3)
     compile_decode("7x", (8, 1), sliding_window=1000, soft_cap=30.0, block_sizes=blocks)
+    compile_ragged("7x", (8, 1), sliding_window=1000, soft_cap=30.0, return_lse=True)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_the_largest_batch_of_the_longest_context_compiles(page_size: int) -> None:
     """Its page table is larger than the scalar memory."""
     compile_decode("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
+    compile_ragged("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 4096])
@@ -120,6 +164,7 @@ def test_the_cache_is_written_in_place(num_tokens: int) -> None:
 def test_every_generation_takes_every_shard(chip: str, heads: tuple[int, int]) -> None:
     for page_size in (16, 32, 64, 128, 256):
         compile_decode(chip, heads, page_size=page_size)
+        compile_ragged(chip, heads, page_size=page_size, block_sizes=SMALL if page_size < 256 else None)
         compile_append(chip, heads[1], page_size=page_size)
 
 

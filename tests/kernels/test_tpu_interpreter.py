@@ -12,29 +12,29 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from vsurge.kernels import DecodeBlocks, append, append_kv, decode, empty_kv_pages, read_kv
-from vsurge.kernels.append import mosaic_tpu as append_tpu
+from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
 from vsurge.kernels.tpu.units import Fetcher
 
-from .cases import Setup, check_decode, decode_batch, sinks_of
-from .interpreter import DMA_MODES, DmaMode, races_in
+from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
+from .interpreter import DMA_MODES, DmaMode, races_in, traced_anew
+
+__all__ = ["traced_anew"]
 
 BLOCKS = [DecodeBlocks(128, 1, 2), DecodeBlocks(128, 2, 3), DecodeBlocks(256, 3, 2), DecodeBlocks(256, 1, 5)]
+SMALL_RAGGED = RaggedBlocks(q_tokens=16, kv_tokens=128)
 BFLOAT16 = Setup(query_dtype="bfloat16", cache_dtype="bfloat16", page_size=32)
 LENGTHS = (520, 0, 3, 256, 384, 1, 1, 700, 128, 0, 260, 33)  # of two groups
 
 
-@pytest.fixture(autouse=True)
-def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls the functions under their jit, which would answer with what it compiled before."""
-    for room, kernel in ((decode, decode_tpu.paged_decode_attention), (append, append_tpu.append_kv)):
-        jitted: Any = kernel
-        monkeypatch.setitem(room.IMPLEMENTATIONS, "mosaic_tpu", jitted.__wrapped__)
-
-
 def attend(blocks: DecodeBlocks, setup: Setup = BFLOAT16, **options: Any) -> None:
     check_decode(decode_batch(setup, LENGTHS), "mosaic_tpu", block_sizes=blocks, **options)
+
+
+def attend_ragged(blocks: RaggedBlocks = SMALL_RAGGED, **options: Any) -> None:
+    """Query blocks of two groups, single tokens in between, an empty sequence and one without a cache."""
+    batch = ragged_batch(BFLOAT16, (150, 1, 33, 0, 1, 17), (300, 130, 33, 5, 1, 400))
+    check_ragged(batch, "mosaic_tpu", block_sizes=blocks, **options)
 
 
 def write(num_tokens: int = 100) -> None:
@@ -61,19 +61,27 @@ def test_a_window_may_begin_anywhere_in_a_unit(blocks: DecodeBlocks) -> None:
     attend(blocks, Setup(page_size=16), sliding_window=77, sinks=sinks_of(Setup()), soft_cap=3.0)
 
 
+@pytest.mark.parametrize("blocks", [RaggedBlocks(64, 256, 3), RaggedBlocks(32, 384, 2)], ids=str)
+def test_any_block_sizes_match_the_reference_for_prompts(blocks: RaggedBlocks) -> None:
+    attend_ragged(blocks)
+    attend_ragged(blocks, sliding_window=77, sinks=sinks_of(BFLOAT16), soft_cap=3.0)
+
+
 def test_pages_larger_than_a_unit_and_odd_numbers_of_heads() -> None:
     attend(DecodeBlocks(256, 1, 2), Setup(num_q_heads=9, num_kv_heads=3, page_size=256))
 
 
 @pytest.mark.parametrize("mode", DMA_MODES)
-@pytest.mark.parametrize("run", [lambda: attend(BLOCKS[1]), write], ids=["decode", "append"])
+@pytest.mark.parametrize(
+    "run", [lambda: attend(BLOCKS[1]), attend_ragged, write], ids=["decode", "ragged", "append"]
+)
 def test_there_are_no_races(run: Callable[[], None], mode: DmaMode, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not races_in(run, mode, monkeypatch)
 
 
 def missing_wait(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fetcher, "wait", lambda *_: None)
-    patch.setattr(Fetcher, "wait_full", lambda *_: None)
+    patch.setattr(Fetcher, "wait_whole", lambda *_: None)
 
 
 def copied_over_what_is_in_use(patch: pytest.MonkeyPatch) -> None:

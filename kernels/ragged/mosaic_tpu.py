@@ -1,0 +1,579 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""Ragged paged attention as Pallas kernels for TPU.
+
+Sequences with a single new token go through the decode kernel. The new tokens of all others are cut into
+query blocks of `q_tokens`, and what a block sees into units of `kv_tokens` (see `tpu/units.py`), which come
+from HBM while earlier ones are computed, across the ends of blocks and sequences.
+
+A KV head's queries of a block are the columns of one product: scores are [tokens, columns], so that the
+softmax runs down the columns, sums of weights come out of the matrix unit as one more row of the values, and
+nothing has to be spread over the lanes of a register. While one head's weights are computed, the matrix unit
+already makes the next head's scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from ..decode.mosaic_tpu import MASKED, paged_decode_attention
+from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits
+from ..tpu.control import for_each, if_then_else
+from ..tpu.launch import LANES, SUBLANES, check_pages, padded, tpu_call, vmem_bytes
+from ..tpu.units import FULL, REST, TABLE_TILE, TOKENS, WHOLE, Fetcher, Units, fetcher_scratch
+from .blocks import RaggedBlocks, default_blocks
+
+LOG2_E = math.log2(math.e)
+CHUNK = 512  # tokens whose scores make one product, at most
+BLOCKS_PER_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the kernel computes, besides the cutting.
+
+    Attributes:
+        num_kv_heads, group: KV heads, and query heads of each.
+        q_tokens: query tokens in a block, at most; a KV head has group * q_tokens columns.
+        scale, soft_cap, sliding_window: as in `vsurge.kernels.ragged_paged_attention`.
+        dtype: of the factors of products, bfloat16 or float32.
+    """
+
+    num_kv_heads: int
+    group: int
+    q_tokens: int
+    scale: float
+    soft_cap: float | None
+    sliding_window: int | None
+    dtype: Any
+
+    @property
+    def columns(self) -> int:
+        return self.group * self.q_tokens
+
+    def dot(self, left: Any, right: Any, *, contract: tuple[int, int]) -> Any:
+        """A product over axis `contract[0]` of the left and `contract[1]` of the right factor."""
+        precision = lax.Precision.HIGHEST if self.dtype == np.float32 else lax.Precision.DEFAULT
+        dimensions = (((contract[0],), (contract[1],)), ((), ()))
+        return lax.dot_general(
+            left, right, dimensions, precision, preferred_element_type=np.dtype(np.float32)
+        )
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """The batch's query blocks, one after another; all [num_blocks] int32, 0 behind the last one.
+
+    Attributes:
+        kv_lens: the tokens that the block's last query sees.
+        starts: the first query's row.
+        counts: query tokens.
+        used: [1], the blocks that are not empty, which are the first ones.
+    """
+
+    kv_lens: Any
+    starts: Any
+    counts: Any
+    used: Any
+
+
+def cut_queries(
+    new_tokens: Array, kv_lens: Array, query_starts: Array, q_tokens: int, num_blocks: int
+) -> tuple[QueryBlocks, Array]:
+    """Cuts [max_seqs] new tokens of each sequence into blocks; also whose each is, [num_blocks]."""
+    until = jnp.cumsum((new_tokens + q_tokens - 1) // q_tokens)  # blocks, this sequence's included
+    block = jnp.arange(num_blocks, dtype=jnp.int32)
+    sequence = jnp.sum(until[None] <= block[:, None], axis=1, dtype=jnp.int32)
+    used = sequence < new_tokens.shape[0]
+    sequence = jnp.minimum(sequence, new_tokens.shape[0] - 1)
+    new = new_tokens[sequence]
+    offset = (block - (until[sequence] - (new + q_tokens - 1) // q_tokens)) * q_tokens
+    count = jnp.where(used, jnp.minimum(new - offset, q_tokens), 0)
+    seen = jnp.where(used & (kv_lens[sequence] > 0), kv_lens[sequence] - new + offset + count, 0)
+    start = jnp.where(used, query_starts[sequence] + offset, 0)
+    return QueryBlocks(seen, start, count, until[-1:]), sequence
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Copies between consecutive rows of an array in HBM, any number at any place, and a buffer in VMEM.
+
+    A copy's size is static, so that a number of rows is copied as its binary digits.
+
+    Attributes:
+        hbm: [rows, num_q_heads, numbers].
+        buffers: [2, most rows, num_q_heads, numbers], of which blocks take turns.
+        semaphores: [2], for DMA.
+        write: whether from VMEM to HBM.
+    """
+
+    hbm: Any
+    buffers: Any
+    semaphores: Any
+    write: bool
+
+    def start(self, block: Any, start: Any, count: Any) -> None:
+        self._pieces(block, start, count, lambda copy: copy.start())
+
+    def wait(self, block: Any, start: Any, count: Any) -> None:
+        self._pieces(block, start, count, lambda copy: copy.wait())
+
+    def _pieces(self, block: Any, start: Any, count: Any, act: Callable[[Any], None]) -> None:
+        slot = lax.rem(block, 2)
+        size = self.buffers.shape[1]
+        while size:
+            if size <= self.hbm.shape[0]:
+                before = count // (2 * size) * (2 * size)
+                pl.when(count // size % 2 == 1)(partial(self._piece, slot, start, before, size, act))
+            size //= 2
+
+    def _piece(self, slot: Any, start: Any, before: Any, size: int, act: Callable[[Any], None]) -> None:
+        hbm = self.hbm.at[pl.ds(start + before, size)]
+        vmem = self.buffers.at[slot, pl.ds(before, size)]
+        ends = (vmem, hbm) if self.write else (hbm, vmem)
+        act(pltpu.make_async_copy(*ends, self.semaphores.at[slot]))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The running softmax of a block's columns in VMEM, all float32, to the base of 2.
+
+    Attributes:
+        highest, total: [num_kv_heads, 1, columns], the largest score, and the sum of `2^(score - highest)`.
+        weighted: [num_kv_heads, head_dim, columns], the sum of `2^(score - highest) * value`.
+    """
+
+    highest: Any
+    total: Any
+    weighted: Any
+
+    def reset(self, sinks: Any) -> None:
+        """Begins with the sinks, scores without a value; MASKED is none."""
+        self.highest[...] = sinks[...]
+        self.total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0).astype(jnp.float32)
+        self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
+
+    def raise_to(self, head: int, highest: Any) -> tuple[Any, Any]:
+        """The highest score of a head's columns with `highest`, and what the sums so far then count."""
+        old = self.highest[head]
+        new = jnp.maximum(old, highest)
+        self.highest[head] = new
+        return new, jnp.exp2(old - new)
+
+    def add(self, head: int, keep: Any, sums: Any) -> None:
+        """Adds [head_dim + SUBLANES, columns]: weighted values, and below them the weights' sums."""
+        head_dim = self.weighted.shape[1]
+        self.total[head] = self.total[head] * keep + sums[head_dim : head_dim + 1]
+        self.weighted[head] = self.weighted[head] * keep + sums[:head_dim]
+
+
+def _attend(
+    attention: Attention,
+    kv_pages: KVPages,
+    fetcher: Fetcher,
+    queries: Any,
+    softmax: Softmax,
+    count: Any,
+    slot: Any,
+    width: int,
+    seen_by_all: int,
+) -> None:
+    """Adds the first `width` tokens of a slot's unit to the softmax of a block.
+
+    Args:
+        attention, kv_pages: static.
+        queries: [num_kv_heads, columns, head_dim].
+        count: query tokens of the block.
+        slot: of the unit.
+        width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
+    """
+    unit, block = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0]
+    chunk = width // -(-width // CHUNK)
+    parts = [slice(begin, begin + chunk) for begin in range(0, width, chunk)]
+
+    def loaded(kind: int, head: int, part: slice) -> Any:
+        return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
+
+    def scores(head: int, part: slice) -> Any:
+        found = attention.dot(loaded(KEYS, head, part), queries[head], contract=(1, 1))
+        if attention.soft_cap is None:
+            found *= attention.scale * LOG2_E
+        else:
+            found = attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
+        if part.stop <= seen_by_all:
+            return found
+        token = lax.broadcasted_iota(jnp.int32, found.shape, 0) + part.start
+        column = lax.broadcasted_iota(jnp.int32, (1, attention.columns), 1)
+        beyond = unit[REST] - count + 1 + lax.rem(column, attention.q_tokens)  # the first unseen token
+        seen = token < beyond
+        if attention.sliding_window is not None:
+            seen &= token >= beyond - attention.sliding_window
+        return jnp.where(seen, found, MASKED)
+
+    def values_and_ones(head: int, part: slice) -> Any:
+        values = loaded(VALUES, head, part)
+        if (
+            part.stop > seen_by_all
+        ):  # what lies behind the tokens may be NaN, and a weight of 0 times that is NaN too
+            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) + part.start < unit[TOKENS]
+            values = jnp.where(held, values, jnp.zeros_like(values))
+        return jnp.concatenate([values.T, jnp.ones((SUBLANES, chunk), attention.dtype)])
+
+    coming = [scores(0, part) for part in parts]
+    for head in range(attention.num_kv_heads):
+        these, coming = coming, list[Any]()
+        most = these[0]
+        for others in these[1:]:
+            most = jnp.maximum(most, others)
+        highest, keep = softmax.raise_to(head, jnp.max(most, axis=0, keepdims=True))
+        sums: Any = 0.0
+        for part, part_scores in zip(parts, these, strict=True):
+            if head + 1 < attention.num_kv_heads:
+                coming.append(scores(head + 1, part))
+            weights = jnp.exp2(part_scores - highest).astype(attention.dtype)
+            sums += attention.dot(values_and_ones(head, part), weights, contract=(1, 0))
+        softmax.add(head, keep, sums)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a block's begin and end move.
+
+    Attributes:
+        attention: static.
+        blocks: in scalar memory.
+        rows_in, rows_out, lse_out: the block's queries, its output, and its log-sum-exp if wanted.
+        queries: [num_kv_heads, columns, head_dim] in VMEM, of the block in use.
+        sinks: [num_kv_heads, 1, columns] float32 in VMEM.
+        softmax: of the block in use.
+    """
+
+    attention: Attention
+    blocks: QueryBlocks
+    rows_in: RaggedRows
+    rows_out: RaggedRows
+    lse_out: RaggedRows | None
+    queries: Any
+    sinks: Any
+    softmax: Softmax
+
+    def place(self, block: Any) -> tuple[Any, Any, Any]:
+        return block, self.blocks.starts[block], self.blocks.counts[block]
+
+    def begin(self, block: Any) -> None:
+        """Takes the block's queries, and starts the copy of the next one's."""
+        self.rows_in.wait(*self.place(block))
+        pl.when(block + 1 < self.blocks.used[0])(lambda: self.rows_in.start(*self.place(block + 1)))
+        rows = jnp.swapaxes(self.rows_in.buffers[lax.rem(block, 2)], 0, 1)
+        self.queries[...] = rows.reshape(self.queries.shape).astype(self.attention.dtype)
+        self.softmax.reset(self.sinks)
+
+    def end(self, block: Any) -> None:
+        """Writes the block's output."""
+        outs = [self.rows_out] + ([self.lse_out] if self.lse_out else [])
+        pl.when(block >= 2)(lambda: self._wait(outs, block - 2))
+        slot = lax.rem(block, 2)
+        highest, total = self.softmax.highest[...], self.softmax.total[...]
+        factor = jnp.where(total > 0, 1.0 / total, 0.0)
+        output = (self.softmax.weighted[...] * factor).astype(self.rows_out.buffers.dtype)
+        self.rows_out.buffers[slot] = self._by_token(output)
+        if self.lse_out is not None:
+            log_sum_exp = (highest + jnp.log2(total)) / LOG2_E
+            log_sum_exp = jnp.where(self.blocks.kv_lens[block] > 0, log_sum_exp, -jnp.inf)
+            lanes = jnp.broadcast_to(log_sum_exp, (self.attention.num_kv_heads, LANES, log_sum_exp.shape[2]))
+            self.lse_out.buffers[slot] = self._by_token(lanes)
+        for out in outs:
+            out.start(*self.place(block))
+
+        @pl.when(block + 1 == self.blocks.used[0])
+        def _() -> None:
+            pl.when(block >= 1)(lambda: self._wait(outs, block - 1))
+            self._wait(outs, block)
+
+    def _wait(self, outs: list[RaggedRows], block: Any) -> None:
+        for out in outs:
+            out.wait(*self.place(block))
+
+    def _by_token(self, columns: Any) -> Any:
+        """[num_kv_heads, numbers, columns] -> [q_tokens, num_q_heads, numbers]."""
+        heads, group, q_tokens = (
+            self.attention.num_kv_heads,
+            self.attention.group,
+            self.attention.q_tokens,
+        )
+        rows = jnp.swapaxes(columns, 1, 2).reshape(heads * group, q_tokens, columns.shape[1])
+        return jnp.swapaxes(rows, 0, 1)
+
+
+def _kernel(
+    attention: Attention,
+    units: Units,
+    kv_pages: KVPages,
+    return_lse: bool,
+    kv_lens: Any,
+    starts: Any,
+    counts: Any,
+    used: Any,
+    decoding: Any,
+    queries_hbm: Any,
+    decoded_hbm: Any,
+    decoded_lse_hbm: Any,
+    sinks: Any,
+    table_hbm: Any,
+    kv_hbm: Any,
+    output_hbm: Any,
+    lse_hbm: Any,
+    *scratch: Any,
+) -> None:
+    """One grid step: some query blocks.
+
+    Args:
+        attention, units, kv_pages, return_lse: static; of `kv_pages` only what it says of its data.
+        kv_lens, starts, counts, used: see `QueryBlocks`, in scalar memory.
+        decoding: [max_seqs] int32 in scalar memory, the row of a sequence's single new token, or -1.
+        queries_hbm, output_hbm: [num_tokens, num_q_heads, head_dim].
+        decoded_hbm, decoded_lse_hbm: [max_seqs, num_q_heads, head_dim | LANES], what the rows of `decoding`
+            get.
+        sinks: [num_kv_heads, 1, columns] float32 in VMEM, to the base of 2, MASKED for none.
+        table_hbm, kv_hbm: page table and cache, see `Fetcher`.
+        lse_hbm: [num_tokens, num_q_heads, LANES] float32, the same number in all lanes; any size if unwanted.
+        scratch: see the call.
+    """
+    rows_in, rows_sem, rows, out, out_sem, lse, lse_sem, decoded_sem, highest, total, weighted, *rest = (
+        scratch
+    )
+    fetcher = Fetcher(units, (used[0] + units.seqs - 1) // units.seqs, kv_lens, table_hbm, kv_hbm, *rest)
+    block_io = _Block(
+        attention,
+        QueryBlocks(kv_lens, starts, counts, used),
+        RaggedRows(queries_hbm, rows_in, rows_sem, write=False),
+        RaggedRows(output_hbm, out, out_sem, write=True),
+        RaggedRows(lse_hbm, lse, lse_sem, write=True) if return_lse else None,
+        rows,
+        sinks,
+        Softmax(highest, total, weighted),
+    )
+    group = pl.program_id(0)
+
+    def scatter(act: Callable[[Any], None]) -> None:
+        """The rows of the sequences that decode, from one place in HBM to another."""
+        pairs = [(decoded_hbm, output_hbm)] + ([(decoded_lse_hbm, lse_hbm)] if return_lse else [])
+
+        def row(sequence: Any) -> None:
+            @pl.when(decoding[sequence] >= 0)
+            def _() -> None:
+                for source, target in pairs:
+                    ends = source.at[pl.ds(sequence, 1)], target.at[pl.ds(decoding[sequence], 1)]
+                    act(pltpu.make_async_copy(*ends, decoded_sem))
+
+        for_each(0, decoding.shape[0], row)
+
+    @pl.when(group == 0)
+    def _() -> None:
+        scatter(lambda copy: copy.start())
+
+        @pl.when(used[0] > 0)
+        def _() -> None:
+            block_io.rows_in.start(*block_io.place(0))
+            fetcher.begin()
+
+    @pl.when(group < fetcher.num_groups)
+    def _() -> None:
+        fetcher.begin_group()
+        attend = partial(_attend, attention, kv_pages, fetcher, rows, block_io.softmax)
+        for_each(
+            0, units.seqs, lambda row: _attend_block(block_io, fetcher, attend, group * units.seqs + row)
+        )
+
+    @pl.when(group == pl.num_programs(0) - 1)
+    def _() -> None:
+        scatter(lambda copy: copy.wait())
+
+
+def _attend_block(block_io: _Block, fetcher: Fetcher, attend: Callable[..., None], block: Any) -> None:
+    """Takes the steps of one query block; `attend` is `_attend` from its `count` on."""
+    units, blocks = fetcher.units, block_io.blocks
+    count, kv_len = blocks.counts[block], blocks.kv_lens[block]
+    pl.when(count > 0)(lambda: block_io.begin(block))
+    pages = kv_len - units.first_page(kv_len) * units.page_size
+    steps = jnp.maximum(1, (pages + units.tokens - 1) // units.tokens)  # an empty block takes one, too
+
+    def step(_: Any) -> None:
+        slot, coming = fetcher.take_oldest()
+        whole, waiting = fetcher.step_in[coming, WHOLE] == 1, fetcher.step_in[slot, WHOLE] == 1
+        if_then_else(whole, lambda: fetcher.start_whole(coming), lambda: fetcher.start(coming))
+        if_then_else(waiting, lambda: fetcher.wait_whole(slot), lambda: fetcher.wait(slot))
+
+        def edge() -> None:
+            tokens, narrower = fetcher.units_in[slot, 0, TOKENS], 0
+            for width in _widths(units.tokens):
+                fits = (tokens > narrower) & (tokens <= width)
+                seen_by_all = narrower + 2 - units.queries if units.sliding_window is None else 0
+                pl.when(fits)(partial(attend, count, slot, width, seen_by_all))
+                narrower = width
+
+        everything = partial(attend, count, slot, units.tokens, units.tokens)
+        if_then_else(fetcher.step_in[slot, FULL] == 1, everything, edge)
+        fetcher.describe()
+
+    for_each(0, steps, step)
+    pl.when(count > 0)(lambda: block_io.end(block))
+
+
+def _widths(tokens: int) -> list[int]:
+    """Numbers of tokens for which there is code of its own: 128, 256, 384, 512, 768, … up to `tokens`."""
+    widths = [LANES * 2**i for i in range(tokens.bit_length())]
+    widths += [width * 3 // 2 for width in widths[1:]]
+    return [*sorted(width for width in widths if width < tokens), tokens]
+
+
+@partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "return_lse", "block_sizes"))
+def ragged_paged_attention(
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, " 1"],
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, " num_q_heads"] | None,
+    return_lse: bool = True,
+    block_sizes: RaggedBlocks | None = None,
+) -> tuple[Float[Array, "num_tokens num_q_heads head_dim"], Float[Array, "num_tokens num_q_heads"] | None]:
+    """As `vsurge.kernels.ragged_paged_attention`; the log-sum-exp in float32, or None if unwanted.
+
+    Raises:
+        ValueError: the pages hold no whole tiles, or the block sizes fit neither cache nor device.
+    """
+    num_tokens, num_q_heads, head_dim = queries.shape
+    max_seqs, pages_per_seq = page_table.shape
+    if num_tokens == 0:
+        return queries, jnp.zeros((0, num_q_heads), jnp.float32)
+    check_pages(kv_pages)
+    num_kv_heads, page_size = kv_pages.num_kv_heads, kv_pages.page_size
+    group = num_q_heads // num_kv_heads
+    blocks = block_sizes or default_blocks(
+        group=group,
+        page_size=page_size,
+        pages_per_seq=pages_per_seq,
+        token_bytes=bytes_per_token(num_kv_heads, padded(head_dim), kv_pages.dtype),
+        vmem_bytes=vmem_bytes(),
+    )
+    blocks.check(page_size=page_size)
+    units = Units(
+        seqs=BLOCKS_PER_GROUP,
+        num_groups=-(-(num_tokens // blocks.q_tokens + min(max_seqs, num_tokens)) // BLOCKS_PER_GROUP),
+        table_row=padded(pages_per_seq, TABLE_TILE // math.gcd(TABLE_TILE, BLOCKS_PER_GROUP)),
+        lanes=1,
+        pages=blocks.kv_tokens // page_size,
+        page_size=page_size,
+        depth=blocks.depth,
+        sliding_window=sliding_window,
+        queries=blocks.q_tokens,
+    )
+    units.check()
+    both_bfloat16 = queries.dtype == kv_pages.dtype == jnp.bfloat16
+    attention = Attention(
+        num_kv_heads,
+        group,
+        blocks.q_tokens,
+        scale,
+        soft_cap,
+        sliding_window,
+        jnp.bfloat16 if both_bfloat16 else jnp.float32,
+    )
+
+    new_tokens = query_starts[1:] - query_starts[:-1]
+    new_tokens = jnp.where(jnp.arange(max_seqs, dtype=jnp.int32) < num_seqs, new_tokens, 0)
+    decodes = new_tokens == 1
+    decode = cast(Callable[..., tuple[Array, Array]], paged_decode_attention)
+    decoded, decoded_lse = decode(
+        queries.at[jnp.where(decodes, query_starts[:-1], 0)].get(mode="clip"),
+        kv_pages,
+        jnp.where(decodes, kv_lens, 0),
+        page_table,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )
+    cut, sequences = cut_queries(
+        jnp.where(decodes, 0, new_tokens),
+        kv_lens,
+        query_starts,
+        blocks.q_tokens,
+        units.num_groups * units.seqs,
+    )
+    table = jnp.pad(page_table, ((0, 0), (0, units.table_row - pages_per_seq)))[sequences]
+    start = jnp.full(num_q_heads, MASKED) if sinks is None else sinks.astype(jnp.float32) * LOG2_E
+    start = jnp.repeat(start.astype(jnp.float32), blocks.q_tokens).reshape(num_kv_heads, 1, attention.columns)
+    lse_shape = (num_tokens if return_lse else 1, num_q_heads, LANES)
+    decoded_lse = jnp.broadcast_to(decoded_lse[:, :, None], (*decoded_lse.shape, LANES))
+
+    def turns(numbers: int, dtype: Any) -> Any:
+        return pltpu.VMEM((2, blocks.q_tokens, num_q_heads, numbers), dtype)
+
+    def by_head(*sizes: int, dtype: Any = jnp.float32) -> Any:
+        return pltpu.VMEM((num_kv_heads, *sizes), dtype)
+
+    output, log_sum_exp = tpu_call(
+        partial(_kernel, attention, units, jax.eval_shape(lambda: kv_pages), return_lse),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(units.num_groups,),
+            in_specs=[
+                *[pl.BlockSpec(memory_space=pl.ANY)] * 3,
+                pl.BlockSpec(memory_space=pltpu.VMEM),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+            ],
+            out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+            scratch_shapes=[
+                turns(head_dim, queries.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                by_head(attention.columns, head_dim, dtype=attention.dtype),
+                turns(head_dim, queries.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                turns(LANES, jnp.float32) if return_lse else pltpu.VMEM((1, 1, SUBLANES, LANES), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
+                by_head(1, attention.columns),
+                by_head(1, attention.columns),
+                by_head(head_dim, attention.columns),
+                *fetcher_scratch(units, kv_pages),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem_bytes()),
+        name="ragged_paged_attention",
+    )(
+        cut.kv_lens,
+        cut.starts,
+        cut.counts,
+        cut.used,
+        jnp.where(decodes, query_starts[:-1], -1),
+        queries,
+        decoded,
+        decoded_lse,
+        start,
+        table.reshape(-1),
+        kv_pages.data,
+    )
+    return output, log_sum_exp[:, :, 0] if return_lse else None

@@ -1,0 +1,266 @@
+"""Faults put into the kernels for TPU on purpose: the comparison with the oracle notices each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
+from vsurge.kernels.append import mosaic_tpu as append_tpu
+from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
+from vsurge.kernels.tpu.streams import Products
+from vsurge.kernels.tpu.units import FIRST, Fetcher, Units
+
+from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
+from .interpreter import traced_anew
+
+__all__ = ["traced_anew"]
+
+Patch = pytest.MonkeyPatch
+SETUP = Setup(page_size=32)
+OPTIONS: dict[str, Any] = {"sliding_window": 150, "soft_cap": 5.0, "sinks": sinks_of(SETUP)}
+
+
+def check_decode_kernel() -> None:
+    batch = decode_batch(SETUP, (300, 3, 0, 128, 200))
+    check_decode(batch, "mosaic_tpu", block_sizes=DecodeBlocks(128, 1, 2), **OPTIONS)
+
+
+def check_ragged_kernel() -> None:
+    batch = ragged_batch(SETUP, (3, 40, 1, 0), (3, 290, 70, 0))
+    check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 128, 2), **OPTIONS)
+
+
+def check_append_kernel() -> None:
+    keys, values = jnp.arange(128.0).reshape(2, 4, 2, 8)
+    slots = jnp.asarray([3, 17, -1, 9], jnp.int32)
+    empty = empty_kv_pages(2, 16, 2, 8, "float32")
+    got = read_kv(
+        append_kv(empty, keys, values, slots, implementation="mosaic_tpu"), jnp.arange(32, dtype=jnp.int32)
+    )
+    for rows, new in zip(got, (keys, values), strict=True):
+        want = np.zeros(rows.shape)
+        want[[3, 17, 9]] = np.asarray(new)[[0, 1, 3]]
+        np.testing.assert_array_equal(rows, want)
+
+
+def changed(patch: Patch, place: Any, name: str, change: Callable[..., Any]) -> None:
+    """Replaces a function f of a module or class by one that calls change(f, ...)."""
+    original = getattr(place, name)
+    patch.setattr(place, name, lambda *args, **options: change(original, *args, **options))
+
+
+def neighbouring_page(patch: Patch) -> None:
+    changed(patch, Fetcher, "_page", lambda f, self, slot, lane, i: f(self, slot, lane, i + 1))
+
+
+def table_row_off_by_one(patch: Patch) -> None:
+    def page(_: Any, self: Fetcher, slot: Any, lane: int, i: Any) -> Any:
+        return self.table[self.units_in[slot, lane, FIRST] + self.units.table_row + i]
+
+    changed(patch, Fetcher, "_page", page)
+
+
+def unit_begins_a_page_late(patch: Patch) -> None:
+    changed(patch, Units, "first_page", lambda f, self, kv_len: f(self, kv_len) + 1)
+
+
+def in_attention(**changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
+    """Other options in the body of both kernels."""
+
+    def fault(patch: Patch) -> None:
+        for module, name in ((decode_tpu, "_compute"), (ragged_tpu, "_attend")):
+
+            def call(f: Any, attention: Any, *rest: Any, **options: Any) -> Any:
+                new = {field: change(getattr(attention, field)) for field, change in changes.items()}
+                return f(replace(attention, **new), *rest, **options)
+
+            changed(patch, module, name, call)
+
+    return fault
+
+
+def keys_and_values_swapped(patch: Patch) -> None:
+    for module in (decode_tpu, ragged_tpu):
+        patch.setattr(module, "KEYS", 1)
+        patch.setattr(module, "VALUES", 0)
+
+
+def stale_buffer(patch: Patch) -> None:
+    def decode(f: Any, *arguments: Any, **options: Any) -> Any:
+        *before, slot, width = arguments
+        return f(*before, 1 - slot, width, **options)
+
+    def ragged(f: Any, *arguments: Any) -> Any:
+        *before, slot, width, seen_by_all = arguments
+        return f(*before, 1 - slot, width, seen_by_all)
+
+    changed(patch, decode_tpu, "_compute", decode)
+    changed(patch, ragged_tpu, "_attend", ragged)
+
+
+def wide_units_dropped(patch: Patch) -> None:
+    for module in (decode_tpu, ragged_tpu):
+        changed(patch, module, "_widths", lambda f, tokens: f(tokens)[:-1])
+
+
+def one_token_too_many(patch: Patch) -> None:
+    changed(patch, decode_tpu, "_seen", lambda f, *args: jnp.roll(f(*args), 1, axis=1))
+    _other_count(patch, -1)
+
+
+def one_token_too_few(patch: Patch) -> None:
+    changed(patch, decode_tpu, "_seen", lambda f, *args: f(*args) & jnp.roll(f(*args), -1, axis=1))
+    _other_count(patch, 1)
+
+
+def _other_count(patch: Patch, more: int) -> None:
+    def attend(f: Any, *arguments: Any) -> Any:
+        *before, count, slot, width, seen_by_all = arguments
+        return f(*before, count + more, slot, width, seen_by_all)
+
+    changed(patch, ragged_tpu, "_attend", attend)
+
+
+def mask_skipped(patch: Patch) -> None:
+    """Where only some queries see some tokens."""
+    changed(patch, ragged_tpu, "_attend", lambda f, *arguments: f(*arguments[:-1], arguments[-2]))
+
+
+def earlier_units_not_rescaled(patch: Patch) -> None:
+    def merge(_: Any, self: Any, row: Any, highest: Any, total: Any, weighted: Any) -> None:
+        new = jnp.maximum(self.highest[row], highest)
+        add = jnp.exp(highest - new)
+        self.highest[row] = new
+        self.total[row] = self.total[row] + total * add
+        self.weighted[row] = self.weighted[row] + weighted * add
+
+    changed(patch, decode_tpu.Softmax, "merge", merge)
+    changed(
+        patch,
+        ragged_tpu.Softmax,
+        "add",
+        lambda f, self, head, keep, sums: f(self, head, jnp.ones_like(keep), sums),
+    )
+
+
+def sinks_ignored(patch: Patch) -> None:
+    nothing = jnp.full_like
+    changed(patch, decode_tpu.Softmax, "write", lambda f, self, s, *o: f(self, nothing(s[...], -1e30), *o))
+    changed(patch, ragged_tpu.Softmax, "reset", lambda f, self, s: f(self, nothing(s[...], -1e30)))
+
+
+def heads_swapped(patch: Patch) -> None:
+    def first_two(rows: Any, axis: int) -> Any:
+        parts = [lax.slice_in_dim(rows, begin, end, axis=axis) for begin, end in ((1, 2), (0, 1), (2, None))]
+        return jnp.concatenate(parts, axis=axis)
+
+    def swapped(f: Any, *arguments: Any) -> Any:
+        return first_two(f(*arguments), axis=-2)
+
+    changed(patch, Products, "weighted", swapped)
+    changed(patch, ragged_tpu._Block, "_by_token", swapped)
+
+
+def products_in_bfloat16(patch: Patch) -> None:
+    def dot(f: Any, self: Any, left: Any, right: Any, *rest: Any, **options: Any) -> Any:
+        low = [factor.astype(jnp.bfloat16) for factor in (left, right)]
+        return f(replace(self, dtype=jnp.bfloat16), *low, *rest, **options)
+
+    changed(patch, Products, "_dot", dot)
+    changed(patch, ragged_tpu.Attention, "dot", dot)
+
+
+def neighbouring_queries(patch: Patch) -> None:
+    def start(f: Any, self: Any, block: Any, row: Any, count: Any) -> None:
+        f(self, block, row if self.write else row + 1, count)
+
+    changed(patch, ragged_tpu.RaggedRows, "start", start)
+
+
+def output_rows_off_by_one(patch: Patch) -> None:
+    def start(f: Any, self: Any, block: Any, row: Any, count: Any) -> None:
+        f(self, block, row + 1 if self.write else row, count)
+
+    changed(patch, ragged_tpu.RaggedRows, "start", start)
+
+
+def blocks_of_the_next_sequence(patch: Patch) -> None:
+    def cut(f: Any, *arguments: Any) -> Any:
+        blocks, sequences = f(*arguments)
+        return blocks, sequences + 1
+
+    changed(patch, ragged_tpu, "cut_queries", cut)
+
+
+def written(change: Callable[..., tuple[Any, ...]]) -> Callable[[Patch], None]:
+    """Other arguments of the cache write."""
+    return lambda patch: changed(patch, append_tpu, "_write", lambda f, *arguments: f(*change(*arguments)))
+
+
+BOTH = {  # of which a fast run looks at each in one kernel
+    "neighbouring page": neighbouring_page,
+    "table row off by one": table_row_off_by_one,
+    "unit begins a page late": unit_begins_a_page_late,
+    "keys and values swapped": keys_and_values_swapped,
+    "stale buffer": stale_buffer,
+    "wide units dropped": wide_units_dropped,
+    "one token too many": one_token_too_many,
+    "one token too few": one_token_too_few,
+    "window one wider": in_attention(sliding_window=lambda window: window + 1),
+    "window one narrower": in_attention(sliding_window=lambda window: window - 1),
+    "scale one percent off": in_attention(scale=lambda scale: scale * 0.99),
+    "soft cap ignored": in_attention(soft_cap=lambda _: None),
+    "sinks ignored": sinks_ignored,
+    "earlier units not rescaled": earlier_units_not_rescaled,
+    "heads swapped": heads_swapped,
+    "products in bfloat16": products_in_bfloat16,
+}
+RAGGED = {
+    "mask skipped": mask_skipped,
+    "neighbouring queries": neighbouring_queries,
+    "output rows off by one": output_rows_off_by_one,
+    "blocks of the next sequence": blocks_of_the_next_sequence,
+}
+APPEND = {
+    "write to the neighbour": written(
+        lambda kv, rows, slots: (kv, rows, jnp.where(slots < 0, slots, slots + 1))
+    ),
+    "padding written": written(lambda kv, rows, slots: (kv, rows, jnp.maximum(slots, 0))),
+    "values written as keys": written(lambda kv, rows, slots: (kv, rows[:, ::-1], slots)),
+    "rows in another order": written(lambda kv, rows, slots: (kv, rows[::-1], slots)),
+}
+
+
+def _cases() -> list[Any]:
+    cases = [pytest.param(check_append_kernel, fault, id=f"append-{name}") for name, fault in APPEND.items()]
+    cases += [pytest.param(check_ragged_kernel, fault, id=f"ragged-{name}") for name, fault in RAGGED.items()]
+    for i, (name, fault) in enumerate(BOTH.items()):
+        for kernel, check in (("decode", check_decode_kernel), ("ragged", check_ragged_kernel)):
+            marks = () if kernel == ("ragged" if i % 4 == 0 else "decode") else (pytest.mark.slow,)
+            cases.append(pytest.param(check, fault, marks=marks, id=f"{kernel}-{name}"))
+    return cases
+
+
+@pytest.mark.parametrize("check", [check_decode_kernel, check_ragged_kernel, check_append_kernel])
+def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(("check", "fault"), _cases())
+def test_a_fault_is_noticed(
+    check: Callable[[], None], fault: Callable[[Patch], None], monkeypatch: Patch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)) as raised:
+        check()
+    assert isinstance(raised.value, AssertionError) or "Out-of-bounds read" in str(raised.value)

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from ..kv_pages import KVPages, bytes_per_token, encode_bits
 from ..tpu.control import for_each
-from ..tpu.launch import check_pages, padded, tpu_call
+from ..tpu.launch import check_pages, tpu_call
+from ..tpu.shapes import padded
 
 BUFFERS = 16  # tiles in VMEM
 AHEAD = 8  # of these, tiles whose fetch has been started before they are needed

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LANES = 128  # numbers in a row of a vector register
+from ..tpu.shapes import LANES
+
 MOST_TOKENS, MOST_STEPS = 1024, 16
 
 

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float, Int
 
 from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits
 from ..tpu.control import largest
-from ..tpu.launch import LANES, SUBLANES, check_pages, padded, tpu_call, vmem_bytes
+from ..tpu.launch import check_pages, tpu_call, vmem_bytes
+from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.streams import Products
 from ..tpu.units import (
     FULL,

@@ -5,9 +5,31 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..decode.blocks import LANES
+from ..tpu.shapes import LANES, SUBLANES, padded
 
-ROWS, MOST_TOKENS, LEAST_QUERIES = 512, 1024, 16
+COLUMNS, MOST_TOKENS, LEAST_QUERIES = 512, 2048, 16
+MOST_HEAD_TOKENS = 4096  # of all KV heads in a piece of the cache: more do not lower the cost per token
+MOST_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a call of `ragged_paged_attention` has, as far as memory depends on it.
+
+    Attributes:
+        num_q_heads, num_kv_heads, head_dim: heads, and numbers per head.
+        page_size: tokens per page.
+        query_bytes, kv_bytes: bytes of a number of the queries and of the cache.
+        return_lse: whether the log-sum-exp is wanted.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    query_bytes: int
+    kv_bytes: int
+    return_lse: bool
 
 
 @dataclass(frozen=True)
@@ -26,15 +48,17 @@ class RaggedBlocks:
     kv_tokens: int
     depth: int = 2
 
-    def check(self, *, page_size: int) -> None:
-        """Checks the sizes.
+    def check(self, sizes: Sizes, vmem_bytes: int) -> None:
+        """Checks the block sizes against a call and a device.
 
         Args:
-            page_size: tokens per page.
+            sizes: of the call.
+            vmem_bytes: the device's vector memory.
 
         Raises:
             ValueError: names the block size, its value and what is allowed.
         """
+        page_size = sizes.page_size
         if self.q_tokens < LEAST_QUERIES or self.q_tokens & (self.q_tokens - 1):
             raise ValueError(
                 f"block_sizes: q_tokens={self.q_tokens} must be a power of two, at least {LEAST_QUERIES}"
@@ -45,26 +69,53 @@ class RaggedBlocks:
             )
         if not 2 <= self.depth <= 8:
             raise ValueError(f"block_sizes: depth={self.depth} must lie in 2..8")
+        needed = self.scratch_bytes(sizes)
+        if needed > vmem_bytes:
+            raise ValueError(
+                f"block_sizes: {self} holds {needed} bytes in vector memory, which has {vmem_bytes}"
+            )
+
+    def scratch_bytes(self, sizes: Sizes) -> int:
+        """Bytes of vector memory for what outlives a step: rows, softmax and pieces of the cache."""
+        head_dim = padded(sizes.head_dim)
+        rows = self.q_tokens * sizes.num_q_heads
+        blocks = (2 + 1 + 2) * rows * head_dim * sizes.query_bytes  # coming, in use, going
+        log_sum_exp = 2 * rows * LANES * 4 if sizes.return_lse else 0
+        softmax = rows * (2 * SUBLANES + padded(sizes.head_dim, SUBLANES)) * 4
+        piece = self.kv_tokens * 2 * sizes.num_kv_heads * head_dim * sizes.kv_bytes
+        return blocks + log_sum_exp + softmax + self.depth * piece
+
+    def step_bytes(self, sizes: Sizes) -> int:
+        """About the bytes of vector memory that a step's own numbers take: two heads' scores and weights."""
+        columns = self.q_tokens * sizes.num_q_heads // sizes.num_kv_heads
+        return 2 * self.kv_tokens * columns * (4 + sizes.query_bytes)
 
 
-def default_blocks(
-    *, group: int, page_size: int, pages_per_seq: int, token_bytes: int, vmem_bytes: int
-) -> RaggedBlocks:
-    """Block sizes whose pieces of the cache fit a quarter of the vector memory.
+def default_blocks(sizes: Sizes, *, pages_per_seq: int, vmem_bytes: int) -> RaggedBlocks:
+    """Block sizes that leave a quarter of the vector memory to the compiler.
 
     Args:
-        group: query heads per KV head.
-        page_size: tokens per page.
+        sizes: of the call.
         pages_per_seq: pages of the longest sequence, which a piece need not exceed.
-        token_bytes: of a token's keys and values in one layer.
         vmem_bytes: the device's vector memory.
     """
-    kv_tokens = math.lcm(LANES, page_size)
+
+    def fits(blocks: RaggedBlocks) -> bool:
+        return blocks.scratch_bytes(sizes) + blocks.step_bytes(sizes) <= vmem_bytes * 3 // 4
+
+    least = math.lcm(LANES, sizes.page_size)
+    group = sizes.num_q_heads // sizes.num_kv_heads
+    q_tokens = 1 << (max(COLUMNS // group, LEAST_QUERIES).bit_length() - 1)
+    while q_tokens > LEAST_QUERIES and not fits(RaggedBlocks(q_tokens, least)):
+        q_tokens //= 2
+    kv_tokens = least
     while (
-        2 * kv_tokens <= MOST_TOKENS
-        and kv_tokens < page_size * pages_per_seq
-        and 2 * 2 * kv_tokens * token_bytes <= vmem_bytes // 4
+        2 * kv_tokens <= min(MOST_TOKENS, MOST_HEAD_TOKENS // sizes.num_kv_heads)
+        and kv_tokens < sizes.page_size * pages_per_seq
+        and fits(RaggedBlocks(q_tokens, 2 * kv_tokens))
     ):
         kv_tokens *= 2
-    q_tokens = 1 << (max(ROWS // group, LEAST_QUERIES).bit_length() - 1)
-    return RaggedBlocks(q_tokens, kv_tokens)
+    depth = 2
+    while depth < MOST_DEPTH and fits(RaggedBlocks(q_tokens, kv_tokens, depth + 1)):
+        depth += 1
+    return RaggedBlocks(q_tokens, kv_tokens, depth)

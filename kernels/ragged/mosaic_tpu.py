@@ -15,9 +15,10 @@ already makes the next head's scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, cast
 
 import jax
@@ -29,15 +30,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..decode.mosaic_tpu import MASKED, paged_decode_attention
-from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits
+from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
 from ..tpu.control import for_each, if_then_else
-from ..tpu.launch import LANES, SUBLANES, check_pages, padded, tpu_call, vmem_bytes
+from ..tpu.launch import check_pages, tpu_call, vmem_bytes
+from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.units import FULL, REST, TABLE_TILE, TOKENS, WHOLE, Fetcher, Units, fetcher_scratch
-from .blocks import RaggedBlocks, default_blocks
+from .blocks import RaggedBlocks, Sizes, default_blocks
 
 LOG2_E = math.log2(math.e)
 CHUNK = 512  # tokens whose scores make one product, at most
 BLOCKS_PER_GROUP = 8
+MASKED_HEADS = 4  # KV heads in straight-line code where it is compiled for several widths
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,14 @@ class Softmax:
         self.total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0).astype(jnp.float32)
         self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
 
-    def raise_to(self, head: int, highest: Any) -> tuple[Any, Any]:
+    def raise_to(self, head: Any, highest: Any) -> tuple[Any, Any]:
         """The highest score of a head's columns with `highest`, and what the sums so far then count."""
         old = self.highest[head]
         new = jnp.maximum(old, highest)
         self.highest[head] = new
         return new, jnp.exp2(old - new)
 
-    def add(self, head: int, keep: Any, sums: Any) -> None:
+    def add(self, head: Any, keep: Any, sums: Any) -> None:
         """Adds [head_dim + SUBLANES, columns]: weighted values, and below them the weights' sums."""
         head_dim = self.weighted.shape[1]
         self.total[head] = self.total[head] * keep + sums[head_dim : head_dim + 1]
@@ -203,10 +206,10 @@ def _attend(
     chunk = width // -(-width // CHUNK)
     parts = [slice(begin, begin + chunk) for begin in range(0, width, chunk)]
 
-    def loaded(kind: int, head: int, part: slice) -> Any:
+    def loaded(kind: int, head: Any, part: slice) -> Any:
         return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
 
-    def scores(head: int, part: slice) -> Any:
+    def scores(head: Any, part: slice) -> Any:
         found = attention.dot(loaded(KEYS, head, part), queries[head], contract=(1, 1))
         if attention.soft_cap is None:
             found *= attention.scale * LOG2_E
@@ -222,7 +225,7 @@ def _attend(
             seen &= token >= beyond - attention.sliding_window
         return jnp.where(seen, found, MASKED)
 
-    def values_and_ones(head: int, part: slice) -> Any:
+    def values_and_ones(head: Any, part: slice) -> Any:
         values = loaded(VALUES, head, part)
         if (
             part.stop > seen_by_all
@@ -231,20 +234,36 @@ def _attend(
             values = jnp.where(held, values, jnp.zeros_like(values))
         return jnp.concatenate([values.T, jnp.ones((SUBLANES, chunk), attention.dtype)])
 
-    coming = [scores(0, part) for part in parts]
-    for head in range(attention.num_kv_heads):
-        these, coming = coming, list[Any]()
+    def add(head: Any, these: list[Any], begin_next: Callable[[slice], None]) -> None:
         most = these[0]
         for others in these[1:]:
             most = jnp.maximum(most, others)
         highest, keep = softmax.raise_to(head, jnp.max(most, axis=0, keepdims=True))
         sums: Any = 0.0
         for part, part_scores in zip(parts, these, strict=True):
-            if head + 1 < attention.num_kv_heads:
-                coming.append(scores(head + 1, part))
+            begin_next(part)
             weights = jnp.exp2(part_scores - highest).astype(attention.dtype)
             sums += attention.dot(values_and_ones(head, part), weights, contract=(1, 0))
         softmax.add(head, keep, sums)
+
+    def run(heads: Sequence[Any]) -> None:
+        """These heads one after the other, each beside the next one's scores."""
+        coming = [scores(heads[0], part) for part in parts]
+        for head, following in zip_longest(heads, heads[1:]):
+            these, coming = coming, list[Any]()
+
+            def begin_next(part: slice, following: Any = following, coming: list[Any] = coming) -> None:
+                if following is not None:
+                    coming.append(scores(following, part))
+
+            add(head, these, begin_next)
+
+    heads = attention.num_kv_heads
+    together = heads if seen_by_all >= width else math.gcd(heads, MASKED_HEADS)
+    if together == heads:
+        run(range(heads))
+    else:
+        for_each(0, heads // together, lambda i: run([together * i + j for j in range(together)]))
 
 
 @dataclass(frozen=True)
@@ -467,14 +486,17 @@ def ragged_paged_attention(
     check_pages(kv_pages)
     num_kv_heads, page_size = kv_pages.num_kv_heads, kv_pages.page_size
     group = num_q_heads // num_kv_heads
-    blocks = block_sizes or default_blocks(
-        group=group,
-        page_size=page_size,
-        pages_per_seq=pages_per_seq,
-        token_bytes=bytes_per_token(num_kv_heads, padded(head_dim), kv_pages.dtype),
-        vmem_bytes=vmem_bytes(),
+    sizes = Sizes(
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        queries.dtype.itemsize,
+        kv_pages.dtype.itemsize,
+        return_lse,
     )
-    blocks.check(page_size=page_size)
+    blocks = block_sizes or default_blocks(sizes, pages_per_seq=pages_per_seq, vmem_bytes=vmem_bytes())
+    blocks.check(sizes, vmem_bytes())
     units = Units(
         seqs=BLOCKS_PER_GROUP,
         num_groups=-(-(num_tokens // blocks.q_tokens + min(max_seqs, num_tokens)) // BLOCKS_PER_GROUP),

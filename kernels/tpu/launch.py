@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..kv_pages import KVPages
+from .shapes import SUBLANES
 
-LANES, SUBLANES = 128, 8  # numbers in a row of a vector register, and its rows
 INTERPRETER = pltpu.InterpretParams()
 INTERPRETED_VMEM = 32 * 2**20  # bytes that the interpreter's vector memory is taken to have
 
@@ -29,11 +29,6 @@ def tpu_call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
 def vmem_bytes() -> int:
     """Bytes of vector memory of the device that is traced for."""
     return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else INTERPRETED_VMEM
-
-
-def padded(size: int, multiple: int = LANES) -> int:
-    """The next multiple of a number; by default what `size` numbers take in a vector register's rows."""
-    return -(-size // multiple) * multiple
 
 
 def check_pages(kv_pages: KVPages) -> None:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..kv_pages import KVPages
 from .control import for_each
-from .launch import SUBLANES, padded
+from .shapes import SUBLANES, padded
 
 
 @dataclass(frozen=True)

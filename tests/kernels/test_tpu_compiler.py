@@ -121,16 +121,21 @@ def test_every_generation_takes_the_kernels(chip: str) -> None:
         assert 'custom_call_target="tpu_custom_call"' in (program.as_text() or "")
 
 
-@pytest.mark.parametrize("heads", HEADS)
-def test_every_shard_compiles(heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("heads", HEADS[::2])
+def test_shards_compile(heads: tuple[int, int]) -> None:
     compile_decode("v6e", heads)
     compile_ragged("v6e", heads)
     compile_append("v6e", heads[1])
 
 
-@pytest.mark.parametrize("dtype", SUPPORTED_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [16, 256])
+PAGES = list(itertools.product([16, 256], [64, 128, 256], SUPPORTED_DTYPES))
+
+
+@pytest.mark.parametrize(
+    ("page_size", "head_dim", "dtype"),
+    [pytest.param(*page, marks=() if i % 5 == 0 else pytest.mark.slow) for i, page in enumerate(PAGES)],
+    ids=str,
+)
 def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
     compile_decode("v5e", (8, 2), head_dim, page_size, dtype)
     compile_ragged("v5e", (8, 2), head_dim, page_size, dtype)

@@ -13,6 +13,7 @@ import pytest
 from vsurge.kernels import blockwise, empty_kv_pages, kv_pages, paged_decode_attention, ragged_paged_attention
 
 from .cases import Setup
+from .jaxprs import equations
 
 SETUP = Setup()
 BLOCK = 128  # tokens of a sequence in one visit
@@ -105,18 +106,6 @@ def test_prefill_visits_the_blocks_up_to_each_query_block(reads: Reads, width: i
         jax.block_until_ready(attend(jnp.asarray(kv_lens, jnp.int32), jnp.asarray(starts, jnp.int32)))
         jax.effects_barrier()
         assert len(reads) == visits
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr and of the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for parameter in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def trace(

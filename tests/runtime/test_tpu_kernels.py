@@ -12,27 +12,25 @@ from vsurge.runtime import vSurge
 from .greedy import CAPITAL, GREEDY
 from .scripted import TIMEOUT_S
 
-PROMPTS = [CAPITAL, "東京は"]
 
-
-def answers(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def answer(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     surge = vSurge.from_model(
         model,
         tokenizer,
         max_length=64,
-        max_concurrent_decodes=2,
+        max_concurrent_decodes=1,
         max_prefill_length=16,
         page_size=16,
         num_pages=10,
     )
     with surge:
-        params = replace(GREEDY, max_tokens=8)
-        return [list(sample.token_ids) for sample in surge.generate(PROMPTS, params).result(10 * TIMEOUT_S)]
+        [sample] = surge.generate(CAPITAL, replace(GREEDY, max_tokens=5)).result(10 * TIMEOUT_S)
+        return list(sample.token_ids)
 
 
 def test_the_demo_checkpoint_answers_with_the_same_tokens(
     model: Model, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """In bfloat16, through prompts in chunks and decoding together."""
+    """Through a prompt in chunks, and decoding."""
     config = replace(model.config, attention="mosaic_tpu", decode_attention="mosaic_tpu")
-    assert answers(replace(model, config=config), tokenizer) == answers(model, tokenizer)
+    assert answer(replace(model, config=config), tokenizer) == answer(model, tokenizer)

@@ -1,0 +1,111 @@
+"""How the kernels for TPU compute, and what they refuse before anything is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vsurge.kernels import (
+    DecodeBlocks,
+    RaggedBlocks,
+    empty_kv_pages,
+    paged_decode_attention,
+    ragged_paged_attention,
+)
+from vsurge.kernels.ragged.blocks import Sizes, default_blocks
+from vsurge.kernels.ragged.mosaic_tpu import cut_queries
+
+from .jaxprs import equations
+
+BLOCKS: dict[str, Any] = {"decode": DecodeBlocks(128), "ragged": RaggedBlocks(16, 128)}
+
+
+def attend(kernel: str, query_dtype: str, cache_dtype: str, page_size: int = 16, **options: Any) -> Any:
+    cache = empty_kv_pages(16, page_size, 2, 64, cache_dtype)
+    queries = jnp.ones((5, 4, 64), query_dtype)
+    lens, table = jnp.ones((5,), jnp.int32), jnp.ones((5, 8), jnp.int32)
+    options |= {"implementation": "mosaic_tpu", "scale": 1.0}
+    if kernel == "decode":
+        return paged_decode_attention(queries, cache, lens, table, **options)
+    starts, one = jnp.arange(6, dtype=jnp.int32), jnp.ones((1,), jnp.int32)
+    return ragged_paged_attention(queries, cache, lens, table, starts, one, **options)
+
+
+def products(kernel: str, query_dtype: str, cache_dtype: str) -> list[Any]:
+    traced = jax.make_jaxpr(lambda: attend(kernel, query_dtype, cache_dtype, block_sizes=BLOCKS[kernel]))()
+    found = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(found) >= 4  # of queries with keys and of weights with values, masked and not
+    return found
+
+
+@pytest.mark.parametrize("kernel", BLOCKS)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32")], ids=str)
+def test_float32_products_are_at_the_highest_precision(kernel: str, dtypes: tuple[str, str]) -> None:
+    """Which the interpreter would not show: it computes exactly, a TPU by default in one bfloat16 pass."""
+    for dot in products(kernel, *dtypes):
+        assert {v.aval.dtype for v in dot.invars} == {jnp.dtype("float32")}
+        assert set(dot.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
+@pytest.mark.parametrize("kernel", BLOCKS)
+def test_bfloat16_products_are_summed_in_float32(kernel: str) -> None:
+    for dot in products(kernel, "bfloat16", "bfloat16"):
+        assert {v.aval.dtype for v in dot.invars} == {jnp.dtype("bfloat16")}
+        assert dot.params["preferred_element_type"] == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "message"),
+    [
+        ("decode", DecodeBlocks(100), r"kv_tokens=100 must be a multiple of page_size=16 and of 128"),
+        ("decode", DecodeBlocks(128, depth=1), r"depth=1 must be at least 2"),
+        ("decode", DecodeBlocks(128, lanes=0), r"lanes=0 must be at least 1"),
+        ("decode", DecodeBlocks(2**20), r"holds \d+ bytes of the cache, vector memory has \d+"),
+        ("ragged", RaggedBlocks(24, 128), r"q_tokens=24 must be a power of two, at least 16"),
+        ("ragged", RaggedBlocks(16, 0), r"kv_tokens=0 must be a multiple of page_size=16 and of 128"),
+        ("ragged", RaggedBlocks(16, 128, 9), r"depth=9 must lie in 2\.\.8"),
+        ("ragged", RaggedBlocks(2**15, 128), r"holds \d+ bytes in vector memory, which has \d+"),
+    ],
+    ids=str,
+)
+def test_block_sizes_are_refused(kernel: str, blocks: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attend(kernel, "float32", "float32", block_sizes=blocks)
+
+
+@pytest.mark.parametrize("kernel", BLOCKS)
+def test_pages_that_are_no_whole_tiles_are_refused(kernel: str) -> None:
+    with pytest.raises(ValueError, match="page_size=12, must be a multiple of 8 on a TPU"):
+        attend(kernel, "float32", "float32", page_size=12)
+
+
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(("kernel", "other"), [("decode", "ragged"), ("ragged", "decode")])
+def test_block_sizes_of_another_kernel_are_refused(kernel: str, other: str) -> None:
+    with pytest.raises(TypeError, match=f"must be a {type(BLOCKS[kernel]).__name__}"):
+        attend(kernel, "float32", "float32", block_sizes=BLOCKS[other])
+
+
+@pytest.mark.parametrize("vmem_bytes", [2**24, 2**26, 2**27])
+@pytest.mark.parametrize("heads", [(64, 8), (32, 8), (16, 8), (8, 2), (8, 1), (64, 1)], ids=str)
+def test_default_block_sizes_fit_and_serve_the_context(heads: tuple[int, int], vmem_bytes: int) -> None:
+    sizes = Sizes(*heads, 128, 64, 2, 2, return_lse=False)
+    blocks = default_blocks(sizes, pages_per_seq=100, vmem_bytes=vmem_bytes)
+    blocks.check(sizes, vmem_bytes)
+    assert blocks.scratch_bytes(sizes) + blocks.step_bytes(sizes) <= vmem_bytes * 3 // 4
+    assert default_blocks(sizes, pages_per_seq=2, vmem_bytes=vmem_bytes).kv_tokens == 128
+
+
+def test_queries_are_cut_at_the_ends_of_sequences() -> None:
+    new, lens, starts = (
+        jnp.asarray(a, jnp.int32) for a in ([0, 33, 16, 0, 5], [9, 40, 16, 0, 0], [0, 0, 33, 49, 49])
+    )
+    blocks, sequences = cut_queries(new, lens, starts, 16, 8)
+    assert blocks.used.tolist() == [5]
+    assert blocks.counts.tolist() == [16, 16, 1, 16, 5, 0, 0, 0]
+    assert blocks.starts.tolist() == [0, 16, 32, 33, 49, 0, 0, 0]
+    assert blocks.kv_lens.tolist() == [23, 39, 40, 16, 0, 0, 0, 0]
+    assert sequences.tolist()[:5] == [1, 1, 1, 2, 4]

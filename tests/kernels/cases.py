@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vsurge.kernels import (
     Implementation,
@@ -47,6 +48,25 @@ OPTIONS: dict[str, dict[str, Any]] = {  # KV blocks have 128 tokens
     "sinks": {"sinks": True},
     "all": {"sliding_window": 100, "soft_cap": 2.0, "sinks": True},
 }
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# The interpreter of kernels for TPU is slow: what other tests show as well it runs with the slow tests only.
+each_implementation_slowly = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+)
+
+
+def every_option() -> list[Any]:
+    """Implementation, dtype and entry of OPTIONS; what is interpreted runs each alone with the slow tests."""
+    cases = [
+        (implementation, dtype, options)
+        for implementation in IMPLEMENTATIONS
+        for dtype, options in [*(("float32", options) for options in OPTIONS), ("bfloat16", "all")]
+    ]
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if case[:2] == ("mosaic_tpu", "float32") else ())
+        for case in cases
+    ]
 
 
 @dataclass(frozen=True)

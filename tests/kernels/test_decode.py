@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from vsurge.kernels import Implementation, paged_decode_attention, ragged_paged_attention
 
 from .cases import (
-    IMPLEMENTATIONS,
-    OPTIONS,
     SWEEP,
     TOLERANCES,
     Setup,
@@ -24,6 +22,9 @@ from .cases import (
     check_decode,
     chosen,
     decode_batch,
+    each_implementation,
+    each_implementation_slowly,
+    every_option,
     sinks_of,
 )
 
@@ -41,8 +42,6 @@ SETUPS = (
     Setup(num_q_heads=1, num_kv_heads=1, page_size=128, query_dtype="bfloat16", cache_dtype="bfloat16"),
 )
 
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
 
 @each_implementation
 @pytest.mark.parametrize("kv_lens", BATCHES.values(), ids=BATCHES)
@@ -56,10 +55,7 @@ def test_any_setup_matches_the_reference(setup: Setup, implementation: Implement
     check_decode(decode_batch(setup, BATCHES["unsorted, with padding"]), implementation)
 
 
-@each_implementation
-@pytest.mark.parametrize(
-    ("dtype", "options"), [*(("float32", options) for options in OPTIONS), ("bfloat16", "all")]
-)
+@pytest.mark.parametrize(("implementation", "dtype", "options"), every_option())
 def test_every_option_matches_the_reference(dtype: str, options: str, implementation: Implementation) -> None:
     setup = Setup(query_dtype=dtype, cache_dtype=dtype)
     check_decode(decode_batch(setup, (270, 3, 0, 128, 400)), implementation, **chosen(options, setup))
@@ -86,7 +82,7 @@ def test_decode_is_ragged_attention_of_one_token_each(dtype: str, implementation
     assert_lse_close(decode[1], ragged[1])
 
 
-@each_implementation
+@each_implementation_slowly
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_two_halves_merged_by_their_log_sum_exp_are_the_whole(
     with_sinks: bool, implementation: Implementation
@@ -112,14 +108,14 @@ def test_two_halves_merged_by_their_log_sum_exp_are_the_whole(
     assert_lse_close(log_sum_exp, whole[1])
 
 
-@each_implementation
+@each_implementation_slowly
 def test_inside_a_jit_the_result_is_the_same(implementation: Implementation) -> None:
     batch = decode_batch(Setup(), BATCHES["unsorted, with padding"])
     attend = partial(paged_decode_attention, scale=batch.setup.scale, implementation=implementation)
     np.testing.assert_array_equal(jax.jit(attend)(*batch.arguments), attend(*batch.arguments))
 
 
-@each_implementation
+@each_implementation_slowly
 @settings(deadline=None, derandomize=True, max_examples=15)
 @given(
     kv_lens=st.lists(st.integers(0, 96), min_size=6, max_size=6),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +13,14 @@ from hypothesis import strategies as st
 from vsurge.kernels import Implementation, ragged_paged_attention
 
 from .cases import (
-    IMPLEMENTATIONS,
-    OPTIONS,
     SWEEP,
     RaggedBatch,
     Setup,
     check_ragged,
     chosen,
+    each_implementation,
+    each_implementation_slowly,
+    every_option,
     ragged_batch,
 )
 
@@ -36,10 +36,6 @@ SETUPS = (
     Setup(num_q_heads=4, num_kv_heads=1, page_size=32, cache_dtype="bfloat16"),
     Setup(head_dim=128, page_size=256, query_dtype="bfloat16"),
     Setup(num_q_heads=1, num_kv_heads=1, page_size=128, query_dtype="bfloat16", cache_dtype="bfloat16"),
-)
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-interpreted_slowly = pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
 )
 
 
@@ -77,25 +73,14 @@ def test_any_mix_of_lengths_matches_the_reference(
     check_ragged(mixed_batch(setup, mix), implementation)
 
 
-def options_of(implementation: Implementation) -> list[Any]:
-    """On the interpreter, which is slow, all options at once, and each alone only in the long run."""
-    every = [*(("float32", options) for options in OPTIONS), ("bfloat16", "all")]
-    slow = every[:-1] if implementation == "mosaic_tpu" else []
-    return [
-        pytest.param(implementation, *case, marks=pytest.mark.slow if case in slow else ()) for case in every
-    ]
-
-
-@pytest.mark.parametrize(
-    ("implementation", "dtype", "options"), [*options_of("xla"), *options_of("mosaic_tpu")]
-)
+@pytest.mark.parametrize(("implementation", "dtype", "options"), every_option())
 def test_every_option_matches_the_reference(dtype: str, options: str, implementation: Implementation) -> None:
     setup = Setup(query_dtype=dtype, cache_dtype=dtype)
     batch = ragged_batch(setup, (3, 150, 1, 0), (3, 300, 270, 0))
     check_ragged(batch, implementation, **chosen(options, setup))
 
 
-@each_implementation
+@each_implementation_slowly
 @pytest.mark.parametrize("setup", SETUPS[:2], ids=str)
 def test_outliers_do_no_harm(setup: Setup, implementation: Implementation) -> None:
     check_ragged(mixed_batch(setup, "chunks", outliers=True), implementation)
@@ -112,7 +97,7 @@ def test_a_single_token_runs(implementation: Implementation) -> None:
     check_ragged(ragged_batch(setup, (1,), (20,), num_tokens=1, max_seqs=1), implementation)
 
 
-@interpreted_slowly
+@each_implementation_slowly
 def test_inside_a_jit_the_result_is_the_same(implementation: Implementation) -> None:
     batch = mixed_batch(SETUPS[0], "chunks")
     attend = partial(ragged_paged_attention, scale=batch.setup.scale, implementation=implementation)
@@ -130,7 +115,7 @@ def lengths(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return q_lens, kv_lens
 
 
-@interpreted_slowly
+@each_implementation_slowly
 @settings(deadline=None, derandomize=True, max_examples=15)
 @given(lens=lengths(), window=st.sampled_from([None, 20]), seed=st.integers(0, 1000))
 def test_random_lengths_match_the_reference(

@@ -71,7 +71,8 @@ class Qwen3Config:
         dtype: of the operands of matrix products; sums, norms and the residual stream are float32.
         kv_dtype: of the cache; None for `dtype`.
         matmul_precision: None for HIGHEST in float32, DEFAULT otherwise.
-        attention, decode_attention: implementation of the attention kernels; None for the best one here.
+        attention, decode_attention: implementation of attention and the cache write, in steps of any tokens
+            and in steps of one token per sequence; None for the best one here.
     """
 
     vocab_size: int

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ..blockwise import MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits
 from ..tpu.control import largest
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
@@ -45,8 +46,6 @@ from ..tpu.units import (
     most_seqs,
 )
 from .blocks import DecodeBlocks, default_blocks
-
-MASKED = -1e30  # score of a token that is not seen; finite, so that a unit that sees nothing yields no NaN
 
 
 @dataclass(frozen=True)

@@ -5,265 +5,35 @@
 Sequences with a single new token go through the decode kernel. The new tokens of all others are cut into
 query blocks of `q_tokens`, and what a block sees into units of `kv_tokens` (see `tpu/units.py`), which come
 from HBM while earlier ones are computed, across the ends of blocks and sequences.
-
-A KV head's queries of a block are the columns of one product: scores are [tokens, columns], so that the
-softmax runs down the columns, sums of weights come out of the matrix unit as one more row of the values, and
-nothing has to be spread over the lanes of a register. While one head's weights are computed, the matrix unit
-already makes the next head's scores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ..decode.mosaic_tpu import MASKED, paged_decode_attention
-from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
+from ..blockwise import MASKED
+from ..decode.mosaic_tpu import paged_decode_attention
+from ..kv_pages import KVPages
 from ..tpu.control import for_each, if_then_else
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
-from ..tpu.units import FULL, REST, TABLE_TILE, TOKENS, WHOLE, Fetcher, Units, fetcher_scratch
+from ..tpu.units import FULL, TABLE_TILE, TOKENS, WHOLE, Fetcher, Units, fetcher_scratch
 from .blocks import RaggedBlocks, Sizes, default_blocks
+from .columns import LOG2_E, Attention, Softmax, attend
+from .query_blocks import QueryBlocks, RaggedRows, cut_queries
 
-LOG2_E = math.log2(math.e)
-CHUNK = 512  # tokens whose scores make one product, at most
 BLOCKS_PER_GROUP = 8
-MASKED_HEADS = 4  # KV heads in straight-line code where it is compiled for several widths
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What the kernel computes, besides the cutting.
-
-    Attributes:
-        num_kv_heads, group: KV heads, and query heads of each.
-        q_tokens: query tokens in a block, at most; a KV head has group * q_tokens columns.
-        scale, soft_cap, sliding_window: as in `vsurge.kernels.ragged_paged_attention`.
-        dtype: of the factors of products, bfloat16 or float32.
-    """
-
-    num_kv_heads: int
-    group: int
-    q_tokens: int
-    scale: float
-    soft_cap: float | None
-    sliding_window: int | None
-    dtype: Any
-
-    @property
-    def columns(self) -> int:
-        return self.group * self.q_tokens
-
-    def dot(self, left: Any, right: Any, *, contract: tuple[int, int]) -> Any:
-        """A product over axis `contract[0]` of the left and `contract[1]` of the right factor."""
-        precision = lax.Precision.HIGHEST if self.dtype == np.float32 else lax.Precision.DEFAULT
-        dimensions = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(
-            left, right, dimensions, precision, preferred_element_type=np.dtype(np.float32)
-        )
-
-
-@dataclass(frozen=True)
-class QueryBlocks:
-    """The batch's query blocks, one after another; all [num_blocks] int32, 0 behind the last one.
-
-    Attributes:
-        kv_lens: the tokens that the block's last query sees.
-        starts: the first query's row.
-        counts: query tokens.
-        used: [1], the blocks that are not empty, which are the first ones.
-    """
-
-    kv_lens: Any
-    starts: Any
-    counts: Any
-    used: Any
-
-
-def cut_queries(
-    new_tokens: Array, kv_lens: Array, query_starts: Array, q_tokens: int, num_blocks: int
-) -> tuple[QueryBlocks, Array]:
-    """Cuts [max_seqs] new tokens of each sequence into blocks; also whose each is, [num_blocks]."""
-    until = jnp.cumsum((new_tokens + q_tokens - 1) // q_tokens)  # blocks, this sequence's included
-    block = jnp.arange(num_blocks, dtype=jnp.int32)
-    sequence = jnp.sum(until[None] <= block[:, None], axis=1, dtype=jnp.int32)
-    used = sequence < new_tokens.shape[0]
-    sequence = jnp.minimum(sequence, new_tokens.shape[0] - 1)
-    new = new_tokens[sequence]
-    offset = (block - (until[sequence] - (new + q_tokens - 1) // q_tokens)) * q_tokens
-    count = jnp.where(used, jnp.minimum(new - offset, q_tokens), 0)
-    seen = jnp.where(used & (kv_lens[sequence] > 0), kv_lens[sequence] - new + offset + count, 0)
-    start = jnp.where(used, query_starts[sequence] + offset, 0)
-    return QueryBlocks(seen, start, count, until[-1:]), sequence
-
-
-@dataclass(frozen=True)
-class RaggedRows:
-    """Copies between consecutive rows of an array in HBM, any number at any place, and a buffer in VMEM.
-
-    A copy's size is static, so that a number of rows is copied as its binary digits.
-
-    Attributes:
-        hbm: [rows, num_q_heads, numbers].
-        buffers: [2, most rows, num_q_heads, numbers], of which blocks take turns.
-        semaphores: [2], for DMA.
-        write: whether from VMEM to HBM.
-    """
-
-    hbm: Any
-    buffers: Any
-    semaphores: Any
-    write: bool
-
-    def start(self, block: Any, start: Any, count: Any) -> None:
-        self._pieces(block, start, count, lambda copy: copy.start())
-
-    def wait(self, block: Any, start: Any, count: Any) -> None:
-        self._pieces(block, start, count, lambda copy: copy.wait())
-
-    def _pieces(self, block: Any, start: Any, count: Any, act: Callable[[Any], None]) -> None:
-        slot = lax.rem(block, 2)
-        size = self.buffers.shape[1]
-        while size:
-            if size <= self.hbm.shape[0]:
-                before = count // (2 * size) * (2 * size)
-                pl.when(count // size % 2 == 1)(partial(self._piece, slot, start, before, size, act))
-            size //= 2
-
-    def _piece(self, slot: Any, start: Any, before: Any, size: int, act: Callable[[Any], None]) -> None:
-        hbm = self.hbm.at[pl.ds(start + before, size)]
-        vmem = self.buffers.at[slot, pl.ds(before, size)]
-        ends = (vmem, hbm) if self.write else (hbm, vmem)
-        act(pltpu.make_async_copy(*ends, self.semaphores.at[slot]))
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """The running softmax of a block's columns in VMEM, all float32, to the base of 2.
-
-    Attributes:
-        highest, total: [num_kv_heads, 1, columns], the largest score, and the sum of `2^(score - highest)`.
-        weighted: [num_kv_heads, head_dim, columns], the sum of `2^(score - highest) * value`.
-    """
-
-    highest: Any
-    total: Any
-    weighted: Any
-
-    def reset(self, sinks: Any) -> None:
-        """Begins with the sinks, scores without a value; MASKED is none."""
-        self.highest[...] = sinks[...]
-        self.total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0).astype(jnp.float32)
-        self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
-
-    def raise_to(self, head: Any, highest: Any) -> tuple[Any, Any]:
-        """The highest score of a head's columns with `highest`, and what the sums so far then count."""
-        old = self.highest[head]
-        new = jnp.maximum(old, highest)
-        self.highest[head] = new
-        return new, jnp.exp2(old - new)
-
-    def add(self, head: Any, keep: Any, sums: Any) -> None:
-        """Adds [head_dim + SUBLANES, columns]: weighted values, and below them the weights' sums."""
-        head_dim = self.weighted.shape[1]
-        self.total[head] = self.total[head] * keep + sums[head_dim : head_dim + 1]
-        self.weighted[head] = self.weighted[head] * keep + sums[:head_dim]
-
-
-def _attend(
-    attention: Attention,
-    kv_pages: KVPages,
-    fetcher: Fetcher,
-    queries: Any,
-    softmax: Softmax,
-    count: Any,
-    slot: Any,
-    width: int,
-    seen_by_all: int,
-) -> None:
-    """Adds the first `width` tokens of a slot's unit to the softmax of a block.
-
-    Args:
-        attention, kv_pages: static.
-        queries: [num_kv_heads, columns, head_dim].
-        count: query tokens of the block.
-        slot: of the unit.
-        width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
-    """
-    unit, block = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0]
-    chunk = width // -(-width // CHUNK)
-    parts = [slice(begin, begin + chunk) for begin in range(0, width, chunk)]
-
-    def loaded(kind: int, head: Any, part: slice) -> Any:
-        return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
-
-    def scores(head: Any, part: slice) -> Any:
-        found = attention.dot(loaded(KEYS, head, part), queries[head], contract=(1, 1))
-        if attention.soft_cap is None:
-            found *= attention.scale * LOG2_E
-        else:
-            found = attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
-        if part.stop <= seen_by_all:
-            return found
-        token = lax.broadcasted_iota(jnp.int32, found.shape, 0) + part.start
-        column = lax.broadcasted_iota(jnp.int32, (1, attention.columns), 1)
-        beyond = unit[REST] - count + 1 + lax.rem(column, attention.q_tokens)  # the first unseen token
-        seen = token < beyond
-        if attention.sliding_window is not None:
-            seen &= token >= beyond - attention.sliding_window
-        return jnp.where(seen, found, MASKED)
-
-    def values_and_ones(head: Any, part: slice) -> Any:
-        values = loaded(VALUES, head, part)
-        if (
-            part.stop > seen_by_all
-        ):  # what lies behind the tokens may be NaN, and a weight of 0 times that is NaN too
-            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) + part.start < unit[TOKENS]
-            values = jnp.where(held, values, jnp.zeros_like(values))
-        return jnp.concatenate([values.T, jnp.ones((SUBLANES, chunk), attention.dtype)])
-
-    def add(head: Any, these: list[Any], begin_next: Callable[[slice], None]) -> None:
-        most = these[0]
-        for others in these[1:]:
-            most = jnp.maximum(most, others)
-        highest, keep = softmax.raise_to(head, jnp.max(most, axis=0, keepdims=True))
-        sums: Any = 0.0
-        for part, part_scores in zip(parts, these, strict=True):
-            begin_next(part)
-            weights = jnp.exp2(part_scores - highest).astype(attention.dtype)
-            sums += attention.dot(values_and_ones(head, part), weights, contract=(1, 0))
-        softmax.add(head, keep, sums)
-
-    def run(heads: Sequence[Any]) -> None:
-        """These heads one after the other, each beside the next one's scores."""
-        coming = [scores(heads[0], part) for part in parts]
-        for head, following in zip_longest(heads, heads[1:]):
-            these, coming = coming, list[Any]()
-
-            def begin_next(part: slice, following: Any = following, coming: list[Any] = coming) -> None:
-                if following is not None:
-                    coming.append(scores(following, part))
-
-            add(head, these, begin_next)
-
-    heads = attention.num_kv_heads
-    together = heads if seen_by_all >= width else math.gcd(heads, MASKED_HEADS)
-    if together == heads:
-        run(range(heads))
-    else:
-        for_each(0, heads // together, lambda i: run([together * i + j for j in range(together)]))
 
 
 @dataclass(frozen=True)
@@ -364,7 +134,7 @@ def _kernel(
         decoding: [max_seqs] int32 in scalar memory, the row of a sequence's single new token, or -1.
         queries_hbm, output_hbm: [num_tokens, num_q_heads, head_dim].
         decoded_hbm, decoded_lse_hbm: [max_seqs, num_q_heads, head_dim | LANES], what the rows of `decoding`
-            get.
+            get; the latter of any size if unwanted.
         sinks: [num_kv_heads, 1, columns] float32 in VMEM, to the base of 2, MASKED for none.
         table_hbm, kv_hbm: page table and cache, see `Fetcher`.
         lse_hbm: [num_tokens, num_q_heads, LANES] float32, the same number in all lanes; any size if unwanted.
@@ -411,9 +181,9 @@ def _kernel(
     @pl.when(group < fetcher.num_groups)
     def _() -> None:
         fetcher.begin_group()
-        attend = partial(_attend, attention, kv_pages, fetcher, rows, block_io.softmax)
+        attend_to = partial(attend, attention, kv_pages, fetcher, rows, block_io.softmax)
         for_each(
-            0, units.seqs, lambda row: _attend_block(block_io, fetcher, attend, group * units.seqs + row)
+            0, units.seqs, lambda row: _attend_block(block_io, fetcher, attend_to, group * units.seqs + row)
         )
 
     @pl.when(group == pl.num_programs(0) - 1)
@@ -421,8 +191,8 @@ def _kernel(
         scatter(lambda copy: copy.wait())
 
 
-def _attend_block(block_io: _Block, fetcher: Fetcher, attend: Callable[..., None], block: Any) -> None:
-    """Takes the steps of one query block; `attend` is `_attend` from its `count` on."""
+def _attend_block(block_io: _Block, fetcher: Fetcher, attend_to: Callable[..., None], block: Any) -> None:
+    """Takes the steps of one query block; `attend_to` is `attend` from its `count` on."""
     units, blocks = fetcher.units, block_io.blocks
     count, kv_len = blocks.counts[block], blocks.kv_lens[block]
     pl.when(count > 0)(lambda: block_io.begin(block))
@@ -440,10 +210,10 @@ def _attend_block(block_io: _Block, fetcher: Fetcher, attend: Callable[..., None
             for width in _widths(units.tokens):
                 fits = (tokens > narrower) & (tokens <= width)
                 seen_by_all = narrower + 2 - units.queries if units.sliding_window is None else 0
-                pl.when(fits)(partial(attend, count, slot, width, seen_by_all))
+                pl.when(fits)(partial(attend_to, count, slot, width, seen_by_all))
                 narrower = width
 
-        everything = partial(attend, count, slot, units.tokens, units.tokens)
+        everything = partial(attend_to, count, slot, units.tokens, units.tokens)
         if_then_else(fetcher.step_in[slot, FULL] == 1, everything, edge)
         fetcher.describe()
 
@@ -545,6 +315,7 @@ def ragged_paged_attention(
     start = jnp.full(num_q_heads, MASKED) if sinks is None else sinks.astype(jnp.float32) * LOG2_E
     start = jnp.repeat(start.astype(jnp.float32), blocks.q_tokens).reshape(num_kv_heads, 1, attention.columns)
     lse_shape = (num_tokens if return_lse else 1, num_q_heads, LANES)
+    decoded_lse = decoded_lse if return_lse else decoded_lse[:1]
     decoded_lse = jnp.broadcast_to(decoded_lse[:, :, None], (*decoded_lse.shape, LANES))
 
     def turns(numbers: int, dtype: Any) -> Any:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from .products import dot
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,10 @@ class Products:
         count = rows.shape[0] // len(operands)
         parts = (rows[i * count : (i + 1) * count] for i in range(len(operands)))
         return jnp.concatenate(
-            [self._dot(part, operand, contract) for part, operand in zip(parts, operands, strict=True)]
-        )
-
-    def _dot(self, left: Any, right: Any, contract: int) -> Any:
-        precision = lax.Precision.HIGHEST if self.dtype == np.float32 else lax.Precision.DEFAULT
-        dimensions = (((1,), (contract,)), ((), ()))
-        return lax.dot_general(
-            left, right, dimensions, precision, preferred_element_type=np.dtype(np.float32)
+            [
+                dot(part, operand, contract=(1, contract))
+                for part, operand in zip(parts, operands, strict=True)
+            ]
         )
 
 

@@ -1,8 +1,30 @@
-"""Says after a run how many of the faults put into the kernels were noticed."""
+"""Kernels traced anew for a test; and, after a run, how many of the faults put into them were noticed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from vsurge.kernels import append, decode, ragged
+from vsurge.kernels.append.mosaic_tpu import append_kv
+from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls the functions under their jit, which would answer with what it compiled before."""
+    under: Any = decode_tpu.paged_decode_attention
+    monkeypatch.setitem(decode.IMPLEMENTATIONS, "mosaic_tpu", under.__wrapped__)
+    monkeypatch.setattr(ragged_tpu, "paged_decode_attention", under.__wrapped__)
+    for room, kernel in ((ragged, ragged_tpu.ragged_paged_attention), (append, append_kv)):
+        jitted: Any = kernel
+        monkeypatch.setitem(room.IMPLEMENTATIONS, "mosaic_tpu", jitted.__wrapped__)
+    yield
+    pltpu.reset_tpu_interpret_mode_state()  # what a run that failed has left
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -14,12 +14,13 @@ from jax.experimental import pallas as pl
 
 from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.ragged.query_blocks import RaggedRows
 from vsurge.kernels.tpu.units import Fetcher
 
 from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
-from .interpreter import DMA_MODES, DmaMode, races_in, traced_anew
+from .interpreter import DMA_MODES, DmaMode, races_in
 
-__all__ = ["traced_anew"]
+pytestmark = pytest.mark.usefixtures("traced_anew")
 
 BLOCKS = [DecodeBlocks(128, 1, 2), DecodeBlocks(128, 2, 3), DecodeBlocks(256, 3, 2), DecodeBlocks(256, 1, 5)]
 SMALL_RAGGED = RaggedBlocks(q_tokens=16, kv_tokens=128)
@@ -113,3 +114,9 @@ def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest
         )
 
     assert races_in(run, "eager", monkeypatch)
+
+
+def test_queries_that_nobody_waits_for_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RaggedRows.wait
+    monkeypatch.setattr(RaggedRows, "wait", lambda rows, *place: right(rows, *place) if rows.write else None)
+    assert races_in(attend_ragged, "eager", monkeypatch)

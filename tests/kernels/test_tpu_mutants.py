@@ -15,14 +15,14 @@ from jax import lax
 from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
 from vsurge.kernels.append import mosaic_tpu as append_tpu
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.ragged import columns
 from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
-from vsurge.kernels.tpu.streams import Products
+from vsurge.kernels.tpu import streams
 from vsurge.kernels.tpu.units import FIRST, Fetcher, Units
 
 from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
-from .interpreter import traced_anew
 
-__all__ = ["traced_anew"]
+pytestmark = pytest.mark.usefixtures("traced_anew")
 
 Patch = pytest.MonkeyPatch
 SETUP = Setup(page_size=32)
@@ -77,7 +77,7 @@ def in_attention(**changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
     """Other options in the body of both kernels."""
 
     def fault(patch: Patch) -> None:
-        for module, name in ((decode_tpu, "_compute"), (ragged_tpu, "_attend")):
+        for module, name in ((decode_tpu, "_compute"), (ragged_tpu, "attend")):
 
             def call(f: Any, attention: Any, *rest: Any, **options: Any) -> Any:
                 new = {field: change(getattr(attention, field)) for field, change in changes.items()}
@@ -89,7 +89,7 @@ def in_attention(**changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
 
 
 def keys_and_values_swapped(patch: Patch) -> None:
-    for module in (decode_tpu, ragged_tpu):
+    for module in (decode_tpu, columns):
         patch.setattr(module, "KEYS", 1)
         patch.setattr(module, "VALUES", 0)
 
@@ -104,7 +104,7 @@ def stale_buffer(patch: Patch) -> None:
         return f(*before, 1 - slot, width, seen_by_all)
 
     changed(patch, decode_tpu, "_compute", decode)
-    changed(patch, ragged_tpu, "_attend", ragged)
+    changed(patch, ragged_tpu, "attend", ragged)
 
 
 def wide_units_dropped(patch: Patch) -> None:
@@ -127,12 +127,12 @@ def _other_count(patch: Patch, more: int) -> None:
         *before, count, slot, width, seen_by_all = arguments
         return f(*before, count + more, slot, width, seen_by_all)
 
-    changed(patch, ragged_tpu, "_attend", attend)
+    changed(patch, ragged_tpu, "attend", attend)
 
 
 def mask_skipped(patch: Patch) -> None:
     """Where only some queries see some tokens."""
-    changed(patch, ragged_tpu, "_attend", lambda f, *arguments: f(*arguments[:-1], arguments[-2]))
+    changed(patch, ragged_tpu, "attend", lambda f, *arguments: f(*arguments[:-1], arguments[-2]))
 
 
 def earlier_units_not_rescaled(patch: Patch) -> None:
@@ -166,17 +166,14 @@ def heads_swapped(patch: Patch) -> None:
     def swapped(f: Any, *arguments: Any) -> Any:
         return first_two(f(*arguments), axis=-2)
 
-    changed(patch, Products, "weighted", swapped)
+    changed(patch, streams.Products, "weighted", swapped)
     changed(patch, ragged_tpu._Block, "_by_token", swapped)
 
 
 def products_in_bfloat16(patch: Patch) -> None:
-    def dot(f: Any, self: Any, left: Any, right: Any, *rest: Any, **options: Any) -> Any:
-        low = [factor.astype(jnp.bfloat16) for factor in (left, right)]
-        return f(replace(self, dtype=jnp.bfloat16), *low, *rest, **options)
-
-    changed(patch, Products, "_dot", dot)
-    changed(patch, ragged_tpu.Attention, "dot", dot)
+    low = jnp.bfloat16
+    for module in (streams, columns):
+        changed(patch, module, "dot", lambda f, left, right, **o: f(left.astype(low), right.astype(low), **o))
 
 
 def neighbouring_queries(patch: Patch) -> None:

@@ -1,0 +1,170 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""A query block against a piece of the cache, inside a kernel for TPU.
+
+A KV head's queries of a block are the columns of one product: scores are [tokens, columns], so that the
+softmax runs down the columns, sums of weights come out of the matrix unit as one more row of the values, and
+nothing has to be spread over the lanes of a register. While one head's weights are computed, the matrix unit
+already makes the next head's scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from ..blockwise import MASKED
+from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
+from ..tpu.control import for_each
+from ..tpu.products import dot
+from ..tpu.shapes import SUBLANES
+from ..tpu.units import REST, TOKENS, Fetcher
+
+LOG2_E = math.log2(math.e)
+CHUNK = 512  # tokens whose scores make one product, at most
+MASKED_HEADS = 4  # KV heads in straight-line code where it is compiled for several widths
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the kernel computes, besides the cutting.
+
+    Attributes:
+        num_kv_heads, group: KV heads, and query heads of each.
+        q_tokens: query tokens in a block, at most; a KV head has group * q_tokens columns.
+        scale, soft_cap, sliding_window: as in `vsurge.kernels.ragged_paged_attention`.
+        dtype: of the factors of products, bfloat16 or float32.
+    """
+
+    num_kv_heads: int
+    group: int
+    q_tokens: int
+    scale: float
+    soft_cap: float | None
+    sliding_window: int | None
+    dtype: Any
+
+    @property
+    def columns(self) -> int:
+        return self.group * self.q_tokens
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The running softmax of a block's columns in VMEM, all float32, to the base of 2.
+
+    Attributes:
+        highest, total: [num_kv_heads, 1, columns], the largest score, and the sum of `2^(score - highest)`.
+        weighted: [num_kv_heads, head_dim, columns], the sum of `2^(score - highest) * value`.
+    """
+
+    highest: Any
+    total: Any
+    weighted: Any
+
+    def reset(self, sinks: Any) -> None:
+        """Begins with the sinks, scores without a value; MASKED is none."""
+        self.highest[...] = sinks[...]
+        self.total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0).astype(jnp.float32)
+        self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
+
+    def raise_to(self, head: Any, highest: Any) -> tuple[Any, Any]:
+        """The highest score of a head's columns with `highest`, and what the sums so far then count."""
+        old = self.highest[head]
+        new = jnp.maximum(old, highest)
+        self.highest[head] = new
+        return new, jnp.exp2(old - new)
+
+    def add(self, head: Any, keep: Any, sums: Any) -> None:
+        """Adds [head_dim + SUBLANES, columns]: weighted values, and below them the weights' sums."""
+        head_dim = self.weighted.shape[1]
+        self.total[head] = self.total[head] * keep + sums[head_dim : head_dim + 1]
+        self.weighted[head] = self.weighted[head] * keep + sums[:head_dim]
+
+
+def attend(
+    attention: Attention,
+    kv_pages: KVPages,
+    fetcher: Fetcher,
+    queries: Any,
+    softmax: Softmax,
+    count: Any,
+    slot: Any,
+    width: int,
+    seen_by_all: int,
+) -> None:
+    """Adds the first `width` tokens of a slot's unit to the softmax of a block.
+
+    Args:
+        attention, kv_pages: static.
+        queries: [num_kv_heads, columns, head_dim].
+        count: query tokens of the block.
+        slot: of the unit.
+        width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
+    """
+    unit, block = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0]
+    chunk = width // -(-width // CHUNK)
+    parts = [slice(begin, begin + chunk) for begin in range(0, width, chunk)]
+
+    def loaded(kind: int, head: Any, part: slice) -> Any:
+        return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
+
+    def scores(head: Any, part: slice) -> Any:
+        found = dot(loaded(KEYS, head, part), queries[head], contract=(1, 1))
+        if attention.soft_cap is None:
+            found *= attention.scale * LOG2_E
+        else:
+            found = attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
+        if part.stop <= seen_by_all:
+            return found
+        token = lax.broadcasted_iota(jnp.int32, found.shape, 0) + part.start
+        column = lax.broadcasted_iota(jnp.int32, (1, attention.columns), 1)
+        beyond = unit[REST] - count + 1 + lax.rem(column, attention.q_tokens)  # the first unseen token
+        seen = token < beyond
+        if attention.sliding_window is not None:
+            seen &= token >= beyond - attention.sliding_window
+        return jnp.where(seen, found, MASKED)
+
+    def values_and_ones(head: Any, part: slice) -> Any:
+        values = loaded(VALUES, head, part)
+        if part.stop > seen_by_all:  # what lies behind the tokens may be NaN, as is 0 times that
+            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) + part.start < unit[TOKENS]
+            values = jnp.where(held, values, jnp.zeros_like(values))
+        return jnp.concatenate([values.T, jnp.ones((SUBLANES, chunk), attention.dtype)])
+
+    def add(head: Any, these: list[Any], begin_next: Callable[[slice], None]) -> None:
+        most = these[0]
+        for others in these[1:]:
+            most = jnp.maximum(most, others)
+        highest, keep = softmax.raise_to(head, jnp.max(most, axis=0, keepdims=True))
+        sums: Any = 0.0
+        for part, part_scores in zip(parts, these, strict=True):
+            begin_next(part)
+            weights = jnp.exp2(part_scores - highest).astype(attention.dtype)
+            sums += dot(values_and_ones(head, part), weights, contract=(1, 0))
+        softmax.add(head, keep, sums)
+
+    def run(heads: Sequence[Any]) -> None:
+        """These heads one after the other, each beside the next one's scores."""
+        coming = [scores(heads[0], part) for part in parts]
+        for head, following in zip_longest(heads, heads[1:]):
+            these, coming = coming, list[Any]()
+
+            def begin_next(part: slice, following: Any = following, coming: list[Any] = coming) -> None:
+                if following is not None:
+                    coming.append(scores(following, part))
+
+            add(head, these, begin_next)
+
+    heads = attention.num_kv_heads
+    together = heads if seen_by_all >= width else math.gcd(heads, MASKED_HEADS)
+    if together == heads:
+        run(range(heads))
+    else:
+        for_each(0, heads // together, lambda i: run([together * i + j for j in range(together)]))

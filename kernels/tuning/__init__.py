@@ -1,5 +1,24 @@
 """What the TPU compiler says of a kernel, on any machine."""
 
-from .compiler import CHIPS, compile_for
+from .calls import Batch, Call
+from .chips import CHIPS, Chip
+from .compiler import compile_for
+from .predict import Assumptions, Compilers, Prediction, predict
+from .replay import ReplayError
+from .schedule import Loop, Schedule, ScheduleError
 
-__all__ = ["CHIPS", "compile_for"]
+__all__ = [
+    "CHIPS",
+    "Assumptions",
+    "Batch",
+    "Call",
+    "Chip",
+    "Compilers",
+    "Loop",
+    "Prediction",
+    "ReplayError",
+    "Schedule",
+    "ScheduleError",
+    "compile_for",
+    "predict",
+]

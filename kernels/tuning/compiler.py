@@ -15,8 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# A chip's name -> the smallest topology of it that the compiler knows.
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+from .chips import find_chip
 
 
 def compile_for(
@@ -38,9 +37,14 @@ def compile_for(
         RuntimeError: libtpu is not installed.
         jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
     """
-    if chip not in CHIPS:
-        raise ValueError(f"chip={chip!r}: must be one of {tuple(CHIPS)}")
-    mesh = _mesh(chip)
+    return trace_for(chip, function, *arguments, donate_argnums=donate_argnums).lower().compile()
+
+
+def trace_for(
+    chip: str, function: Callable[..., Any], *arguments: Any, donate_argnums: tuple[int, ...] = ()
+) -> jax.stages.Traced:
+    """Traces a function for one core of a TPU; parameters and errors are those of `compile_for`."""
+    mesh = _mesh(find_chip(chip).topology)
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def placed(array: Any) -> jax.ShapeDtypeStruct:
@@ -48,11 +52,11 @@ def compile_for(
 
     with jax.set_mesh(mesh):  # by which kernels know what they are traced for
         jitted = jax.jit(function, out_shardings=sharding, donate_argnums=donate_argnums)
-        return jitted.lower(*jax.tree.map(placed, arguments)).compile()
+        return jitted.trace(*jax.tree.map(placed, arguments))
 
 
 @cache
-def _mesh(chip: str) -> Mesh:
+def _mesh(topology_name: str) -> Mesh:
     """A mesh of the first core of a topology.
 
     Raises:
@@ -62,6 +66,6 @@ def _mesh(chip: str) -> Mesh:
         raise RuntimeError("compiling for a TPU needs libtpu: pip install 'vsurge[tune]' (Linux on x86-64)")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the cloud's metadata server would be waited for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers, as no TPU is used
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     devices = cast("list[Any]", topology.devices)
     return Mesh(np.array(devices[:1]), ("x",))

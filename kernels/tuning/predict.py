@@ -1,0 +1,258 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""How long a kernel call takes on a TPU, predicted from the compiler's schedule of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import jax
+
+from .calls import Batch, Call
+from .chips import find_chip
+from .compiler import trace_for
+from .operands import kernel_operands
+from .replay import Memory, Replay, replay
+from .schedule import Schedule, ScheduleError, read_schedules
+
+DUMPS = "(packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization)"
+Bound = Literal["compute", "bandwidth", "latency"]
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a prediction takes for granted of a chip's core.
+
+    Attributes:
+        gbytes_per_s: bandwidth of HBM, in 10^9 bytes.
+        tflops: rate of bfloat16 products, in 10^12, of which MFU is a share.
+        clock_ghz: bundles issued per nanosecond.
+        latency_us: from the end of a copy's service by the memory to its arrival.
+        copy_ns: that the memory is busy with a copy besides its bytes.
+    """
+
+    gbytes_per_s: float
+    tflops: float
+    clock_ghz: float
+    latency_us: float = 1.0
+    copy_ns: float = 0.0
+
+    @classmethod
+    def of(cls, chip: str, *, latency_us: float = 1.0, copy_ns: float = 0.0) -> Assumptions:
+        """Those of `CHIPS`."""
+        known = find_chip(chip)
+        return cls(known.gbytes_per_s, known.tflops, known.clock_ghz, latency_us, copy_ns)
+
+    def memory(self) -> Memory:
+        """As a replay counts, in cycles."""
+        ns = self.clock_ghz
+        return Memory(self.gbytes_per_s / self.clock_ghz, self.latency_us * 1000 * ns, self.copy_ns * ns)
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """One kernel's part in a call.
+
+    Attributes:
+        kernel: its name.
+        replay: what happened.
+        bundles: issued bundles that were not empty.
+    """
+
+    kernel: str
+    replay: Replay
+    bundles: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted time of a call's kernels, one after another; XLA's own operations around them aside.
+
+    Attributes:
+        call, batch, chip, assumptions: what was predicted.
+        runs: the call's kernels.
+        time_us: of all of them.
+        compute_us: of it, with a bundle issued.
+        memory_us: of it, with the memory serving copies.
+        mbu: bytes of keys and values that the batch's queries see, over the time and the bandwidth.
+        mfu: operations of unmasked pairs, over the time and the matrix rate.
+    """
+
+    call: Call
+    batch: Batch
+    chip: str
+    assumptions: Assumptions
+    runs: tuple[KernelRun, ...]
+
+    @property
+    def time_us(self) -> float:
+        return self._us(sum(run.replay.cycles for run in self.runs))
+
+    @property
+    def compute_us(self) -> float:
+        return self._us(sum(run.replay.issued for run in self.runs))
+
+    @property
+    def memory_us(self) -> float:
+        return self._us(sum(run.replay.busy for run in self.runs))
+
+    @property
+    def bundles(self) -> int:
+        """Issued bundles that were not empty, as the compiler's final schedule counts them."""
+        return sum(run.bundles for run in self.runs)
+
+    @property
+    def bound(self) -> Bound:
+        """The largest of: issuing bundles, serving copies, and the time that neither explains."""
+        shares: dict[Bound, float] = {"compute": self.compute_us, "bandwidth": self.memory_us}
+        shares["latency"] = self.time_us - max(shares.values())
+        return max(shares, key=lambda bound: shares[bound])
+
+    @property
+    def mbu(self) -> float:
+        return self.call.useful_bytes(self.batch) / (self.time_us * self.assumptions.gbytes_per_s * 1e3)
+
+    @property
+    def mfu(self) -> float:
+        return self.call.useful_flops(self.batch) / (self.time_us * self.assumptions.tflops * 1e6)
+
+    def _us(self, cycles: float) -> float:
+        return cycles / (self.assumptions.clock_ghz * 1000)
+
+
+class Compilers:
+    """Processes that compile for a TPU and replay what the compiler made: `with Compilers() as compilers`.
+
+    The compiler writes its schedule down only if it is told to before it is loaded; so it is loaded in
+    processes of its own, which start on first use. (They import the main program's module anew, as Python's
+    `multiprocessing` does: a script that uses this begins with `if __name__ == "__main__":`.)
+    """
+
+    def __init__(self, processes: int | None = None) -> None:
+        """Of as many processes as there are cores, or `processes`."""
+        self._pool = ProcessPoolExecutor(
+            processes or os.cpu_count(), mp_context=get_context("spawn"), initializer=_prepare
+        )
+
+    def __enter__(self) -> Compilers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def schedules(self, call: Call, chip: str) -> Future[list[Schedule]]:
+        """The schedules of a call's kernels.
+
+        Raises (from the future):
+            ValueError: an unknown chip, or a call that the kernel refuses.
+            RuntimeError: libtpu is not installed.
+            jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
+            ScheduleError: the compiler's dumps are not in the known format.
+        """
+        return self._pool.submit(_schedules, call, chip)
+
+    def predict(
+        self,
+        call: Call,
+        batches: Sequence[Batch],
+        chip: str,
+        assumptions: Sequence[Assumptions] | None = None,
+    ) -> Future[list[Prediction]]:
+        """Compiles a call once, and predicts its time for each batch under each of the assumptions.
+
+        Args:
+            call: shapes and block sizes.
+            batches: lengths.
+            chip: one of `CHIPS`.
+            assumptions: None for `Assumptions.of(chip)`.
+
+        Raises (from the future):
+            ReplayError: the program cannot be replayed.
+            Others: as `schedules`.
+        """
+        find_chip(chip)
+        return self._pool.submit(_predict, call, batches, chip, assumptions or [Assumptions.of(chip)])
+
+
+def predict(
+    call: Call,
+    batch: Batch,
+    chip: str,
+    assumptions: Assumptions | None = None,
+    *,
+    compilers: Compilers | None = None,
+) -> Prediction:
+    """Predicts the time of one call; see `Compilers.predict`, with which several are predicted faster."""
+    if compilers is None:
+        with Compilers(1) as own:
+            return predict(call, batch, chip, assumptions, compilers=own)
+    return compilers.predict(call, [batch], chip, [assumptions] if assumptions else None).result()[0]
+
+
+def _prepare() -> None:
+    """Begins a compiling process: none of this has an effect once the compiler is loaded."""
+    folder = tempfile.TemporaryDirectory(prefix="vsurge-schedules-")
+    _folder.append(folder)
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true "
+        f"--xla_jf_dump_llo_pass_label_regex=.*{DUMPS}.*"
+    )
+    # what a machine without a TPU would be searched for
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    jax.config.update("jax_platforms", "cpu")
+
+
+_folder: list[tempfile.TemporaryDirectory[str]] = []  # of this process; removed when it ends
+
+
+def _schedules(call: Call, chip: str) -> list[Schedule]:
+    folder = Path(_folder[0].name)
+    for old in folder.iterdir():
+        old.unlink()
+    traced = trace_for(chip, call.function(), *call.arguments(), donate_argnums=call.donate_argnums)
+    traced.lower().compile()
+    return read_schedules(folder, chip)
+
+
+def _predict(
+    call: Call, batches: Sequence[Batch], chip: str, assumptions: Sequence[Assumptions]
+) -> list[Prediction]:
+    schedules = {_plain(schedule.kernel): schedule for schedule in _schedules(call, chip)}
+    traced = trace_for(chip, call.function(), *call.arguments(), donate_argnums=call.donate_argnums)
+    predictions = list[Prediction]()
+    for batch in batches:
+        given = kernel_operands(traced.jaxpr, call.metadata(batch))
+        for assumed in assumptions:
+            runs = list[KernelRun]()
+            for kernel in given:
+                schedule = schedules.get(_plain(kernel.kernel))
+                if schedule is None:
+                    raise ScheduleError(f"no schedule of {kernel.kernel}, but of {list(schedules)}")
+                happened = replay(schedule, kernel.operands, assumed.memory())
+                runs.append(KernelRun(kernel.kernel, happened, _filled(schedule, happened)))
+            predictions.append(Prediction(call, batch, chip, assumed, tuple(runs)))
+    return predictions
+
+
+def _filled(schedule: Schedule, happened: Replay) -> int:
+    """Bundles issued that were not empty."""
+    return sum(
+        count * (length - sum(schedule.empty[at : at + length]))
+        for at, (count, length) in happened.visits.items()
+    )
+
+
+def _plain(name: str) -> str:
+    """A kernel's name as far as the compiler keeps it."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)

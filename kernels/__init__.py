@@ -6,10 +6,11 @@ Usable on their own: nothing here knows of models or engines.
 from .append import append_kv
 from .decode import DecodeBlocks, paged_decode_attention
 from .dispatch import Implementation
-from .kv_pages import KVPages, bytes_per_token, empty_kv_pages, read_kv
+from .kv_pages import SUPPORTED_DTYPES, KVPages, bytes_per_token, empty_kv_pages, read_kv
 from .ragged import RaggedBlocks, ragged_paged_attention
 
 __all__ = [
+    "SUPPORTED_DTYPES",
     "DecodeBlocks",
     "Implementation",
     "KVPages",

@@ -11,14 +11,14 @@ table's width.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from .kv_pages import KEYS, VALUES, KVPages, load_block, pages_per_block
+from .kv_pages import KEYS, VALUES, KVPages, load_block, load_scales, pages_per_block
 
 MASKED = -1e30  # the score of a key that is not seen; finite, so that a row that sees nothing yields no NaN
 MIN_ROWS = 2  # XLA's CPU backend computes a bfloat16 product with a single row ten times slower than with two
@@ -44,21 +44,33 @@ def update(
     keys: Num[Array, "batch num_kv_heads block head_dim"],
     values: Num[Array, "batch num_kv_heads block head_dim"],
     seen: Bool[Array, "batch rows block"],
+    scales: tuple[Float[Array, "batch num_kv_heads block"], Float[Array, "batch num_kv_heads block"]]
+    | None = None,
     *,
     scale: float,
     soft_cap: float | None,
 ) -> Softmax:
-    """The softmax after one more block of keys and values; `seen` says which key each query row sees."""
+    """The softmax after one more block of keys and values.
+
+    Args:
+        seen: which key each query row sees.
+        scales: of quantized keys and values. They are folded into scores and weights.
+    """
     scores = scale * _dot(queries, keys, contract=3)
+    if scales is not None:
+        scores *= scales[0][:, :, None]
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(seen[:, None], scores, MASKED)
     highest = jnp.maximum(softmax.highest, scores.max(axis=-1))
     weights = jnp.exp(scores - highest[..., None])
     keep = jnp.exp(softmax.highest - highest)
+    total = softmax.total * keep + weights.sum(axis=-1)
+    if scales is not None:
+        weights *= scales[1][:, :, None]
     return Softmax(
         highest=highest,
-        total=softmax.total * keep + weights.sum(axis=-1),
+        total=total,
         weighted=softmax.weighted * keep[..., None] + _dot(weights.astype(values.dtype), values, contract=2),
     )
 
@@ -68,6 +80,12 @@ def _dot(left: Array, right: Array, *, contract: int) -> Array:
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     dimensions = (((3,), (contract,)), ((0, 1), (0, 1)))
     return lax.dot_general(left, right, dimensions, precision, preferred_element_type=np.dtype(np.float32))
+
+
+def product_dtype(queries: Array, kv_pages: KVPages) -> np.dtype[Any]:
+    """Of the factors of products: bfloat16 if that holds queries and stored numbers, else float32."""
+    both_fit = queries.dtype == jnp.bfloat16 and kv_pages.dtype != jnp.float32
+    return np.dtype(jnp.bfloat16 if both_fit else jnp.float32)
 
 
 def attend_pages(
@@ -84,7 +102,8 @@ def attend_pages(
 ) -> tuple[Float[Array, "batch tokens num_q_heads head_dim"], Float[Array, "batch tokens num_q_heads"]]:
     """Attention of some queries of each sequence of a batch.
 
-    Products are of bfloat16 numbers if queries and cache are bfloat16, else of float32 ones.
+    Products are of bfloat16 numbers if queries are bfloat16 and the cache is or has 8 bits, else of float32
+    ones.
 
     Args:
         queries: [batch, tokens, num_q_heads, head_dim].
@@ -99,8 +118,7 @@ def attend_pages(
     """
     batch, tokens, num_q_heads, _ = queries.shape
     num_kv_heads = kv_pages.num_kv_heads
-    both_bfloat16 = queries.dtype == kv_pages.dtype == jnp.bfloat16
-    dtype = jnp.bfloat16 if both_bfloat16 else jnp.float32
+    dtype = product_dtype(queries, kv_pages)
     block_pages = pages_per_block(
         kv_pages, batch, min(block_tokens, page_table.shape[1] * kv_pages.page_size)
     )
@@ -127,8 +145,21 @@ def attend_pages(
         # A value that no query sees has weight 0, but 0 times what an unwritten row may hold is NaN.
         seen_by_any = (kv_positions <= last[:, None]) & (kv_positions >= lowest[:, None])
         values = load_block(kv_pages, pages, VALUES, valid=seen_by_any)
+        scales = None
+        if kv_pages.scales is not None:
+            scales = (
+                load_scales(kv_pages, pages, KEYS),
+                load_scales(kv_pages, pages, VALUES, valid=seen_by_any),
+            )
         return update(
-            softmax, rows, keys.astype(dtype), values.astype(dtype), seen, scale=scale, soft_cap=soft_cap
+            softmax,
+            rows,
+            keys.astype(dtype),
+            values.astype(dtype),
+            seen,
+            scales,
+            scale=scale,
+            soft_cap=soft_cap,
         )
 
     softmax = cast(Softmax, lax.fori_loop(0, num_blocks, visit, _empty_softmax(rows, sinks)))

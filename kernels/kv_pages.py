@@ -5,13 +5,14 @@
 The cache is a pool of pages. A page holds `page_size` consecutive tokens of one sequence, head by head:
 
     data    [num_pages, 2, num_kv_heads, page_size, head_dim]      0 = keys, 1 = values
+    scales  [num_pages, 2, num_kv_heads, page_size]                float32, of a quantized cache alone
 
 so that one head's part of a page is whole tiles on a TPU and one contiguous block on a GPU, and sharding
 over heads is one axis. A token's place in the pool is its slot, `page * page_size + offset`.
 
-On a CPU a bfloat16 cache is stored as uint16 bit patterns: XLA's CPU backend scatters into a bfloat16 array
-by converting the whole array to float32 and back, which costs a thousand times the write itself. The field
-`dtype` says what the bits mean.
+On a CPU a bfloat16 or float8 cache is stored as unsigned bit patterns: XLA's CPU backend scatters into such
+an array by converting the whole array to float32 and back, which costs a thousand times the write itself
+(int8 and float32 it scatters as they are). The field `dtype` says what the bits mean.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from .quantization import FLOAT8, INT8, SCALE_BYTES, is_quantized, quantize
 
 if TYPE_CHECKING:
     Leaf = jax.Array
 else:  # a leaf may also be a ShapeDtypeStruct, a sharding or None, which a runtime type checker must let pass
     Leaf = Any
 
-SUPPORTED_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
+BFLOAT16 = np.dtype(jnp.bfloat16)
+SUPPORTED_DTYPES = (BFLOAT16, np.dtype(np.float32), INT8, FLOAT8)
+BITS = {BFLOAT16: np.dtype(np.uint16), FLOAT8: np.dtype(np.uint8)}  # in which a CPU keeps these
 KEYS, VALUES = 0, 1  # the second axis of the data
 
 # How XLA's CPU backend copies pages fastest (measured): large ones slice by slice, few at a time (beyond
@@ -45,8 +50,10 @@ class KVPages:
     """One layer's paged cache of keys and values; `empty_kv_pages` builds it.
 
     Attributes:
-        data: [num_pages, 2, num_kv_heads, page_size, head_dim], of `dtype` or the same bits as uint16.
-        scales: None; a quantized cache keeps its scales here.
+        data: [num_pages, 2, num_kv_heads, page_size, head_dim], of `dtype` or the same bits as an unsigned
+            integer.
+        scales: [num_pages, 2, num_kv_heads, page_size] float32, what a token's keys and values in `data` are
+            multiplied with; None unless `dtype` is int8 or float8_e4m3fn.
         dtype: what the numbers in `data` mean (static).
         page_size: tokens per page (static).
     """
@@ -71,12 +78,14 @@ class KVPages:
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The name of each axis of each array, for whoever spreads a cache over devices."""
-        return {"data": ("pages", "keys_values", "kv_heads", "page_tokens", "head_dim")}
+        names = ("pages", "keys_values", "kv_heads", "page_tokens", "head_dim")
+        return {"data": names} | ({} if self.scales is None else {"scales": names[:-1]})
 
 
 def bytes_per_token(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
-    """Bytes of one layer's cache that one token takes: its keys and its values."""
-    return 2 * num_kv_heads * head_dim * np.dtype(dtype).itemsize
+    """Bytes of one layer's cache that one token takes: keys, values and, if it is quantized, their scales."""
+    scale_bytes = SCALE_BYTES if is_quantized(dtype) else 0
+    return 2 * num_kv_heads * (head_dim * np.dtype(dtype).itemsize + scale_bytes)
 
 
 def empty_kv_pages(
@@ -89,7 +98,9 @@ def empty_kv_pages(
         page_size: tokens per page.
         num_kv_heads: key/value heads.
         head_dim: numbers per head.
-        dtype: bfloat16 or float32.
+        dtype: bfloat16, float32, int8 or float8_e4m3fn. The last two are quantized as they are written
+            (`quantization.quantize`). Int8 is fast everywhere, and more exact. Float8 is fast on TPU 7x, but
+            for capacity only on v5e and v6e, which take long to convert it.
 
     Raises:
         ValueError: a size is not positive, or the dtype is not supported.
@@ -106,15 +117,19 @@ def empty_kv_pages(
     dtype = np.dtype(dtype)
     if dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"dtype={dtype.name}: a cache can hold {[d.name for d in SUPPORTED_DTYPES]}")
-    data = jnp.zeros((num_pages, 2, num_kv_heads, page_size, head_dim), storage_dtype(dtype))
-    return KVPages(data=data, scales=None, dtype=dtype, page_size=page_size)
+    rows = (num_pages, 2, num_kv_heads, page_size)
+    return KVPages(
+        data=jnp.zeros((*rows, head_dim), storage_dtype(dtype)),
+        scales=jnp.zeros(rows, jnp.float32) if is_quantized(dtype) else None,
+        dtype=dtype,
+        page_size=page_size,
+    )
 
 
 def storage_dtype(dtype: DTypeLike, platform: str | None = None) -> np.dtype[Any]:
     """The dtype in which `platform` (default: JAX's default backend) keeps a cache of `dtype`."""
-    if (platform or jax.default_backend()) == "cpu" and np.dtype(dtype) == np.dtype(jnp.bfloat16):
-        return np.dtype(np.uint16)
-    return np.dtype(dtype)
+    dtype = np.dtype(dtype)
+    return BITS.get(dtype, dtype) if (platform or jax.default_backend()) == "cpu" else dtype
 
 
 def decode_bits(kv_pages: KVPages, stored: Array) -> Array:
@@ -124,12 +139,19 @@ def decode_bits(kv_pages: KVPages, stored: Array) -> Array:
     return jax.lax.bitcast_convert_type(stored, kv_pages.dtype)
 
 
-def encode_bits(kv_pages: KVPages, values: Array) -> Array:
-    """What `kv_pages.data` stores for `values`: cast to the cache's dtype, as bits where it keeps bits."""
-    values = values.astype(kv_pages.dtype)
-    if kv_pages.data.dtype == kv_pages.dtype:
-        return values
-    return jax.lax.bitcast_convert_type(values, kv_pages.data.dtype)
+def encode(kv_pages: KVPages, rows: Float[Array, "*rows head_dim"]) -> tuple[Array, Array | None]:
+    """What `kv_pages` keeps of rows: in its dtype, as bits where it keeps bits; and their scales if any.
+
+    Returns:
+        [..., head_dim] for `data`, [...] for `scales`.
+    """
+    scales = None
+    if is_quantized(kv_pages.dtype):
+        rows, scales = quantize(rows, kv_pages.dtype)
+    stored = rows.astype(kv_pages.dtype)
+    if kv_pages.data.dtype != kv_pages.dtype:
+        stored = jax.lax.bitcast_convert_type(stored, kv_pages.data.dtype)
+    return stored, scales
 
 
 def pages_per_block(kv_pages: KVPages, num_seqs: int, block_tokens: int) -> int:
@@ -156,7 +178,7 @@ def load_block(
         valid: [num_seqs, block], block = pages_per_block * page_size: tokens where this is false become zero.
 
     Returns:
-        [num_seqs, num_kv_heads, block, head_dim] of `kv_pages.dtype`.
+        [num_seqs, num_kv_heads, block, head_dim] of `kv_pages.dtype`, without their scales.
     """
     stored = _slice_pages(kv_pages, pages, kind)
     if valid is not None:
@@ -164,9 +186,20 @@ def load_block(
     return decode_bits(kv_pages, stored)
 
 
+def load_scales(
+    kv_pages: KVPages,
+    pages: Int[Array, "num_seqs pages_per_block"],
+    kind: int,
+    valid: Bool[Array, "num_seqs block"] | None = None,
+) -> Float[Array, "num_seqs num_kv_heads block"]:
+    """The scales of what `load_block` loads."""
+    scales = _gather_pages(kv_pages, kv_pages.scales, pages, kind)
+    return scales if valid is None else jnp.where(valid[:, None], scales, 0.0)
+
+
 def _slice_pages(kv_pages: KVPages, pages: Array, kind: int) -> Array:
     if not _copies_whole_pages(kv_pages):
-        return _gather_pages(kv_pages, pages, kind)
+        return _gather_pages(kv_pages, kv_pages.data, pages, kind)
     size = (1, 1, kv_pages.num_kv_heads, kv_pages.page_size, kv_pages.head_dim)
 
     def copy_page(page: Array) -> Array:
@@ -176,14 +209,14 @@ def _slice_pages(kv_pages: KVPages, pages: Array, kind: int) -> Array:
     return jnp.concatenate(sequences, axis=0)
 
 
-def _gather_pages(kv_pages: KVPages, pages: Array, kind: int) -> Array:
-    num_seqs, heads, page_size = pages.shape[0], kv_pages.num_kv_heads, kv_pages.page_size
+def _gather_pages(kv_pages: KVPages, array: Any, pages: Array, kind: int) -> Array:
+    num_seqs, heads, per_head = pages.shape[0], kv_pages.num_kv_heads, array.shape[3:]
     head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
     head_pages = (
         2 * pages[:, None, :] + kind
     ) * heads + head  # the order wanted: no transposition afterwards
-    flat = kv_pages.data.reshape(-1, page_size, kv_pages.head_dim)
-    return flat.at[head_pages].get(mode="clip").reshape(num_seqs, heads, -1, kv_pages.head_dim)
+    found = array.reshape(-1, *per_head).at[head_pages].get(mode="clip")
+    return found.reshape(num_seqs, heads, -1, *per_head[1:])
 
 
 def _copies_whole_pages(kv_pages: KVPages) -> bool:
@@ -192,8 +225,8 @@ def _copies_whole_pages(kv_pages: KVPages) -> bool:
 
 def write_rows(
     kv_pages: KVPages,
-    keys: Num[Array, "num_tokens num_kv_heads head_dim"],
-    values: Num[Array, "num_tokens num_kv_heads head_dim"],
+    keys: Float[Array, "num_tokens num_kv_heads head_dim"],
+    values: Float[Array, "num_tokens num_kv_heads head_dim"],
     slots: Int[Array, " num_tokens"],
 ) -> KVPages:
     """The cache with one row of keys and of values written per head and token; slots outside are skipped.
@@ -202,7 +235,7 @@ def write_rows(
     cheap as the rows' bytes.
     """
     heads, page_size, head_dim = kv_pages.num_kv_heads, kv_pages.page_size, kv_pages.head_dim
-    new = encode_bits(kv_pages, jnp.stack([keys, values], axis=1))  # [num_tokens, 2, num_kv_heads, head_dim]
+    new, scales = encode(kv_pages, jnp.stack([keys, values], axis=1))  # [num_tokens, 2, num_kv_heads, ...]
     head = jnp.arange(2 * heads, dtype=jnp.int32).reshape(1, 2, heads)
     page, offset = (part[:, None, None] for part in (slots // page_size, slots % page_size))
     flat = kv_pages.data.reshape(-1, head_dim)
@@ -210,7 +243,11 @@ def write_rows(
     outside = (slots < 0) | (slots >= kv_pages.num_pages * page_size)
     rows = jnp.where(outside[:, None, None], flat.shape[0], rows)  # out of range: dropped
     flat = flat.at[rows.reshape(-1)].set(new.reshape(-1, head_dim), mode="drop")
-    return replace(kv_pages, data=flat.reshape(kv_pages.data.shape))
+    written = replace(kv_pages, data=flat.reshape(kv_pages.data.shape))
+    if kv_pages.scales is None or scales is None:
+        return written
+    flat_scales = kv_pages.scales.reshape(-1).at[rows.reshape(-1)].set(scales.reshape(-1), mode="drop")
+    return replace(written, scales=flat_scales.reshape(kv_pages.scales.shape))
 
 
 @jax.jit
@@ -227,8 +264,12 @@ def read_kv(
         slots: [num_tokens] int32, `page * page_size + offset`; must lie in the pool (they are clipped).
 
     Returns:
-        keys and values, each [num_tokens, num_kv_heads, head_dim] of `kv_pages.dtype`.
+        keys and values, each [num_tokens, num_kv_heads, head_dim]: of `kv_pages.dtype`, or float32 if the
+        cache is quantized.
     """
     page, offset = slots // kv_pages.page_size, slots % kv_pages.page_size
     rows = decode_bits(kv_pages, kv_pages.data.at[page, :, :, offset].get(mode="clip"))
+    if kv_pages.scales is not None:
+        scales = kv_pages.scales.at[page, :, :, offset].get(mode="clip")
+        rows = rows.astype(jnp.float32) * scales[..., None]
     return rows[:, 0], rows[:, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ..kernels import SUPPORTED_DTYPES as CACHE_DTYPES
 from ..kernels import Implementation
 
 BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
+COMPUTE_DTYPES = (BFLOAT16, FLOAT32)
 
 
 class ConfigError(ValueError):
@@ -69,7 +72,8 @@ class Qwen3Config:
         attention_bias: whether the four attention projections have a bias.
         eos_token_ids: tokens that end a sequence.
         dtype: of the operands of matrix products; sums, norms and the residual stream are float32.
-        kv_dtype: of the cache; None for `dtype`.
+        kv_dtype: of the cache, bfloat16, float32, int8 or float8_e4m3fn (see `kernels.empty_kv_pages`); None
+            for `dtype`.
         matmul_precision: None for HIGHEST in float32, DEFAULT otherwise.
         attention, decode_attention: implementation of attention and the cache write, in steps of any tokens
             and in steps of one token per sequence; None for the best one here.
@@ -110,9 +114,12 @@ class Qwen3Config:
         for name in ("rms_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be positive and finite")
-        for name, dtype in (("dtype", self.dtype), ("kv_dtype", self.cache_dtype)):
-            if dtype not in (BFLOAT16, FLOAT32):
-                raise ConfigError(f"{name}={dtype}: supported are bfloat16 and float32")
+        for name, dtype, supported in (
+            ("dtype", self.dtype, COMPUTE_DTYPES),
+            ("kv_dtype", self.cache_dtype, CACHE_DTYPES),
+        ):
+            if dtype not in supported:
+                raise ConfigError(f"{name}={dtype}: supported are {[d.name for d in supported]}")
 
     @property
     def max_length(self) -> int:
@@ -128,13 +135,15 @@ class Qwen3Config:
         return self.dtype if self.kv_dtype is None else self.kv_dtype
 
 
-def parse_dtype(dtype: DTypeLike | str, name: str) -> np.dtype[Any]:
-    """bfloat16 or float32 as a NumPy dtype.
+def parse_dtype(
+    dtype: DTypeLike | str, name: str, allowed: Collection[np.dtype[Any]] = COMPUTE_DTYPES
+) -> np.dtype[Any]:
+    """One of some dtypes, by default bfloat16 and float32, as a NumPy dtype.
 
     Raises:
         ConfigError: another dtype, named `name` in the message.
     """
-    supported = {"bfloat16": BFLOAT16, "float32": FLOAT32}
+    supported = {one.name: one for one in allowed}
     key: Any
     try:
         # NumPy takes None for float64

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .kernels import Implementation
+from .kernels import SUPPORTED_DTYPES, Implementation
 from .model import Model, PartitionAxis, load_model, make_mesh
 from .model.config import parse_dtype
 from .model.loading import find_checkpoint, read_config
@@ -59,7 +59,7 @@ class AttentionMechanisms(Enum):
 
 
 class EasyDeLQuantizationMethods(Enum):
-    """How weights or the cache are quantized; supported is NONE."""
+    """How weights or the cache are quantized; supported are NONE, and A8BIT for the cache."""
 
     NONE = None
     NF4 = "nf4"
@@ -82,10 +82,10 @@ class EasyDeLBaseConfigDict(TypedDict, total=False):
     Attributes:
         freq_max_position_embeddings, mask_max_position_embeddings: tokens; the smaller is the default
             `max_length` of an engine.
-        kv_cache_quantization_method: of the cache.
+        kv_cache_quantization_method: of the cache; A8BIT is a `kvdtype` of int8.
         gradient_checkpointing: has no effect.
         attn_mechanism, decode_attn_mechanism: of prefill steps and of decode steps.
-        kvdtype: of the cache, bfloat16 or float32.
+        kvdtype: of the cache, bfloat16, float32, int8 or float8_e4m3fn.
     """
 
     freq_max_position_embeddings: int
@@ -268,7 +268,6 @@ def _config_changes(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"config_kwargs: {name}={value!r}: no such option; there are {known}")
-    _only_unquantized("kv_cache_quantization_method", options.get("kv_cache_quantization_method"))
     if "gradient_checkpointing" in options:
         policy = _member(
             "gradient_checkpointing", options["gradient_checkpointing"], EasyDeLGradientCheckPointers
@@ -280,8 +279,9 @@ def _config_changes(options: dict[str, Any]) -> dict[str, Any]:
     for theirs, ours in (("attn_mechanism", "attention"), ("decode_attn_mechanism", "decode_attention")):
         if theirs in options:
             changes[ours] = _attention(theirs, options[theirs])
-    if options.get("kvdtype") is not None:
-        changes["kv_dtype"] = _cache_dtype(options["kvdtype"])
+    kv_dtype = _cache_dtype(options.get("kvdtype"), options.get("kv_cache_quantization_method"))
+    if kv_dtype is not None:
+        changes["kv_dtype"] = kv_dtype
     return changes
 
 
@@ -313,15 +313,27 @@ def _attention(name: str, value: Any) -> Implementation | None:
     return ATTENTION[mechanism]
 
 
-def _cache_dtype(value: Any) -> Any:
-    supported = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+def _cache_dtype(value: Any, quantization_method: Any) -> Any:
+    """The dtype of the cache that two options name; None if neither does."""
+    name = "kv_cache_quantization_method"
+    method = _member(name, quantization_method, EasyDeLQuantizationMethods)
+    if method is EasyDeLQuantizationMethods.NF4:
+        raise NotImplementedError(
+            f"{name}={method}: not supported; supported are EasyDeLQuantizationMethods.NONE and A8BIT"
+        )
+    quantized = jnp.dtype(jnp.int8) if method is EasyDeLQuantizationMethods.A8BIT else None
+    if value is None:
+        return quantized
+    supported = ", ".join(dtype.name for dtype in SUPPORTED_DTYPES)
     try:
         dtype = jnp.dtype(value)
     except TypeError:
-        raise ValueError(f"kvdtype={value!r}: no such dtype; supported are bfloat16 and float32") from None
-    if dtype not in supported:
-        raise NotImplementedError(f"kvdtype={dtype}: not supported yet; supported are bfloat16 and float32")
-    return dtype
+        raise ValueError(f"kvdtype={value!r}: no such dtype; supported are {supported}") from None
+    if dtype not in SUPPORTED_DTYPES:
+        raise NotImplementedError(f"kvdtype={dtype}: not supported yet; supported are {supported}")
+    if quantized is not None and dtype.itemsize == 1 and dtype != quantized:
+        raise ValueError(f"kvdtype={dtype}: contradicts {name}={method}, which is int8")
+    return quantized or dtype
 
 
 def _max_length(options: dict[str, Any], longest: int) -> int | None:

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Array, Float, Int
 
 from ..kv_pages import KVPages
@@ -23,11 +26,33 @@ def append_kv(
     stored_as = data.dtype
     if stored_as != kv_pages.dtype:
         data = data.view(kv_pages.dtype)
-    key_rows, value_rows = np.asarray(keys).astype(data.dtype), np.asarray(values).astype(data.dtype)
+    scales = None if kv_pages.scales is None else np.array(kv_pages.scales)
     for token, slot in enumerate(np.asarray(slots).tolist()):
         if 0 <= slot < kv_pages.num_pages * kv_pages.page_size:
             page, offset = divmod(slot, kv_pages.page_size)
-            data[page, 0, :, offset] = key_rows[token]
-            data[page, 1, :, offset] = value_rows[token]
-    stored = jnp.asarray(data.view(stored_as))
-    return KVPages(jax.device_put(stored), kv_pages.scales, kv_pages.dtype, kv_pages.page_size)
+            for kind, rows in enumerate((keys, values)):
+                row = np.asarray(rows[token])
+                if scales is not None:
+                    row, scales[page, kind, :, offset] = quantize(row, kv_pages.dtype)
+                data[page, kind, :, offset] = row.astype(data.dtype)
+    stored = jax.device_put(jnp.asarray(data.view(stored_as)))
+    stored_scales = None if scales is None else jax.device_put(jnp.asarray(scales))
+    return KVPages(stored, stored_scales, kv_pages.dtype, kv_pages.page_size)
+
+
+def quantize(rows: npt.NDArray[Any], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """As `kernels.quantization.quantize`: [heads, head_dim] as they are stored, and their scales [heads]."""
+    largest = np.float32({"int8": 127, "float8_e4m3fn": 448}[dtype.name])
+    rows = rows.astype(np.float32)
+    stored = np.zeros(rows.shape, dtype)
+    scales = np.zeros(rows.shape[0], np.float32)
+    for head, row in enumerate(rows):
+        if not np.isfinite(row).all():
+            scales[head] = np.nan
+            continue
+        scale = np.abs(row).max() * (np.float32(1) / largest)
+        if scale >= np.finfo(np.float32).tiny:
+            scales[head] = scale
+            scaled = np.clip(row * (np.float32(1) / scale), -largest, largest)
+            stored[head] = (np.rint(scaled) if dtype == np.int8 else scaled).astype(dtype)
+    return stored, scales

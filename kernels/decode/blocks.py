@@ -29,7 +29,7 @@ class DecodeBlocks:
 
         Args:
             page_size: tokens per page.
-            token_bytes: of a token's keys and values in one layer.
+            token_bytes: of a token's keys and values in one layer, and of their scales, in vector memory.
             vmem_bytes: the device's vector memory.
 
         Raises:

@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ..blockwise import MASKED
-from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits
+from ..blockwise import MASKED, product_dtype
+from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
 from ..tpu.control import largest
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
@@ -43,7 +43,9 @@ from ..tpu.units import (
     Fetcher,
     Units,
     fetcher_scratch,
+    in_hbm,
     most_seqs,
+    vmem_bytes_per_token,
 )
 from .blocks import DecodeBlocks, default_blocks
 
@@ -212,6 +214,8 @@ def _compute(
             values.append(value)
 
     scores = attention.products.scores(rows.astype(dtype), keys) * attention.scale
+    if fetcher.scales is not None:
+        scores *= _scales_by_row(attention, fetcher, slot, width, KEYS)
     if attention.soft_cap is not None:
         scores = attention.soft_cap * jnp.tanh(scores / attention.soft_cap)
     if masked:
@@ -219,10 +223,30 @@ def _compute(
     highest = jnp.max(scores, axis=1, keepdims=True)
     weights = jnp.exp(scores - highest)
     total = jnp.sum(weights, axis=1, keepdims=True)
+    if fetcher.scales is not None:
+        scales = _scales_by_row(attention, fetcher, slot, width, VALUES)
+        weights *= jnp.where(_held(attention, units_in, width), scales, 0.0) if masked else scales
     weighted = attention.products.weighted(weights.astype(dtype), values)
     for lane, unit in enumerate(units_in):
         part = slice(lane * attention.num_q_heads, (lane + 1) * attention.num_q_heads)
         softmax.merge(unit[ROW], highest[part], total[part], weighted[part])
+
+
+def _scales_by_row(attention: Attention, fetcher: Fetcher, slot: Any, width: int, kind: int) -> Any:
+    """[lanes * num_q_heads, width]: the scales of a slot's keys or values, each head's for its query rows."""
+    group = attention.products.rows
+    rows = list[Any]()
+    for lane in range(fetcher.units.lanes):
+        scales = fetcher.scales_of(slot, lane, kind, width)
+        heads = (scales[head : head + 1] for head in range(scales.shape[0]))
+        rows.extend(jnp.broadcast_to(head, (group, width)) for head in heads)
+    return jnp.concatenate(rows)
+
+
+def _held(attention: Attention, units_in: list[Any], width: int) -> Any:
+    """[lanes * num_q_heads, width]: which of its unit's tokens are there."""
+    column = lax.broadcasted_iota(jnp.int32, (attention.num_q_heads, width), 1)
+    return jnp.concatenate([column < unit[TOKENS] for unit in units_in])
 
 
 def _seen(attention: Attention, units_in: list[Any], width: int) -> Any:
@@ -260,7 +284,7 @@ def paged_decode_attention(
         return queries, jnp.zeros((0, num_q_heads), jnp.float32)
     check_pages(kv_pages)
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
-    token_bytes = bytes_per_token(num_kv_heads, padded(head_dim), kv_pages.dtype)
+    token_bytes = vmem_bytes_per_token(kv_pages)
     blocks = block_sizes or default_blocks(
         page_size=page_size,
         pages_per_seq=pages_per_seq,
@@ -282,8 +306,7 @@ def paged_decode_attention(
         sliding_window=sliding_window,
     )
     units.check()
-    both_bfloat16 = queries.dtype == kv_pages.dtype == jnp.bfloat16
-    products = Products(num_q_heads // num_kv_heads, head_dim, jnp.bfloat16 if both_bfloat16 else jnp.float32)
+    products = Products(num_q_heads // num_kv_heads, head_dim, product_dtype(queries, kv_pages))
     attention = Attention(num_q_heads, products, scale, soft_cap, sliding_window)
 
     spare = num_groups * seqs - num_seqs
@@ -310,7 +333,7 @@ def paged_decode_attention(
                 by_group(head_dim),
                 pl.BlockSpec(memory_space=pltpu.VMEM),
                 pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
+                in_hbm(kv_pages),
             ],
             out_specs=[by_group(head_dim), by_group(LANES)],
             scratch_shapes=[
@@ -330,6 +353,6 @@ def paged_decode_attention(
         queries,
         start.astype(jnp.float32)[:, None],
         page_table.reshape(-1),
-        kv_pages.data,
+        kv_pages,
     )
     return output[:num_seqs], log_sum_exp[:num_seqs, :, 0]

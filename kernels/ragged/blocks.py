@@ -19,7 +19,8 @@ class Sizes:
     Attributes:
         num_q_heads, num_kv_heads, head_dim: heads, and numbers per head.
         page_size: tokens per page.
-        query_bytes, kv_bytes: bytes of a number of the queries and of the cache.
+        query_bytes: bytes of a number of the queries.
+        token_bytes: of a token's keys and values, and of their scales, in vector memory.
         return_lse: whether the log-sum-exp is wanted.
     """
 
@@ -28,7 +29,7 @@ class Sizes:
     head_dim: int
     page_size: int
     query_bytes: int
-    kv_bytes: int
+    token_bytes: int
     return_lse: bool
 
 
@@ -82,8 +83,7 @@ class RaggedBlocks:
         blocks = (2 + 1 + 2) * rows * head_dim * sizes.query_bytes  # coming, in use, going
         log_sum_exp = 2 * rows * LANES * 4 if sizes.return_lse else 0
         softmax = rows * (2 * SUBLANES + padded(sizes.head_dim, SUBLANES)) * 4
-        piece = self.kv_tokens * 2 * sizes.num_kv_heads * head_dim * sizes.kv_bytes
-        return blocks + log_sum_exp + softmax + self.depth * piece
+        return blocks + log_sum_exp + softmax + self.depth * self.kv_tokens * sizes.token_bytes
 
     def step_bytes(self, sizes: Sizes) -> int:
         """About the bytes of vector memory that a step's own numbers take: two heads' scores and weights."""

@@ -6,6 +6,9 @@ A KV head's queries of a block are the columns of one product: scores are [token
 softmax runs down the columns, sums of weights come out of the matrix unit as one more row of the values, and
 nothing has to be spread over the lanes of a register. While one head's weights are computed, the matrix unit
 already makes the next head's scores.
+
+Of a quantized cache the scales of a unit are transposed once, tokens down the sublanes. Then scores and
+weights are multiplied with a head's column of them, and the weights are summed before.
 """
 
 from __future__ import annotations
@@ -88,6 +91,36 @@ class Softmax:
         self.weighted[head] = self.weighted[head] * keep + sums[:head_dim]
 
 
+def column_of(columns: Any, head: Any) -> Any:
+    """A head's column [tokens, 1] of [tokens, num_kv_heads], which may hold NaN elsewhere."""
+    if isinstance(head, int):
+        return columns[:, head : head + 1]
+    here = lax.broadcasted_iota(jnp.int32, columns.shape, 1) == head
+    return jnp.sum(jnp.where(here, columns, 0.0), axis=1, keepdims=True)
+
+
+def zero_behind(rows: Any, count: Any) -> Any:
+    """The first `count` rows; what lies behind them may be NaN, as is 0 times that."""
+    held = lax.broadcasted_iota(jnp.int32, rows.shape, 0) < count
+    return jnp.where(held, rows, jnp.zeros_like(rows))
+
+
+def weighted_sums(values: Any, scales: Any, weights: Any) -> Any:
+    """Sums over tokens [head_dim + SUBLANES, columns]: weighted values, and below them the weights alone.
+
+    Args:
+        values: [tokens, head_dim].
+        scales: of the values, [tokens, 1] float32, or None.
+        weights: [tokens, columns] float32.
+    """
+    if scales is None:
+        ones = jnp.ones((SUBLANES, values.shape[0]), values.dtype)
+        return dot(jnp.concatenate([values.T, ones]), weights.astype(values.dtype), contract=(1, 0))
+    total = jnp.sum(weights, axis=0, keepdims=True)
+    weighted = dot(values.T, (weights * scales).astype(values.dtype), contract=(1, 0))
+    return jnp.concatenate([weighted, jnp.broadcast_to(total, (SUBLANES, total.shape[1]))])
+
+
 def attend(
     attention: Attention,
     kv_pages: KVPages,
@@ -111,12 +144,16 @@ def attend(
     unit, block = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0]
     chunk = width // -(-width // CHUNK)
     parts = [slice(begin, begin + chunk) for begin in range(0, width, chunk)]
+    quantized = fetcher.scales is not None
+    scales = [fetcher.scales_of(slot, 0, kind, width).T for kind in (KEYS, VALUES)] if quantized else []
 
     def loaded(kind: int, head: Any, part: slice) -> Any:
         return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
 
     def scores(head: Any, part: slice) -> Any:
         found = dot(loaded(KEYS, head, part), queries[head], contract=(1, 1))
+        if quantized:
+            found *= column_of(scales[KEYS][part], head)
         if attention.soft_cap is None:
             found *= attention.scale * LOG2_E
         else:
@@ -131,12 +168,13 @@ def attend(
             seen &= token >= beyond - attention.sliding_window
         return jnp.where(seen, found, MASKED)
 
-    def values_and_ones(head: Any, part: slice) -> Any:
+    def sums_of(head: Any, part: slice, weights: Any) -> Any:
         values = loaded(VALUES, head, part)
-        if part.stop > seen_by_all:  # what lies behind the tokens may be NaN, as is 0 times that
-            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) + part.start < unit[TOKENS]
-            values = jnp.where(held, values, jnp.zeros_like(values))
-        return jnp.concatenate([values.T, jnp.ones((SUBLANES, chunk), attention.dtype)])
+        value_scales = column_of(scales[VALUES][part], head) if quantized else None
+        if part.stop > seen_by_all:
+            values = zero_behind(values, unit[TOKENS] - part.start)
+            value_scales = zero_behind(value_scales, unit[TOKENS] - part.start) if quantized else None
+        return weighted_sums(values, value_scales, weights)
 
     def add(head: Any, these: list[Any], begin_next: Callable[[slice], None]) -> None:
         most = these[0]
@@ -146,8 +184,7 @@ def attend(
         sums: Any = 0.0
         for part, part_scores in zip(parts, these, strict=True):
             begin_next(part)
-            weights = jnp.exp2(part_scores - highest).astype(attention.dtype)
-            sums += dot(values_and_ones(head, part), weights, contract=(1, 0))
+            sums += sums_of(head, part, jnp.exp2(part_scores - highest))
         softmax.add(head, keep, sums)
 
     def run(heads: Sequence[Any]) -> None:

@@ -22,13 +22,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ..blockwise import MASKED
+from ..blockwise import MASKED, product_dtype
 from ..decode.mosaic_tpu import paged_decode_attention
 from ..kv_pages import KVPages
 from ..tpu.control import for_each, if_then_else
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
-from ..tpu.units import FULL, TABLE_TILE, TOKENS, WHOLE, Fetcher, Units, fetcher_scratch
+from ..tpu.units import (
+    FULL,
+    TABLE_TILE,
+    TOKENS,
+    WHOLE,
+    Fetcher,
+    Units,
+    fetcher_scratch,
+    in_hbm,
+    vmem_bytes_per_token,
+)
 from .blocks import RaggedBlocks, Sizes, default_blocks
 from .columns import LOG2_E, Attention, Softmax, attend
 from .query_blocks import QueryBlocks, RaggedRows, cut_queries
@@ -262,7 +272,7 @@ def ragged_paged_attention(
         head_dim,
         page_size,
         queries.dtype.itemsize,
-        kv_pages.dtype.itemsize,
+        vmem_bytes_per_token(kv_pages),
         return_lse,
     )
     blocks = block_sizes or default_blocks(sizes, pages_per_seq=pages_per_seq, vmem_bytes=vmem_bytes())
@@ -279,7 +289,6 @@ def ragged_paged_attention(
         queries=blocks.q_tokens,
     )
     units.check()
-    both_bfloat16 = queries.dtype == kv_pages.dtype == jnp.bfloat16
     attention = Attention(
         num_kv_heads,
         group,
@@ -287,7 +296,7 @@ def ragged_paged_attention(
         scale,
         soft_cap,
         sliding_window,
-        jnp.bfloat16 if both_bfloat16 else jnp.float32,
+        product_dtype(queries, kv_pages),
     )
 
     new_tokens = query_starts[1:] - query_starts[:-1]
@@ -332,7 +341,8 @@ def ragged_paged_attention(
             in_specs=[
                 *[pl.BlockSpec(memory_space=pl.ANY)] * 3,
                 pl.BlockSpec(memory_space=pltpu.VMEM),
-                *[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+                pl.BlockSpec(memory_space=pl.ANY),
+                in_hbm(kv_pages),
             ],
             out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
             scratch_shapes=[
@@ -367,6 +377,6 @@ def ragged_paged_attention(
         decoded_lse,
         start,
         table.reshape(-1),
-        kv_pages.data,
+        kv_pages,
     )
     return output, log_sum_exp[:, :, 0] if return_lse else None

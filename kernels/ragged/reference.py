@@ -7,14 +7,13 @@ One plain loop per sequence, no blocks, no online softmax, nothing clever.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, Float, Int
 
-from ..kv_pages import KVPages, read_kv
+from ..kv_pages import KEYS, VALUES, KVPages
 
 Float64 = npt.NDArray[np.float64]
 
@@ -61,9 +60,11 @@ def attend(
 
 def read_cache(kv_pages: KVPages) -> tuple[Float64, Float64]:
     """Keys and values of all slots, each [num_pages * page_size, num_kv_heads, head_dim], in float64."""
-    slots = np.arange(kv_pages.num_pages * kv_pages.page_size)
-    rows = cast("tuple[Array, Array]", read_kv(kv_pages, jnp.asarray(slots, jnp.int32)))
-    return np.asarray(rows[0], np.float64), np.asarray(rows[1], np.float64)
+    rows = np.asarray(kv_pages.data).view(kv_pages.dtype).astype(np.float64)
+    if kv_pages.scales is not None:
+        rows *= np.asarray(kv_pages.scales, np.float64)[..., None]
+    by_slot = rows.transpose(1, 0, 3, 2, 4).reshape(2, -1, kv_pages.num_kv_heads, kv_pages.head_dim)
+    return by_slot[KEYS], by_slot[VALUES]
 
 
 def slots_of(page_table_row: npt.NDArray[np.int64], kv_len: int, page_size: int) -> npt.NDArray[np.int64]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -112,7 +113,7 @@ class Fetcher:
         num_groups: groups that are walked through, the first ones.
         kv_lens: [units.num_groups * seqs] int32 in scalar memory; 0 behind the batch's end.
         table_hbm: [num_groups * table_group] int32, the rows of the page table one after another.
-        kv_hbm: the cache's data.
+        kv_hbm: the cache, of which each array is in HBM.
         table: [TABLES * table_group] int32 in scalar memory.
         table_arrived: a DMA semaphore.
         buffer: [depth, lanes, 2, num_kv_heads, tokens, head_dim] in VMEM.
@@ -124,6 +125,9 @@ class Fetcher:
         step_in: [depth, STEP_SIZE] int32 in scalar memory, of the step in a slot: LAST, whether it is its
             group's last one; WHOLE, whether all tokens that its units have room for are there; FULL, whether
             all queries also see them.
+        scales: [depth, lanes, pages, 2, num_kv_heads, page_size] float32 in VMEM; None unless the cache has
+            scales, as the next.
+        scales_arrived: [depth] DMA semaphores.
     """
 
     units: Units
@@ -138,6 +142,8 @@ class Fetcher:
     cursor: Any
     units_in: Any
     step_in: Any
+    scales: Any = None
+    scales_arrived: Any = None
 
     def begin(self) -> None:
         """Describes the first `depth` steps, and starts the copies of all but the last of them."""
@@ -212,25 +218,39 @@ class Fetcher:
 
     def start(self, slot: Any) -> None:
         """Starts the copies of a slot's pages."""
-        self._each_page(slot, lambda lane, i: self._copy(slot, lane, i, self._page(slot, lane, i)).start())
+
+        def begin(lane: int, i: Any) -> None:
+            for copy in self._copies(slot, lane, i, self._page(slot, lane, i)):
+                copy.start()
+
+        self._each_page(slot, begin)
 
     def start_whole(self, slot: Any) -> None:
         """`start` of a whole step, without a branch, so that the arithmetic beside it can hide it."""
         places = [(lane, i) for lane in range(self.units.lanes) for i in range(self.units.pages)]
         pages = [self._page(slot, lane, i) for lane, i in places]  # all first: a copy's start holds up reads
         for (lane, i), page in zip(places, pages, strict=True):
-            self._copy(slot, lane, i, page).start()
+            for copy in self._copies(slot, lane, i, page):
+                copy.start()
 
     def wait(self, slot: Any) -> None:
         """Waits for a slot's pages."""
-        self._each_page(slot, lambda lane, i: self._copy(slot, lane, i, 0).wait())
+        self._each_page(slot, lambda lane, i: [copy.wait() for copy in self._copies(slot, lane, i, 0)])
 
     def wait_whole(self, slot: Any) -> None:
         """`wait` for a whole step: for all of its bytes at once."""
-        everything = self.buffer.at[slot]
-        pltpu.make_async_copy(everything, everything, self.arrived.at[slot]).wait()
+        for buffer, arrived in ((self.buffer, self.arrived), (self.scales, self.scales_arrived)):
+            if buffer is not None:
+                everything = buffer.at[slot]
+                pltpu.make_async_copy(everything, everything, arrived.at[slot]).wait()
 
-    def _each_page(self, slot: Any, act: Callable[[int, Any], None]) -> None:
+    def scales_of(self, slot: Any, lane: int, kind: int, width: int) -> Any:
+        """The scales of a unit's first `width` keys or values, [num_kv_heads, width]; some may be NaN."""
+        page_size = self.units.page_size
+        pages = [self.scales[slot, lane, i, kind] for i in range(-(-width // page_size))]
+        return jnp.concatenate(pages, axis=1)[:, :width]
+
+    def _each_page(self, slot: Any, act: Callable[[int, Any], Any]) -> None:
         for lane in range(self.units.lanes):
             pages = (self.units_in[slot, lane, TOKENS] + self.units.page_size - 1) // self.units.page_size
             for_each(0, pages, partial(act, lane))
@@ -247,15 +267,41 @@ class Fetcher:
             self.table_arrived,
         )
 
+    def _copies(self, slot: Any, lane: int, i: Any, page: Any) -> list[Any]:
+        copies = [self._copy(slot, lane, i, page)]
+        if self.scales is not None:
+            scales = self.kv_hbm.scales.at[page], self.scales.at[slot, lane, i]
+            copies.append(pltpu.make_async_copy(*scales, self.scales_arrived.at[slot]))
+        return copies
+
     def _copy(self, slot: Any, lane: int, i: Any, page: Any) -> Any:
         place = pl.ds(i * self.units.page_size, self.units.page_size)
         return pltpu.make_async_copy(
-            self.kv_hbm.at[page], self.buffer.at[slot, lane, :, :, place], self.arrived.at[slot]
+            self.kv_hbm.data.at[page], self.buffer.at[slot, lane, :, :, place], self.arrived.at[slot]
         )
+
+
+def in_hbm(kv_pages: KVPages) -> KVPages:
+    """The specification of a cache that a kernel copies from."""
+    return cast(KVPages, jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), kv_pages))
+
+
+def vmem_bytes_per_token(kv_pages: KVPages) -> int:
+    """Bytes that a token takes in a `Fetcher`'s buffers, about: a page's scales fill rows of registers."""
+    heads = kv_pages.num_kv_heads
+    numbers = 2 * heads * padded(kv_pages.head_dim) * kv_pages.dtype.itemsize
+    if kv_pages.scales is None:
+        return numbers
+    return numbers + 2 * 4 * padded(heads, SUBLANES) * padded(kv_pages.page_size) // kv_pages.page_size
 
 
 def fetcher_scratch(units: Units, kv_pages: KVPages) -> list[Any]:
     """The scratch memory of a `Fetcher`: what follows its `kv_hbm`, in that order."""
+    if kv_pages.scales is None:
+        scales = list[Any]()
+    else:
+        place = (units.depth, units.lanes, units.pages, 2, kv_pages.num_kv_heads, units.page_size)
+        scales = [pltpu.VMEM(place, jnp.float32), pltpu.SemaphoreType.DMA((units.depth,))]
     place = (units.depth, units.lanes, 2, kv_pages.num_kv_heads, units.tokens, kv_pages.head_dim)
     return [
         pltpu.SMEM((TABLES * units.table_group,), jnp.int32),
@@ -265,4 +311,5 @@ def fetcher_scratch(units: Units, kv_pages: KVPages) -> list[Any]:
         pltpu.SMEM((CURSOR_SIZE,), jnp.int32),
         pltpu.SMEM((units.depth, units.lanes, UNIT_SIZE), jnp.int32),
         pltpu.SMEM((units.depth, STEP_SIZE), jnp.int32),
+        *scales,
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from vsurge.kernels import (
     ragged_paged_attention,
 )
 from vsurge.kernels.decode import reference as decode_reference
+from vsurge.kernels.quantization import is_quantized
 from vsurge.kernels.ragged import reference as ragged_reference
 
 # What is compared with the reference on this machine. An implementation for another device adds its name.
@@ -89,12 +90,35 @@ class Setup:
         return f"{heads}-page{self.page_size}-{self.query_dtype}-{self.cache_dtype}"
 
 
+DTYPES = [  # of queries and cache
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "int8"),
+    ("float32", "float8_e4m3fn"),
+]
 SWEEP = [
-    Setup(num_kv_heads * group, num_kv_heads, head_dim, page_size, dtype, dtype)
-    for (num_kv_heads, group), head_dim, page_size, dtype in itertools.product(
-        [(2, 1), (2, 2), (1, 4), (1, 8)], [64, 128], [16, 64, 256], ["float32", "bfloat16"]
+    Setup(num_kv_heads * group, num_kv_heads, head_dim, page_size, *dtypes)
+    for (num_kv_heads, group), head_dim, page_size, dtypes in itertools.product(
+        [(2, 1), (2, 2), (1, 4), (1, 8)], [64, 128], [16, 64, 256], DTYPES
     )
 ]
+QUANTIZED = (
+    Setup(page_size=16, query_dtype="bfloat16", cache_dtype="int8"),
+    Setup(num_q_heads=8, num_kv_heads=1, page_size=256, query_dtype="float32", cache_dtype="int8"),
+    Setup(num_q_heads=3, num_kv_heads=3, page_size=64, query_dtype="float32", cache_dtype="float8_e4m3fn"),
+    Setup(num_q_heads=4, num_kv_heads=1, page_size=32, query_dtype="bfloat16", cache_dtype="float8_e4m3fn"),
+)
+
+each_quantized = pytest.mark.parametrize(
+    ("implementation", "setup"),
+    [
+        pytest.param(implementation, setup, marks=() if sampled else pytest.mark.slow)
+        for implementation in IMPLEMENTATIONS
+        for setup in QUANTIZED
+        for sampled in [implementation == "xla" and setup in QUANTIZED[:3:2]]
+    ],
+    ids=str,
+)
 
 
 @dataclass(frozen=True)
@@ -197,6 +221,7 @@ def poisoned_cache(
         }
     )
     rows = (num_pages * page_size, setup.num_kv_heads, setup.head_dim)
+    quantized = is_quantized(jnp.dtype(setup.cache_dtype))
     keys, values = np.full(rows, np.nan), np.full(rows, np.nan)
     keys[written] = _normal(rng, (len(written), *rows[1:]))
     values[written] = _normal(rng, (len(written), *rows[1:]))
@@ -205,8 +230,17 @@ def poisoned_cache(
         values[::13] *= 50.0
     empty = empty_kv_pages(num_pages, page_size, setup.num_kv_heads, setup.head_dim, setup.cache_dtype)
     slots = jnp.arange(rows[0], dtype=jnp.int32)
-    keys, values = (jnp.asarray(array, setup.cache_dtype) for array in (keys, values))
-    return append_kv(empty, keys, values, slots, implementation="reference"), table
+    row_dtype = "float32" if quantized else setup.cache_dtype
+    keys, values = (jnp.asarray(array, row_dtype) for array in (keys, values))
+    kv_pages = append_kv(empty, keys, values, slots, implementation="reference")
+    if quantized:  # of rows of NaN it holds scales of NaN and zeros
+        unwritten = np.isin(slots, written, invert=True).reshape(num_pages, 1, 1, page_size, 1)
+        garbage = jnp.asarray(rng.integers(0, 256, kv_pages.data.shape), jnp.uint8)
+        if setup.cache_dtype != "int8":  # float8 has NaN
+            garbage |= 0x7F
+        data = jnp.where(unwritten, garbage.astype(kv_pages.data.dtype), kv_pages.data)
+        kv_pages = replace(kv_pages, data=data)
+    return kv_pages, table
 
 
 def check_ragged(batch: RaggedBatch, implementation: Implementation, **options: Any) -> None:

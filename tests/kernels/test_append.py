@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -20,11 +21,18 @@ from vsurge.kernels import (
     ragged_paged_attention,
     read_kv,
 )
+from vsurge.kernels.append import reference
 
 from .cases import IMPLEMENTATIONS
 
 NUM_PAGES, HEADS, HEAD_DIM = 5, 2, 16
 DTYPES = ("float32", "bfloat16")
+QUANTIZED = ("int8", "float8_e4m3fn")
+CASES = [
+    *itertools.product([16, 64], DTYPES, DTYPES),
+    (16, "bfloat16", "int8"),
+    pytest.param(64, "float32", "float8_e4m3fn", marks=pytest.mark.slow),
+]  # page size, dtype of rows, of the cache
 
 
 def random_rows(rng: np.random.Generator, count: int, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -32,10 +40,16 @@ def random_rows(rng: np.random.Generator, count: int, dtype: str) -> tuple[jax.A
     return jnp.asarray(rows[0], dtype), jnp.asarray(rows[1], dtype)
 
 
+def read_back(rows: jax.Array, dtype: str) -> np.ndarray:
+    """What a cache of a dtype gives for rows."""
+    if dtype not in QUANTIZED:
+        return np.asarray(rows.astype(dtype))
+    found = [reference.quantize(np.asarray(row), np.dtype(dtype)) for row in rows]
+    return np.stack([stored.astype(np.float32) * scales[:, None] for stored, scales in found])
+
+
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
-@pytest.mark.parametrize("cache_dtype", DTYPES)
-@pytest.mark.parametrize("row_dtype", DTYPES)
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize(("page_size", "row_dtype", "cache_dtype"), CASES)
 def test_the_cache_is_a_dictionary_of_slots(
     page_size: int, row_dtype: str, cache_dtype: str, implementation: Implementation
 ) -> None:
@@ -50,14 +64,14 @@ def test_the_cache_is_a_dictionary_of_slots(
         kv_pages = append_kv(
             kv_pages, keys, values, jnp.asarray(slots, jnp.int32), implementation=implementation
         )
-        stored = [np.asarray(rows.astype(cache_dtype)) for rows in (keys, values)]
+        stored = [read_back(rows, cache_dtype) for rows in (keys, values)]
         written |= {
             slot: (stored[0][i], stored[1][i])
             for i, slot in enumerate(slots.tolist())
             if slot in range(num_slots)
         }
     keys, values = read_kv(kv_pages, jnp.arange(num_slots, dtype=jnp.int32))
-    assert keys.dtype == values.dtype == cache_dtype
+    assert keys.dtype == values.dtype == ("float32" if cache_dtype in QUANTIZED else cache_dtype)
     untouched = (np.zeros((HEADS, HEAD_DIM)), np.zeros((HEADS, HEAD_DIM)))
     for slot in range(num_slots):
         want_key, want_value = written.get(slot, untouched)
@@ -75,12 +89,19 @@ def test_nan_and_negative_zero_survive_the_round_trip(implementation: Implementa
         np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(want).view(np.uint16))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_argument_is_donated(implementation: Implementation) -> None:
-    kv_pages = empty_kv_pages(NUM_PAGES, 16, HEADS, HEAD_DIM, "bfloat16")
+@pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [
+        *(("bfloat16", implementation) for implementation in IMPLEMENTATIONS),
+        ("int8", "xla"),
+        pytest.param("int8", "mosaic_tpu", marks=pytest.mark.slow),
+    ],
+)
+def test_the_argument_is_donated(dtype: str, implementation: Implementation) -> None:
+    kv_pages = empty_kv_pages(NUM_PAGES, 16, HEADS, HEAD_DIM, dtype)
     keys, values = random_rows(np.random.default_rng(0), 1, "bfloat16")
     append_kv(kv_pages, keys, values, jnp.asarray([0], jnp.int32), implementation=implementation)
-    assert kv_pages.data.is_deleted()
+    assert all(array.is_deleted() for array in jax.tree.leaves(kv_pages))
 
 
 def write(kv_pages: KVPages, rows: jax.Array, slots: jax.Array) -> KVPages:
@@ -100,20 +121,29 @@ def write_and_attend(kv_pages: KVPages, rows: jax.Array, slots: jax.Array) -> tu
     return kv_pages, ragged_paged_attention(rows, kv_pages, kv_lens, slots[None], starts, one, scale=0.1)
 
 
-@pytest.mark.parametrize("page_size", [16, 128])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "page_size"),
+    [
+        *itertools.product(DTYPES, [16, 128]),
+        ("int8", 16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("int8", 128), ("float8_e4m3fn", 16)]),
+    ],
+)
 @pytest.mark.parametrize("step", [write, write_and_decode, write_and_attend])
 def test_a_step_updates_the_cache_in_place(step: Callable[..., object], dtype: str, page_size: int) -> None:
     num_pages = 2**17 // page_size
     kv_pages = empty_kv_pages(num_pages, page_size, HEADS, HEAD_DIM, dtype)
-    rows = jnp.ones((4, HEADS, HEAD_DIM), dtype)
+    rows = jnp.ones((4, HEADS, HEAD_DIM), "bfloat16" if dtype in QUANTIZED else dtype)
     slots = jnp.arange(4, dtype=jnp.int32)
     compiled = jax.jit(step, donate_argnums=0).lower(kv_pages, rows, slots).compile()
     program = compiled.as_text()
     assert program is not None
     header = program.splitlines()[0]
     assert re.search(r"input_output_alias=\{ \{0?\}: \(0, \{\}, (may|must)-alias\)", header), header
-    assert cache_sized(program, kv_pages.data.size, {"copy", "convert", "transpose", "broadcast"}) == []
+    if dtype in QUANTIZED:  # the scales
+        assert re.search(r", \{1\}: \(1, \{\}, (may|must)-alias\)", header), header
+    smallest = min(array.size for array in jax.tree.leaves(kv_pages))
+    assert cache_sized(program, smallest, {"copy", "convert", "transpose", "broadcast"}) == []
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < bytes_per_token(HEADS, HEAD_DIM, dtype) * 2**17 // 4
@@ -129,9 +159,12 @@ def cache_sized(program: str, cache_size: int, opcodes: set[str]) -> list[str]:
     return found
 
 
-def test_a_bfloat16_cache_on_a_cpu_holds_bits() -> None:
-    kv_pages = empty_kv_pages(NUM_PAGES, 16, HEADS, HEAD_DIM, "bfloat16")
-    assert (kv_pages.data.dtype, kv_pages.dtype) == (np.uint16, jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("bfloat16", np.uint16), ("float8_e4m3fn", np.uint8), ("int8", np.int8)]
+)
+def test_a_cache_on_a_cpu_holds_what_a_cpu_scatters(dtype: str, stored: type) -> None:
+    kv_pages = empty_kv_pages(NUM_PAGES, 16, HEADS, HEAD_DIM, dtype)
+    assert (kv_pages.data.dtype, kv_pages.dtype) == (stored, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,7 +181,8 @@ def test_the_search_for_copies_finds_a_cache_in_another_dtype() -> None:
     assert cache_sized(program or "", data.size, {"convert"})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bytes_per_token_are_what_the_data_takes(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", [*DTYPES, *QUANTIZED])
+def test_bytes_per_token_are_what_the_cache_takes(dtype: str) -> None:
     kv_pages = empty_kv_pages(NUM_PAGES, 16, HEADS, HEAD_DIM, dtype)
-    assert bytes_per_token(HEADS, HEAD_DIM, dtype) * NUM_PAGES * 16 == kv_pages.data.nbytes
+    taken = sum(array.nbytes for array in jax.tree.leaves(kv_pages))
+    assert bytes_per_token(HEADS, HEAD_DIM, dtype) * NUM_PAGES * 16 == taken

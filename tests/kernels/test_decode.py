@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vsurge.kernels import Implementation, paged_decode_attention, ragged_paged_attention
 
 from .cases import (
+    QUANTIZED,
     SWEEP,
     TOLERANCES,
     Setup,
@@ -24,6 +25,7 @@ from .cases import (
     decode_batch,
     each_implementation,
     each_implementation_slowly,
+    each_quantized,
     every_option,
     sinks_of,
 )
@@ -40,6 +42,7 @@ SETUPS = (
     Setup(num_q_heads=4, num_kv_heads=1, page_size=32, cache_dtype="bfloat16"),
     Setup(head_dim=128, page_size=256, query_dtype="bfloat16"),
     Setup(num_q_heads=1, num_kv_heads=1, page_size=128, query_dtype="bfloat16", cache_dtype="bfloat16"),
+    QUANTIZED[0],
 )
 
 
@@ -53,6 +56,12 @@ def test_any_batch_matches_the_reference(kv_lens: tuple[int, ...], implementatio
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_any_setup_matches_the_reference(setup: Setup, implementation: Implementation) -> None:
     check_decode(decode_batch(setup, BATCHES["unsorted, with padding"]), implementation)
+
+
+@each_quantized
+def test_a_quantized_cache_matches_the_reference(setup: Setup, implementation: Implementation) -> None:
+    batch = decode_batch(setup, (270, 3, 0, 128, 400), outliers=True)
+    check_decode(batch, implementation, **chosen("all", setup))
 
 
 @pytest.mark.parametrize(("implementation", "dtype", "options"), every_option())

@@ -20,6 +20,7 @@ from .cases import (
     chosen,
     each_implementation,
     each_implementation_slowly,
+    each_quantized,
     every_option,
     ragged_batch,
 )
@@ -71,6 +72,12 @@ def test_any_mix_of_lengths_matches_the_reference(
     setup: Setup, mix: str, implementation: Implementation
 ) -> None:
     check_ragged(mixed_batch(setup, mix), implementation)
+
+
+@each_quantized
+def test_a_quantized_cache_matches_the_reference(setup: Setup, implementation: Implementation) -> None:
+    batch = ragged_batch(setup, (3, 150, 1, 0), (3, 300, 270, 0), outliers=True)
+    check_ragged(batch, implementation, **chosen("all", setup))
 
 
 @pytest.mark.parametrize(("implementation", "dtype", "options"), every_option())

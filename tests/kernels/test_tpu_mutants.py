@@ -229,11 +229,11 @@ RAGGED = {
 }
 APPEND = {
     "write to the neighbour": written(
-        lambda kv, rows, slots: (kv, rows, jnp.where(slots < 0, slots, slots + 1))
+        lambda kv, rows, scales, slots: (kv, rows, scales, jnp.where(slots < 0, slots, slots + 1))
     ),
-    "padding written": written(lambda kv, rows, slots: (kv, rows, jnp.maximum(slots, 0))),
-    "values written as keys": written(lambda kv, rows, slots: (kv, rows[:, ::-1], slots)),
-    "rows in another order": written(lambda kv, rows, slots: (kv, rows[::-1], slots)),
+    "padding written": written(lambda kv, rows, scales, slots: (kv, rows, scales, jnp.maximum(slots, 0))),
+    "values written as keys": written(lambda kv, rows, scales, slots: (kv, rows[:, ::-1], scales, slots)),
+    "rows in another order": written(lambda kv, rows, scales, slots: (kv, rows[::-1], scales, slots)),
 }
 
 

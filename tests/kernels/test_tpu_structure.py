@@ -92,7 +92,8 @@ def test_block_sizes_of_another_kernel_are_refused(kernel: str, other: str) -> N
 @pytest.mark.parametrize("vmem_bytes", [2**24, 2**26, 2**27])
 @pytest.mark.parametrize("heads", [(64, 8), (32, 8), (16, 8), (8, 2), (8, 1), (64, 1)], ids=str)
 def test_default_block_sizes_fit_and_serve_the_context(heads: tuple[int, int], vmem_bytes: int) -> None:
-    sizes = Sizes(*heads, 128, 64, 2, 2, return_lse=False)
+    token_bytes = 2 * heads[1] * 128 * 2
+    sizes = Sizes(*heads, 128, 64, 2, token_bytes, return_lse=False)
     blocks = default_blocks(sizes, pages_per_seq=100, vmem_bytes=vmem_bytes)
     blocks.check(sizes, vmem_bytes)
     assert blocks.scratch_bytes(sizes) + blocks.step_bytes(sizes) <= vmem_bytes * 3 // 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -206,6 +207,16 @@ def test_a_dtype_has_one_name():
         parse_dtype("float64", "dtype")
     assert parse_dtype(jnp.bfloat16, "dtype") == jnp.bfloat16
     assert parse_dtype(np.float32, "dtype") == np.float32
+
+
+def test_the_cache_may_have_8_bits_but_not_the_computation():
+    config = published_config("0.6B")
+    for dtype in (jnp.int8, jnp.float8_e4m3fn):
+        assert replace(config, kv_dtype=np.dtype(dtype)).cache_dtype == dtype
+        with pytest.raises(ConfigError, match=r"^dtype=.*8.*: supported are \['bfloat16', 'float32'\]"):
+            replace(config, dtype=np.dtype(dtype))
+    with pytest.raises(ConfigError, match=r"^kv_dtype=float16: supported are .*'int8', 'float8_e4m3fn'"):
+        replace(config, kv_dtype=np.dtype("float16"))
 
 
 def test_what_is_no_dtype_is_named(no_type_checker):

@@ -100,13 +100,19 @@ def test_weights_are_described_by_the_mapping():
 
 def test_the_cache_is_described_by_the_same_mapping():
     mesh = make_mesh(devices=ONE)
-    kv_pages = empty_kv_pages(7, 16, 3, 8, "bfloat16")
-    sizes = dict(zip(kv_pages.axes["data"], kv_pages.data.shape, strict=True))
-    assert sizes == {"pages": 7, "keys_values": 2, "kv_heads": 3, "page_tokens": 16, "head_dim": 8}
+    kv_pages = empty_kv_pages(7, 16, 3, 8, "int8")
+    sizes = {"pages": 7, "keys_values": 2, "kv_heads": 3, "page_tokens": 16, "head_dim": 8}
+    assert dict(zip(kv_pages.axes["data"], kv_pages.data.shape, strict=True)) == sizes
+    assert kv_pages.axes["scales"] == kv_pages.axes["data"][:-1]
+    assert kv_pages.scales is not None
+    assert [sizes[axis] for axis in kv_pages.axes["scales"]] == list(kv_pages.scales.shape)
+    assert empty_kv_pages(7, 16, 3, 8, "bfloat16").axes.keys() == {"data"}
     for axis in ("tp", "sp", None):
         axes = PartitionAxis(key_value_head_axis=axis)
         placed = jax.device_put(kv_pages, cache_sharding(mesh, kv_pages, axes))
         assert placed.data.sharding == NamedSharding(mesh, PartitionSpec(None, None, axis, None, None))
+        assert placed.scales is not None
+        assert placed.scales.sharding == NamedSharding(mesh, PartitionSpec(None, None, axis, None))
         weights = named_sharding(mesh, ("kv_heads", "hidden"), axes)
         assert weights.spec[0] == placed.data.sharding.spec[2]
     with pytest.raises(ValueError, match=r"key_value_head_axis='tensor'.*'tp'"):

@@ -177,10 +177,12 @@ def test_an_accelerators_cache_is_a_share_of_what_the_weights_leave() -> None:
     device = SimpleNamespace(
         platform="tpu", memory_stats=lambda: {"bytes_limit": 16 * gib, "bytes_in_use": 6 * gib}
     )
-    config = SimpleNamespace(num_layers=2, num_kv_heads=8, head_dim=128, cache_dtype=np.dtype(jnp.bfloat16))
-    model: Any = SimpleNamespace(config=config, mesh=SimpleNamespace(devices=SimpleNamespace(flat=[device])))
-    num_pages = choose_num_pages(model, page_size=128, memory_utilization=0.5, max_useful_pages=10**9)
-    assert num_pages == 5 * gib // (2 * 2 * 8 * 128 * 2 * 128)
+    for cache_dtype, row_bytes in ((np.dtype(jnp.bfloat16), 2 * 128), (np.dtype(np.int8), 128 + 4)):
+        config = SimpleNamespace(num_layers=2, num_kv_heads=8, head_dim=128, cache_dtype=cache_dtype)
+        mesh = SimpleNamespace(devices=SimpleNamespace(flat=[device]))
+        model: Any = SimpleNamespace(config=config, mesh=mesh)
+        num_pages = choose_num_pages(model, page_size=128, memory_utilization=0.5, max_useful_pages=10**9)
+        assert num_pages == 5 * gib // (2 * 2 * 8 * row_bytes * 128)
 
 
 def test_an_argument_of_a_wrong_type_is_caught_by_the_type_checker() -> None:

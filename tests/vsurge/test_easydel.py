@@ -16,6 +16,7 @@ from vsurge.model.loading import read_config
 
 LONGEST = read_config(vsurge.demo_model_path()).max_length
 Attention = ed.AttentionMechanisms
+Quantization = ed.EasyDeLQuantizationMethods
 
 
 def load(**options: Any) -> ed.EasyDeLModel:
@@ -70,7 +71,7 @@ def test_an_option_of_another_type_is_refused(
         load(**option)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, "bfloat16"])
+@pytest.mark.parametrize("dtype", [jnp.float32, "bfloat16", jnp.int8, "float8_e4m3fn"])
 def test_kvdtype_is_that_of_the_cache(dtype: Any) -> None:
     assert load_with(kvdtype=dtype).config.cache_dtype == jnp.dtype(dtype)
 
@@ -127,20 +128,29 @@ def test_mechanisms_without_an_equivalent_are_refused_by_name(name: str, mechani
         load_with(**{name: mechanism})
 
 
-@pytest.mark.parametrize("method", [ed.EasyDeLQuantizationMethods.NF4, ed.EasyDeLQuantizationMethods.A8BIT])
-def test_quantization_is_refused_until_it_works(method: ed.EasyDeLQuantizationMethods) -> None:
+@pytest.mark.parametrize("method", [Quantization.NF4, Quantization.A8BIT])
+def test_quantized_weights_are_refused_until_they_work(method: ed.EasyDeLQuantizationMethods) -> None:
     with pytest.raises(NotImplementedError, match=f"^quantization_method={method}: not supported yet"):
         load(quantization_method=method)
-    with pytest.raises(
-        NotImplementedError, match=f"^kv_cache_quantization_method={method}: not supported yet"
-    ):
-        load_with(kv_cache_quantization_method=method)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float16, jnp.float8_e4m3fn])
-def test_other_dtypes_of_the_cache_are_refused_until_they_work(dtype: Any) -> None:
+@pytest.mark.parametrize("kvdtype", [{}, {"kvdtype": jnp.bfloat16}, {"kvdtype": "int8"}], ids=str)
+def test_a_cache_of_8_bits_is_one_of_int8(kvdtype: dict[str, Any]) -> None:
+    config = load_with(kv_cache_quantization_method=Quantization.A8BIT, **kvdtype).config
+    assert config.cache_dtype == jnp.int8
+
+
+def test_what_a_cache_cannot_be_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"^kv_cache_quantization_method=.*NF4.*\.NONE and A8BIT"):
+        load_with(kv_cache_quantization_method=Quantization.NF4)
+    with pytest.raises(ValueError, match=r"kvdtype=float8_e4m3fn: contradicts kv_cache_quantization_method="):
+        load_with(kv_cache_quantization_method=Quantization.A8BIT, kvdtype=jnp.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e5m2])
+def test_other_dtypes_of_the_cache_are_refused(dtype: Any) -> None:
     with pytest.raises(
-        NotImplementedError, match=f"kvdtype={jnp.dtype(dtype).name}: .* bfloat16 and float32"
+        NotImplementedError, match=f"kvdtype={jnp.dtype(dtype).name}: .* bfloat16, float32, int8, float8"
     ):
         load_with(kvdtype=dtype)
 
@@ -148,7 +158,7 @@ def test_other_dtypes_of_the_cache_are_refused_until_they_work(dtype: Any) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"config_kwargs": {"kvdtype": "junk"}}, "kvdtype='junk': no such dtype; supported are bfloat16 and"),
+        ({"config_kwargs": {"kvdtype": "junk"}}, "kvdtype='junk': no such dtype; supported are bfloat16, "),
         ({"dtype": "junk"}, "^dtype='junk': supported are"),
         ({"param_dtype": jnp.int8}, "^param_dtype='int8': supported are"),
     ],

@@ -53,6 +53,15 @@ def test_float32_doubles_weights_and_cache(command: Callable) -> None:
     assert table["cache"].startswith(f"{2 * CACHE_BYTES:,} bytes per token in float32")
 
 
+def test_a_quantized_cache_takes_its_scales_too(command: Callable) -> None:
+    for dtype in ("int8", "float8_e4m3fn"):
+        cache = rows(command("info", "0.6B", "--kv-dtype", dtype).out)["cache"]
+        assert cache == f"{28 * 2 * 8 * (128 + 4):,} bytes per token in {dtype}"
+    table = rows(command("info", "0.6B", "--dtype", "bfloat16", "--kv-dtype", "float32").out)
+    assert table["weights"].endswith("in bfloat16")
+    assert table["cache"] == f"{2 * CACHE_BYTES:,} bytes per token in float32"
+
+
 @pytest.mark.parametrize(
     ("memory", "size", "page_size", "utilization"), [("80GB", 80e9, 128, 0.9), ("16GiB", 16 * 2**30, 16, 0.5)]
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from .. import demo_model_path
-from ..kernels import bytes_per_token
+from ..kernels import SUPPORTED_DTYPES, bytes_per_token
 from ..model import PUBLISHED, ConfigError, Qwen3Config, num_parameters, published_config
 from ..model.checkpoint import INDEX, SINGLE
 from ..model.config import parse_dtype
@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> None:
         config = dataclasses.replace(config, dtype=default_dtype(folder, config))
     elif folder is not None:
         note = " (assumed: config.json names no dtype, and there are no weights)"
+    if args.kv_dtype is not None:
+        kv_dtype = parse_dtype(args.kv_dtype, "--kv-dtype", SUPPORTED_DTYPES)
+        config = dataclasses.replace(config, kv_dtype=kv_dtype)
     rows = describe(config) | {"fits": fits(config, memory, args.page_size, utilization)}
     rows["weights"] += note
     print(title)

@@ -98,6 +98,8 @@ def _engine() -> argparse.ArgumentParser:
 
 
 def _add_cache(group: Any) -> None:
+    group.add_argument("--kv-dtype", choices=("bfloat16", "float32", "int8", "float8_e4m3fn"),
+        help="of the cache; the last two take half of bfloat16's memory (default: --dtype's)")  # fmt: skip
     group.add_argument("--page-size", type=int, default=128, metavar="TOKENS",
         help="tokens per page of the cache (default: 128)")  # fmt: skip
     group.add_argument("--memory-utilization", type=float, metavar="SHARE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 
 from .. import demo_model_path
 from ..home import keep_compiled_programs
+from ..kernels import SUPPORTED_DTYPES
 from ..model import Model, load_model, random_model
+from ..model.config import parse_dtype
 from ..model.loading import find_checkpoint
 from ..runtime import SamplingParams, vSurge
 from ..runtime.cache_size import CPU_CACHE_BYTES
@@ -88,8 +91,12 @@ def build_engine(
         )
     memory_utilization = share_of_memory(args, instead="--num-pages N chooses another size")
     keep_compiled_programs()
+    model = _load(args, folder)
+    if args.kv_dtype is not None:
+        kv_dtype = parse_dtype(args.kv_dtype, "--kv-dtype", SUPPORTED_DTYPES)
+        model = replace(model, config=replace(model.config, kv_dtype=kv_dtype))
     return vSurge.from_model(
-        _load(args, folder),
+        model,
         tokenizer,
         max_concurrent_decodes=given(args.max_concurrent_decodes, max_concurrent_decodes),
         max_length=args.max_length,

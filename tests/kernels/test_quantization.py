@@ -1,0 +1,124 @@
+"""Rows in 8 bits: what the numbers and scales are, and what they cost attention in exactness."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vsurge.kernels import Implementation, append_kv, empty_kv_pages, paged_decode_attention, read_kv
+from vsurge.kernels.append import reference
+from vsurge.kernels.decode import reference as decode_reference
+from vsurge.kernels.quantization import quantize
+
+from .cases import Setup, decode_batch, poisoned_cache
+
+DTYPES = {"int8": 127, "float8_e4m3fn": 448}
+HEADS, HEAD_DIM = 2, 32
+
+
+def normal_rows(count: int, dtype: str = "float32") -> Any:
+    return jnp.asarray(np.random.default_rng(0).standard_normal((count, HEADS, HEAD_DIM)), dtype)
+
+
+def written(keys: Any, dtype: str, implementation: Implementation) -> tuple[Any, Any, Any]:
+    """The scales of keys and values [num_tokens, 2, HEADS] and what is read, where the values are -keys."""
+    count = keys.shape[0]
+    slots = jnp.arange(count, dtype=jnp.int32)
+    kv_pages = append_kv(
+        empty_kv_pages(-(-count // 16), 16, HEADS, HEAD_DIM, dtype),
+        keys,
+        -keys,
+        slots,
+        implementation=implementation,
+    )
+    scales = np.moveaxis(np.asarray(kv_pages.scales), 3, 1).reshape(-1, 2, HEADS)[:count]
+    return scales, *(np.asarray(rows) for rows in read_kv(kv_pages, slots))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), DTYPES.items())
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_the_largest_number_of_a_row_takes_the_largest_of_the_dtype(
+    dtype: str, largest: int, implementation: Implementation
+) -> None:
+    keys = normal_rows(9)
+    scales, got_keys, got_values = written(keys, dtype, implementation)
+    want = np.abs(keys).max(axis=-1) / largest
+    np.testing.assert_allclose(scales, np.stack([want, want], axis=1), rtol=1e-6)
+    step = scales[:, 0, :, None] / 2 if dtype == "int8" else np.abs(keys) / 16 + scales[:, 0, :, None] / 512
+    assert (np.abs(got_keys - keys) <= step * 1.0001).all()
+    np.testing.assert_array_equal(got_values, -got_keys)
+
+
+def test_int8_rounds_ties_to_even() -> None:
+    row = jnp.asarray([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -3.5]])
+    stored, scales = quantize(row, "int8")
+    assert scales.tolist() == [1.0]
+    assert stored[0].tolist() == [127, 0, 2, 2, 0, -2, 126, -4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
+def test_all_implementations_store_the_same_bits(row_dtype: str, dtype: str) -> None:
+    rows = normal_rows(500, row_dtype)
+    stored, scales = (np.asarray(array) for array in quantize(rows, dtype))
+    want = [reference.quantize(row, np.dtype(dtype)) for row in np.asarray(rows)]
+    np.testing.assert_array_equal(stored.view(np.uint8), np.stack([row for row, _ in want]).view(np.uint8))
+    np.testing.assert_array_equal(scales, np.stack([scale for _, scale in want]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "implementation", ["xla", "reference", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+)
+def test_rows_without_a_scale_of_their_own(dtype: str, implementation: Implementation) -> None:
+    """Zeros come back as zeros, a NaN or an infinity makes its own row NaN and no other."""
+    rows = normal_rows(5).at[0].set(0.0).at[1].set(1e-39).at[2, 0, 7].set(jnp.nan).at[3, 1, 0].set(-jnp.inf)
+    scales, keys, values = written(rows, dtype, implementation)
+    assert (scales[:2] == 0).all()
+    assert (keys[:2] == 0).all()
+    assert (values[:2] == 0).all()
+    rotten = np.zeros((5, HEADS), bool)
+    rotten[2, 0] = rotten[3, 1] = True
+    for found in (scales[:, 0], scales[:, 1], keys, values):
+        where = np.isnan(found).reshape(5, HEADS, -1)
+        assert (where == rotten[:, :, None]).all()
+
+
+def coarse(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Rows as they come back from 8 bits, computed in float64."""
+    scales = np.abs(rows).max(axis=-1, keepdims=True) / DTYPES[dtype]
+    scaled = rows / np.where(scales == 0, 1.0, scales)
+    return scales * (np.rint(scaled) if dtype == "int8" else scaled.astype(dtype).astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow), "reference"]
+)
+def test_attention_errs_by_what_the_rounding_of_keys_and_values_costs(
+    dtype: str, outliers: bool, implementation: Implementation
+) -> None:
+    kv_lens, setup = (300, 3, 140, 17), Setup(cache_dtype=dtype)
+    batch = decode_batch(setup, kv_lens, outliers=outliers)
+    queries, kv_pages, *metadata = batch.arguments
+    exact, table = poisoned_cache(
+        replace(setup, cache_dtype="float32"), kv_lens, np.random.default_rng(0), outliers=outliers
+    )
+    np.testing.assert_array_equal(table, metadata[1])
+    rounded = replace(exact, data=jnp.asarray(coarse(np.asarray(exact.data, np.float64), dtype), jnp.float32))
+    none = {"sliding_window": None, "soft_cap": None, "sinks": None}
+    want, best = (
+        decode_reference.paged_decode_attention(queries, cache, *metadata, scale=setup.scale, **none)[0]
+        for cache in (exact, rounded)
+    )
+    got = paged_decode_attention(
+        queries, kv_pages, *metadata, scale=setup.scale, implementation=implementation
+    )
+    unavoidable = np.linalg.norm(best - want, axis=-1)
+    assert (unavoidable > 1e-3 * np.linalg.norm(want, axis=-1)).all()
+    assert (np.linalg.norm(np.asarray(got) - want, axis=-1) <= 1.1 * unavoidable).all()

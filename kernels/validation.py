@@ -26,11 +26,13 @@ def check_static(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Array | None,
+    most_queries: int | None = None,
 ) -> None:
     """Checks what is known before tracing.
 
     Args:
-        queries: [rows, num_q_heads, head_dim].
+        queries: [rows, num_q_heads, head_dim]; or [rows, num_queries, num_q_heads, head_dim] with at most
+            `most_queries`, if that is given.
         kv_pages: one layer's cache.
         metadata: name -> (array, the shape it must have); -1 stands for any size.
         scale, sliding_window, soft_cap, sinks: as in `vsurge.kernels.ragged_paged_attention`.
@@ -38,11 +40,17 @@ def check_static(
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
-    if queries.ndim != 3:
+    if queries.ndim == 4 and most_queries is not None:
+        if not 1 <= queries.shape[1] <= most_queries:
+            raise ValueError(
+                f"queries: {queries.shape[1]} per sequence, must be 1 to {most_queries}; "
+                "ragged_paged_attention takes any number"
+            )
+    elif queries.ndim != 3:
         raise ValueError(f"queries: shape {queries.shape}, expected [rows, num_q_heads, head_dim]")
     if queries.dtype not in QUERY_DTYPES:
         raise ValueError(f"queries: dtype {queries.dtype}, must be one of {[d.name for d in QUERY_DTYPES]}")
-    _, num_q_heads, head_dim = queries.shape
+    *_, num_q_heads, head_dim = queries.shape
     if head_dim != kv_pages.head_dim:
         raise ValueError(f"queries: head_dim {head_dim}, but the cache's is {kv_pages.head_dim}")
     if num_q_heads % kv_pages.num_kv_heads:

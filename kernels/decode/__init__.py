@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
-"""Attention of one new token per sequence over a paged cache."""
+"""Attention of one or a few new tokens per sequence over a paged cache."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]
     "reference": reference.paged_decode_attention,
 }
 
-Output = Float[Array, "num_seqs num_q_heads head_dim"]
-LogSumExp = Float[Array, "num_seqs num_q_heads"]
+MOST_QUERIES = 8  # of a sequence
+
+Output = Float[Array, "num_seqs *num_queries num_q_heads head_dim"]
+LogSumExp = Float[Array, "num_seqs *num_queries num_q_heads"]
 
 
 def paged_decode_attention(
-    queries: Float[Array, "num_seqs num_q_heads head_dim"],
+    queries: Float[Array, "num_seqs *num_queries num_q_heads head_dim"],
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
@@ -51,14 +53,19 @@ def paged_decode_attention(
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> Output | tuple[Output, LogSumExp]:
-    """Attention of one new token per sequence, the last one, over a paged cache.
+    """Attention of the last token of each sequence, or of its last few, over a paged cache.
 
-    The new token's key and value are in the cache already (`append_kv`).
+    The new tokens' keys and values are in the cache already (`append_kv`). With several queries per sequence
+    (drafted tokens to be verified, say) query j stands at position `kv_len - num_queries + j`, and as
+    everywhere position p sees positions 0 to p.
 
     Args:
-        queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32.
-        kv_lens: [num_seqs] int32, tokens in the cache, the new one included; 0 marks padding, whose output is
-            zero and whose row of the page table may hold anything.
+        queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32, or with up to 8 tokens per sequence
+            [num_seqs, num_queries, num_q_heads, head_dim].
+        kv_lens: [num_seqs] int32, tokens in the cache, the new ones included; 0 marks padding, whose output
+            is zero and whose row of the page table may hold anything. Where there are fewer tokens than
+            queries, the first queries stand before the sequence's begin: their output is zero, too, and their
+            log-sum-exp -inf.
         page_table: [num_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a
             row are used.
         block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
@@ -68,8 +75,8 @@ def paged_decode_attention(
         kv_pages, scale, sliding_window, soft_cap, sinks, return_lse, debug: as in `ragged_paged_attention`.
 
     Returns:
-        The output [num_seqs, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
-        log-sum-exp [num_seqs, num_q_heads] in float32.
+        The output in the queries' shape and dtype; with `return_lse` also the log-sum-exp in float32, of that
+        shape without head_dim.
 
     Raises:
         ValueError: an argument's shape, dtype or value is not allowed; the message names it.
@@ -84,6 +91,7 @@ def paged_decode_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
+        most_queries=MOST_QUERIES,
     )
     if debug:
         starts = jnp.pad(jnp.cumsum((kv_lens > 0).astype(jnp.int32)), (1, 0))
@@ -100,6 +108,9 @@ def paged_decode_attention(
     if block_sizes is not None:
         check_has_blocks(chosen, block_sizes, DecodeBlocks, of="mosaic_tpu")
         options["block_sizes"] = block_sizes
-    output, log_sum_exp = IMPLEMENTATIONS[chosen](queries, kv_pages, kv_lens, page_table, **options)
-    output = jnp.asarray(output, queries.dtype)
-    return (output, jnp.asarray(log_sum_exp, jnp.float32)) if return_lse else output
+    by_query = queries if queries.ndim == 4 else queries[:, None]
+    output, log_sum_exp = IMPLEMENTATIONS[chosen](by_query, kv_pages, kv_lens, page_table, **options)
+    output = jnp.asarray(output, queries.dtype).reshape(queries.shape)
+    if not return_lse:
+        return output
+    return output, jnp.asarray(log_sum_exp, jnp.float32).reshape(queries.shape[:-1])

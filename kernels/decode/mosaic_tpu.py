@@ -46,13 +46,20 @@ from ..tpu.units import (
     most_seqs,
 )
 from .blocks import DecodeBlocks, default_blocks
+from .rows import by_kv_head, by_query, seq_bytes
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the kernel computes, besides the cutting: see `vsurge.kernels.ragged_paged_attention`."""
+    """What the kernel computes, besides the cutting: see `vsurge.kernels.ragged_paged_attention`.
 
-    num_q_heads: int
+    Attributes:
+        rows: query rows of a sequence; a KV head's are those of its query heads, of each query in turn.
+        num_queries: of a sequence, its last tokens.
+    """
+
+    rows: int
+    num_queries: int
     products: Products
     scale: float
     soft_cap: float | None
@@ -66,8 +73,8 @@ class Softmax:
     The last row is that of units without tokens, which nobody reads.
 
     Attributes:
-        highest, total: [seqs + 1, num_q_heads, 1], the largest score, and the sum of `exp(score - highest)`.
-        weighted: [seqs + 1, num_q_heads, head_dim], the sum of `exp(score - highest) * value`.
+        highest, total: [seqs + 1, rows, 1], the largest score, and the sum of `exp(score - highest)`.
+        weighted: [seqs + 1, rows, head_dim], the sum of `exp(score - highest) * value`.
     """
 
     highest: Any
@@ -95,8 +102,9 @@ class Softmax:
         sink = sinks[...][None]
         new = jnp.maximum(old, sink)
         keep = jnp.exp(old - new)
-        total = jnp.where(total > 0, total * keep + jnp.exp(sink - new), 0.0)  # 0: an empty sequence
-        output[...] = jnp.where(total > 0, self.weighted[:seqs] * keep / total, 0.0).astype(output.dtype)
+        nothing = old == MASKED  # is what a row has seen
+        total = jnp.where(nothing, 0.0, total * keep + jnp.exp(sink - new))
+        output[...] = jnp.where(nothing, 0.0, self.weighted[:seqs] * keep / total).astype(output.dtype)
         log_sum_exp[...] = jnp.broadcast_to(new + jnp.log(total), log_sum_exp.shape)
 
 
@@ -123,10 +131,10 @@ def _kernel(
         attention, units, kv_pages: static; of `kv_pages` only what it says of its data.
         kv_lens: [grid steps * seqs] int32 in scalar memory.
         num_groups: [1] int32 in scalar memory, the groups up to the last sequence with tokens.
-        queries, output: [seqs, num_q_heads, head_dim] in VMEM.
-        sinks: [num_q_heads, 1] float32 in VMEM, MASKED for none.
+        queries, output: [seqs, rows, head_dim] in VMEM.
+        sinks: [rows, 1] float32 in VMEM, MASKED for none.
         table_hbm, kv_hbm: page table and cache, see `Fetcher`.
-        log_sum_exp: [seqs, num_q_heads, LANES] float32 in VMEM, the same number in all lanes.
+        log_sum_exp: [seqs, rows, LANES] float32 in VMEM, the same number in all lanes.
         highest, total, weighted: see `Softmax`.
         fetcher_refs: see `fetcher_scratch`.
     """
@@ -221,25 +229,37 @@ def _compute(
     total = jnp.sum(weights, axis=1, keepdims=True)
     weighted = attention.products.weighted(weights.astype(dtype), values)
     for lane, unit in enumerate(units_in):
-        part = slice(lane * attention.num_q_heads, (lane + 1) * attention.num_q_heads)
+        part = slice(lane * attention.rows, (lane + 1) * attention.rows)
         softmax.merge(unit[ROW], highest[part], total[part], weighted[part])
 
 
 def _seen(attention: Attention, units_in: list[Any], width: int) -> Any:
-    """[lanes * num_q_heads, width]: which of its unit's tokens a row sees."""
-    column = lax.broadcasted_iota(jnp.int32, (attention.num_q_heads, width), 1)
+    """[lanes * rows, width]: which of its unit's tokens a row sees."""
+    column = lax.broadcasted_iota(jnp.int32, (attention.rows, width), 1)
+    before_end = _before_end(attention, column.shape)
     seen = list[Any]()
     for unit in units_in:
         sees = column < unit[TOKENS]
+        if attention.num_queries > 1:
+            sees &= column <= unit[REST] - before_end
         if attention.sliding_window is not None:
-            sees &= column >= unit[REST] - attention.sliding_window
+            sees &= column > unit[REST] - before_end - attention.sliding_window
         seen.append(sees)
     return jnp.concatenate(seen)
 
 
+def _before_end(attention: Attention, shape: tuple[int, int]) -> Any:
+    """[rows, width]: the tokens from a row's own one to the end of its sequence."""
+    if attention.num_queries == 1:
+        return 1
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    group = attention.products.rows // attention.num_queries
+    return attention.num_queries - row // group % attention.num_queries
+
+
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "block_sizes"))
 def paged_decode_attention(
-    queries: Float[Array, "num_seqs num_q_heads head_dim"],
+    queries: Float[Array, "num_seqs num_queries num_q_heads head_dim"],
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
@@ -249,27 +269,33 @@ def paged_decode_attention(
     soft_cap: float | None,
     sinks: Float[Array, " num_q_heads"] | None,
     block_sizes: DecodeBlocks | None = None,
-) -> tuple[Float[Array, "num_seqs num_q_heads head_dim"], Float[Array, "num_seqs num_q_heads"]]:
+) -> tuple[
+    Float[Array, "num_seqs num_queries num_q_heads head_dim"],
+    Float[Array, "num_seqs num_queries num_q_heads"],
+]:
     """As `vsurge.kernels.paged_decode_attention`; the log-sum-exp in float32.
 
     Raises:
         ValueError: the pages hold no whole tiles, or the block sizes fit neither cache nor device.
     """
-    num_seqs, num_q_heads, head_dim = queries.shape
+    num_seqs, num_queries, num_q_heads, head_dim = queries.shape
     if num_seqs == 0:
-        return queries, jnp.zeros((0, num_q_heads), jnp.float32)
+        return queries, jnp.zeros(queries.shape[:3], jnp.float32)
     check_pages(kv_pages)
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
+    rows, group = num_queries * num_q_heads, num_queries * num_q_heads // num_kv_heads
     token_bytes = bytes_per_token(num_kv_heads, padded(head_dim), kv_pages.dtype)
+    vmem = vmem_bytes()
     blocks = block_sizes or default_blocks(
         page_size=page_size,
         pages_per_seq=pages_per_seq,
         most_seqs=most_seqs(pages_per_seq, num_seqs),
         token_bytes=token_bytes,
-        vmem_bytes=vmem_bytes(),
+        seq_bytes=seq_bytes(rows, head_dim, queries.dtype.itemsize),
+        vmem_bytes=vmem if num_queries == 1 else vmem * 3 // 4,  # the scores of many rows take room as well
     )
-    blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem_bytes())
-    seqs = padded(blocks.lanes * blocks.depth, SUBLANES)
+    blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem)
+    seqs = padded(blocks.lanes * blocks.depth, SUBLANES if num_queries == 1 else 1)
     num_groups = -(-num_seqs // seqs)
     units = Units(
         seqs=seqs,
@@ -280,27 +306,29 @@ def paged_decode_attention(
         page_size=page_size,
         depth=blocks.depth,
         sliding_window=sliding_window,
+        queries=num_queries,
     )
     units.check()
     both_bfloat16 = queries.dtype == kv_pages.dtype == jnp.bfloat16
-    products = Products(num_q_heads // num_kv_heads, head_dim, jnp.bfloat16 if both_bfloat16 else jnp.float32)
-    attention = Attention(num_q_heads, products, scale, soft_cap, sliding_window)
+    products = Products(group, head_dim, jnp.bfloat16 if both_bfloat16 else jnp.float32)
+    attention = Attention(rows, num_queries, products, scale, soft_cap, sliding_window)
 
     spare = num_groups * seqs - num_seqs
     kv_lens = jnp.pad(kv_lens, (0, spare))
-    queries = jnp.pad(queries, ((0, spare), (0, 0), (0, 0)))
+    queries = jnp.pad(by_kv_head(queries, num_kv_heads), ((0, spare), (0, 0), (0, 0)))
     page_table = jnp.pad(page_table, ((0, spare), (0, units.table_row - pages_per_seq)))
     last = jnp.max(jnp.where(kv_lens > 0, jnp.arange(1, kv_lens.shape[0] + 1, dtype=jnp.int32), 0))
     used_groups = ((last + seqs - 1) // seqs)[None]
     start = jnp.full(num_q_heads, MASKED) if sinks is None else sinks
+    start = by_kv_head(jnp.broadcast_to(start, (1, num_queries, num_q_heads)), num_kv_heads)[0]
 
     def by_group(numbers: int) -> pl.BlockSpec:
         def index(group: Any, *_: Any) -> Any:
             return group, 0, 0
 
-        return pl.BlockSpec((seqs, num_q_heads, numbers), index)
+        return pl.BlockSpec((seqs, rows, numbers), index)
 
-    shapes = ((seqs + 1, num_q_heads, 1), (seqs + 1, num_q_heads, 1), (seqs + 1, num_q_heads, head_dim))
+    shapes = ((seqs + 1, rows, 1), (seqs + 1, rows, 1), (seqs + 1, rows, head_dim))
     output, log_sum_exp = tpu_call(
         partial(_kernel, attention, units, jax.eval_shape(lambda: kv_pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -322,7 +350,7 @@ def paged_decode_attention(
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct((*queries.shape[:2], LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem_bytes()),
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem),
         name="paged_decode_attention",
     )(
         kv_lens,
@@ -332,4 +360,7 @@ def paged_decode_attention(
         page_table.reshape(-1),
         kv_pages.data,
     )
-    return output[:num_seqs], log_sum_exp[:num_seqs, :, 0]
+    return (
+        by_query(output[:num_seqs], num_queries, num_kv_heads),
+        by_query(log_sum_exp[:num_seqs, :, 0], num_queries, num_kv_heads),
+    )

@@ -147,15 +147,23 @@ def ragged_batch(
 
 
 def decode_batch(
-    setup: Setup, kv_lens: Sequence[int], *, seed: int = 0, outliers: bool = False, **sizes: int
+    setup: Setup,
+    kv_lens: Sequence[int],
+    *,
+    num_queries: int | None = None,
+    seed: int = 0,
+    outliers: bool = False,
+    **sizes: int,
 ) -> DecodeBatch:
-    """One new token per sequence; a length of 0 is padding."""
+    """One new token per sequence, or several on an axis of their own; a length of 0 is padding."""
     rng = np.random.default_rng(seed)
     kv_pages, table = poisoned_cache(
         setup, kv_lens, rng, sizes.get("pages_per_seq"), sizes.get("num_pages"), outliers=outliers
     )
-    queries = _normal(rng, (len(kv_lens), setup.num_q_heads, setup.head_dim))
-    queries[np.asarray(kv_lens) == 0] = np.nan
+    queries = _normal(rng, (len(kv_lens), num_queries or 1, setup.num_q_heads, setup.head_dim))
+    for sequence, kv_len in enumerate(kv_lens):
+        queries[sequence, : max(0, queries.shape[1] - kv_len)] = np.nan  # before the sequence's begin
+    queries = queries[:, 0] if num_queries is None else queries
     arguments = (
         jnp.asarray(queries, setup.query_dtype),
         kv_pages,
@@ -232,7 +240,10 @@ def check_decode(batch: DecodeBatch, implementation: Implementation, **options: 
     got = paged_decode_attention(
         *batch.arguments, scale=scale, return_lse=True, implementation=implementation, **options
     )
-    want = decode_reference.paged_decode_attention(*batch.arguments, scale=scale, **_all(options))
+    queries, *cache = batch.arguments
+    by_query = queries if queries.ndim == 4 else queries[:, None]
+    want = decode_reference.paged_decode_attention(by_query, *cache, scale=scale, **_all(options))
+    want = (want[0].reshape(queries.shape), want[1].reshape(queries.shape[:-1]))
     _check(batch.setup, [np.asarray(a) for a in got], list(want))
 
 

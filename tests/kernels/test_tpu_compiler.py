@@ -45,16 +45,18 @@ def compile_decode(
     dtype: Any = "bfloat16",
     *,
     num_seqs: int = 64,
+    num_queries: int | None = None,
     context: int = 8192,
     **options: Any,
 ) -> jax.stages.Compiled:
+    several = [] if num_queries is None else [num_queries]
     attend = partial(
         paged_decode_attention, scale=head_dim**-0.5, implementation="mosaic_tpu", return_lse=True, **options
     )
     return compile_for(
         chip,
         attend,
-        shape(num_seqs, heads[0], head_dim, dtype=dtype),
+        shape(num_seqs, *several, heads[0], head_dim, dtype=dtype),
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
@@ -119,6 +121,18 @@ def compile_append(
 def test_every_generation_takes_the_kernels(chip: str) -> None:
     for program in (compile_decode(chip), compile_ragged(chip), compile_append(chip)):
         assert 'custom_call_target="tpu_custom_call"' in (program.as_text() or "")
+
+
+@pytest.mark.parametrize(
+    ("chip", "heads", "num_queries"),
+    [
+        pytest.param(chip, heads, num_queries, marks=() if case in ("v4", "v6e") else pytest.mark.slow)
+        for chip in CHIPS
+        for case, heads, num_queries in [(chip, (8, 2), 4), ("largest", (64, 8), 8), ("odd", (40, 8), 3)]
+    ],
+)
+def test_several_queries_compile(chip: str, heads: tuple[int, int], num_queries: int) -> None:
+    compile_decode(chip, heads, num_queries=num_queries, sliding_window=1000)
 
 
 @pytest.mark.parametrize("heads", HEADS[::2])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..blockwise import MASKED
-from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits
+from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits, encode_bits
 from ..tpu.control import largest
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
@@ -46,6 +46,7 @@ from ..tpu.units import (
     most_seqs,
 )
 from .blocks import DecodeBlocks, default_blocks
+from .new_rows import NewRows, new_rows_scratch
 from .rows import by_kv_head, by_query, seq_bytes
 
 
@@ -124,6 +125,7 @@ def _kernel(
     total: Any,
     weighted: Any,
     *fetcher_refs: Any,
+    new_rows: NewRows | None = None,
 ) -> None:
     """One grid step: the sequences of a group.
 
@@ -137,17 +139,38 @@ def _kernel(
         log_sum_exp: [seqs, rows, LANES] float32 in VMEM, the same number in all lanes.
         highest, total, weighted: see `Softmax`.
         fetcher_refs: see `fetcher_scratch`.
+        new_rows: for a kernel that also writes them to the cache.
     """
     fetcher = Fetcher(units, num_groups[0], kv_lens, table_hbm, kv_hbm, *fetcher_refs)
     softmax = Softmax(highest, total, weighted)
     compute = partial(_compute, attention, kv_pages, fetcher, queries, softmax)
     softmax.reset()
     pl.when(pl.program_id(0) == 0)(fetcher.begin)
-    pl.when(pl.program_id(0) < num_groups[0])(partial(_attend_group, fetcher, compute))
+    if new_rows:
+        pl.when(pl.program_id(0) == 0)(new_rows.begin)
+    pl.when(pl.program_id(0) < num_groups[0])(partial(_attend_group, fetcher, compute, new_rows))
+    if new_rows:
+        pl.when(pl.program_id(0) == pl.num_programs(0) - 1)(new_rows.end)
     softmax.write(sinks, output, log_sum_exp)
 
 
-def _attend_group(fetcher: Fetcher, compute: Callable[..., None]) -> None:
+def _fused_kernel(attention: Attention, units: Units, kv_pages: KVPages, *refs: Any) -> None:
+    """`_kernel` with a few more references among its own: those of `NewRows`, and the cache as an output."""
+    kv_lens, num_groups, slots, queries, sinks, table_hbm, rows, _, output, log_sum_exp, kv_hbm, *scratch = (
+        refs
+    )
+    *new_rows, highest, total, weighted = scratch[:6]
+    _kernel(
+        attention,
+        units,
+        kv_pages,
+        *(kv_lens, num_groups, queries, sinks, table_hbm, kv_hbm, output, log_sum_exp),
+        *(highest, total, weighted, *scratch[6:]),
+        new_rows=NewRows(slots, rows, kv_hbm, *new_rows),
+    )
+
+
+def _attend_group(fetcher: Fetcher, compute: Callable[..., None], new_rows: NewRows | None) -> None:
     """Takes the steps of a group; `compute` is `_compute` from its `slot` on."""
     units = fetcher.units
     fetcher.begin_group()
@@ -168,6 +191,8 @@ def _attend_group(fetcher: Fetcher, compute: Callable[..., None]) -> None:
         def _() -> None:
             fetcher.start(coming)
             fetcher.wait(slot)
+            if new_rows:
+                new_rows.insert(fetcher, slot)
             tokens = [fetcher.units_in[slot, lane, TOKENS] for lane in range(units.lanes)]
             most, narrower = largest(tokens), 0
             for width in _widths(units.tokens):
@@ -263,25 +288,73 @@ def paged_decode_attention(
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
-    *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    sinks: Float[Array, " num_q_heads"] | None,
-    block_sizes: DecodeBlocks | None = None,
+    **options: Any,
 ) -> tuple[
     Float[Array, "num_seqs num_queries num_q_heads head_dim"],
     Float[Array, "num_seqs num_queries num_q_heads"],
 ]:
-    """As `vsurge.kernels.paged_decode_attention`; the log-sum-exp in float32.
+    """As `vsurge.kernels.paged_decode_attention`, with the options of `_attend`."""
+    output, log_sum_exp, _ = _attend(queries, kv_pages, kv_lens, page_table, None, **options)
+    return output, log_sum_exp
+
+
+@partial(
+    jax.jit,
+    static_argnames=("scale", "sliding_window", "soft_cap", "block_sizes"),
+    donate_argnames="kv_pages",
+)
+def append_and_attend(
+    queries: Float[Array, "num_seqs one num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " num_seqs"],
+    page_table: Int[Array, "num_seqs pages_per_seq"],
+    keys: Float[Array, "num_seqs num_kv_heads head_dim"],
+    values: Float[Array, "num_seqs num_kv_heads head_dim"],
+    slots: Int[Array, " num_seqs"],
+    **options: Any,
+) -> tuple[
+    Float[Array, "num_seqs one num_q_heads head_dim"],
+    Float[Array, "num_seqs one num_q_heads"],
+    KVPages,
+]:
+    """`paged_decode_attention` of one query per sequence that also writes the cache, see `NewRows`."""
+    rows = encode_bits(kv_pages, jnp.stack([keys, values], axis=1))
+    inside = slots < kv_pages.num_pages * kv_pages.page_size
+    new = rows, jnp.where(inside, slots, -1)
+    output, log_sum_exp, data = _attend(queries, kv_pages, kv_lens, page_table, new, **options)
+    return output, log_sum_exp, replace(kv_pages, data=data)
+
+
+def _attend(
+    queries: Array,
+    kv_pages: KVPages,
+    kv_lens: Array,
+    page_table: Array,
+    new: tuple[Array, Array] | None,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: Array | None,
+    block_sizes: DecodeBlocks | None = None,
+) -> tuple[Array, Array, Array]:
+    """Runs the kernel.
+
+    Args:
+        new: the rows [num_seqs, 2, num_kv_heads, head_dim] as the cache stores them, and their slots
+            [num_seqs], to be written as well.
+
+    Returns:
+        Output, log-sum-exp and the cache's data.
 
     Raises:
         ValueError: the pages hold no whole tiles, or the block sizes fit neither cache nor device.
     """
     num_seqs, num_queries, num_q_heads, head_dim = queries.shape
     if num_seqs == 0:
-        return queries, jnp.zeros(queries.shape[:3], jnp.float32)
+        return queries, jnp.zeros(queries.shape[:3], jnp.float32), kv_pages.data
     check_pages(kv_pages)
+    new_tokens = 0 if new is None else 1
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
     rows, group = num_queries * num_q_heads, num_queries * num_q_heads // num_kv_heads
     token_bytes = bytes_per_token(num_kv_heads, padded(head_dim), kv_pages.dtype)
@@ -289,7 +362,7 @@ def paged_decode_attention(
     blocks = block_sizes or default_blocks(
         page_size=page_size,
         pages_per_seq=pages_per_seq,
-        most_seqs=most_seqs(pages_per_seq, num_seqs),
+        most_seqs=most_seqs(pages_per_seq, num_seqs * (1 + new_tokens)),
         token_bytes=token_bytes,
         seq_bytes=seq_bytes(rows, head_dim, queries.dtype.itemsize),
         vmem_bytes=vmem if num_queries == 1 else vmem * 3 // 4,  # the scores of many rows take room as well
@@ -307,6 +380,7 @@ def paged_decode_attention(
         depth=blocks.depth,
         sliding_window=sliding_window,
         queries=num_queries,
+        new_tokens=new_tokens,
     )
     units.check()
     both_bfloat16 = queries.dtype == kv_pages.dtype == jnp.bfloat16
@@ -322,45 +396,50 @@ def paged_decode_attention(
     start = jnp.full(num_q_heads, MASKED) if sinks is None else sinks
     start = by_kv_head(jnp.broadcast_to(start, (1, num_queries, num_q_heads)), num_kv_heads)[0]
 
-    def by_group(numbers: int) -> pl.BlockSpec:
+    def by_group(*shape: int) -> pl.BlockSpec:
         def index(group: Any, *_: Any) -> Any:
-            return group, 0, 0
+            return group, *(0 for _ in shape)
 
-        return pl.BlockSpec((seqs, rows, numbers), index)
+        return pl.BlockSpec((seqs, *shape), index)
 
     shapes = ((seqs + 1, rows, 1), (seqs + 1, rows, 1), (seqs + 1, rows, head_dim))
-    output, log_sum_exp = tpu_call(
-        partial(_kernel, attention, units, jax.eval_shape(lambda: kv_pages)),
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    kernel, aliases = _kernel, dict[int, int]()
+    scalars = [kv_lens, used_groups]
+    inputs = [queries, start.astype(jnp.float32)[:, None], page_table.reshape(-1)]
+    in_specs = [by_group(rows, head_dim), pl.BlockSpec(memory_space=pltpu.VMEM), anywhere]
+    out_specs = [by_group(rows, head_dim), by_group(rows, LANES)]
+    out_shape = [
+        jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        jax.ShapeDtypeStruct((*queries.shape[:2], LANES), jnp.float32),
+    ]
+    scratch = [*(pltpu.VMEM(shape, jnp.float32) for shape in shapes), *fetcher_scratch(units, kv_pages)]
+    if new is not None:
+        new_rows, slots = new
+        kernel = _fused_kernel
+        scalars.append(jnp.pad(slots, (0, spare), constant_values=-1))
+        inputs.append(jnp.pad(new_rows, ((0, spare), (0, 0), (0, 0), (0, 0))))
+        in_specs.append(by_group(2, num_kv_heads, head_dim))
+        out_specs.append(anywhere)
+        out_shape.append(jax.ShapeDtypeStruct(kv_pages.data.shape, kv_pages.data.dtype))
+        scratch = [*new_rows_scratch(kv_pages), *scratch]
+        aliases[len(scalars) + len(inputs)] = 2
+    output, log_sum_exp, *written = tpu_call(
+        partial(kernel, attention, units, jax.eval_shape(lambda: kv_pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(scalars),
             grid=(num_groups,),
-            in_specs=[
-                by_group(head_dim),
-                pl.BlockSpec(memory_space=pltpu.VMEM),
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=[by_group(head_dim), by_group(LANES)],
-            scratch_shapes=[
-                *(pltpu.VMEM(shape, jnp.float32) for shape in shapes),
-                *fetcher_scratch(units, kv_pages),
-            ],
+            in_specs=[*in_specs, anywhere],
+            out_specs=out_specs,
+            scratch_shapes=scratch,
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-            jax.ShapeDtypeStruct((*queries.shape[:2], LANES), jnp.float32),
-        ],
+        out_shape=out_shape,
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem),
         name="paged_decode_attention",
-    )(
-        kv_lens,
-        used_groups,
-        queries,
-        start.astype(jnp.float32)[:, None],
-        page_table.reshape(-1),
-        kv_pages.data,
-    )
+    )(*scalars, *inputs, kv_pages.data)
     return (
         by_query(output[:num_seqs], num_queries, num_kv_heads),
         by_query(log_sum_exp[:num_seqs, :, 0], num_queries, num_kv_heads),
+        written[0] if written else kv_pages.data,
     )

@@ -40,6 +40,8 @@ class Units:
             depth * lanes <= seqs, so that what has been described is of this group or the next.
         sliding_window: tokens that a query sees; None for all.
         queries: of a sequence, its last tokens, at most.
+        new_tokens: of a sequence, its last ones, whose rows are put in after they have been fetched; the unit
+            that they are in is never FULL.
     """
 
     seqs: int
@@ -51,6 +53,7 @@ class Units:
     depth: int
     sliding_window: int | None
     queries: int = 1
+    new_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -63,7 +66,8 @@ class Units:
         Raises:
             ValueError: too much; the message says how much and of what.
         """
-        needed = 4 * (TABLES * self.table_group + padded(self.num_groups * self.seqs, SMEM_TILE))
+        by_sequence = self.num_groups * self.seqs * (1 + self.new_tokens)  # lengths, and slots
+        needed = 4 * (TABLES * self.table_group + padded(by_sequence, SMEM_TILE))
         if needed > SMEM_BYTES:
             raise ValueError(
                 f"block_sizes: groups of {self.seqs} sequences (lanes={self.lanes} x depth={self.depth}) "
@@ -182,7 +186,7 @@ class Fetcher:
             rest = kv_len - page * units.page_size
             tokens = jnp.where(inside, jnp.clip(rest, 0, units.tokens), 0)
             whole &= tokens == units.tokens
-            full &= inside & (rest >= units.tokens + units.queries - 1)
+            full &= inside & (rest >= units.tokens + max(units.queries - 1, units.new_tokens))
             if units.sliding_window is not None:
                 full &= rest <= units.sliding_window
             unit = self.units_in.at[slot, lane]

@@ -153,12 +153,19 @@ def decode_batch(
     num_queries: int | None = None,
     seed: int = 0,
     outliers: bool = False,
+    share: bool = True,
     **sizes: int,
 ) -> DecodeBatch:
     """One new token per sequence, or several on an axis of their own; a length of 0 is padding."""
     rng = np.random.default_rng(seed)
     kv_pages, table = poisoned_cache(
-        setup, kv_lens, rng, sizes.get("pages_per_seq"), sizes.get("num_pages"), outliers=outliers
+        setup,
+        kv_lens,
+        rng,
+        sizes.get("pages_per_seq"),
+        sizes.get("num_pages"),
+        outliers=outliers,
+        share=share,
     )
     queries = _normal(rng, (len(kv_lens), num_queries or 1, setup.num_q_heads, setup.head_dim))
     for sequence, kv_len in enumerate(kv_lens):
@@ -181,10 +188,11 @@ def poisoned_cache(
     num_pages: int | None = None,
     *,
     outliers: bool = False,
+    share: bool = True,
 ) -> tuple[KVPages, np.ndarray]:
     """A cache of NaN with normal numbers where a sequence has tokens, and a shuffled page table.
 
-    Every second sequence shares pages with the one before it.
+    Every second sequence shares pages with the one before it, if `share`.
     """
     page_size = setup.page_size
     needed = [-(-kv_len // page_size) for kv_len in kv_lens]
@@ -193,7 +201,7 @@ def poisoned_cache(
     pool = iter(rng.permutation(num_pages).tolist())
     table = _nonsense(rng, (len(kv_lens), pages_per_seq), num_pages)
     for sequence, count in enumerate(needed):
-        shared = min(count, needed[sequence - 1]) // 2 + 1 if sequence % 2 else 0
+        shared = min(count, needed[sequence - 1]) // 2 + 1 if sequence % 2 and share else 0
         shared = min(shared, count, needed[sequence - 1])
         table[sequence, :shared] = table[sequence - 1, :shared]
         table[sequence, shared:count] = [next(pool) for _ in range(count - shared)]

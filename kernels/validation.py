@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -26,11 +27,13 @@ def check_static(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Array | None,
+    most_queries: int | None = None,
 ) -> None:
     """Checks what is known before tracing.
 
     Args:
-        queries: [rows, num_q_heads, head_dim].
+        queries: [rows, num_q_heads, head_dim]; or [rows, num_queries, num_q_heads, head_dim] with at most
+            `most_queries`, if that is given.
         kv_pages: one layer's cache.
         metadata: name -> (array, the shape it must have); -1 stands for any size.
         scale, sliding_window, soft_cap, sinks: as in `vsurge.kernels.ragged_paged_attention`.
@@ -38,11 +41,17 @@ def check_static(
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
-    if queries.ndim != 3:
+    if queries.ndim == 4 and most_queries is not None:
+        if not 1 <= queries.shape[1] <= most_queries:
+            raise ValueError(
+                f"queries: {queries.shape[1]} per sequence, must be 1 to {most_queries}; "
+                "ragged_paged_attention takes any number"
+            )
+    elif queries.ndim != 3:
         raise ValueError(f"queries: shape {queries.shape}, expected [rows, num_q_heads, head_dim]")
     if queries.dtype not in QUERY_DTYPES:
         raise ValueError(f"queries: dtype {queries.dtype}, must be one of {[d.name for d in QUERY_DTYPES]}")
-    _, num_q_heads, head_dim = queries.shape
+    *_, num_q_heads, head_dim = queries.shape
     if head_dim != kv_pages.head_dim:
         raise ValueError(f"queries: head_dim {head_dim}, but the cache's is {kv_pages.head_dim}")
     if num_q_heads % kv_pages.num_kv_heads:
@@ -56,6 +65,35 @@ def check_static(
     _check_options(scale, sliding_window, soft_cap)
     if sinks is not None and sinks.shape != (num_q_heads,):
         raise ValueError(f"sinks: shape {sinks.shape}, expected one per query head ({num_q_heads},)")
+
+
+def check_new_kv(
+    kv_pages: KVPages,
+    new_kv: tuple[Array, Array] | None,
+    slots: Array | None,
+    *,
+    tokens: tuple[int, ...],
+) -> None:
+    """Checks the rows that an attention kernel is to write to the cache, if any.
+
+    Args:
+        kv_pages: one layer's cache.
+        new_kv, slots: as in `vsurge.kernels.paged_decode_attention`.
+        tokens: the axes of the queries before num_q_heads.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    if new_kv is None or slots is None:
+        if new_kv is not slots:
+            given, missing = ("slots", "new_kv") if new_kv is None else ("new_kv", "slots")
+            raise ValueError(f"{given} without {missing}: give both, or none of them")
+        return
+    _check_integers("slots", slots, tokens)
+    expected = (*tokens, kv_pages.num_kv_heads, kv_pages.head_dim)
+    for name, rows in zip(("keys", "values"), new_kv, strict=True):
+        if rows.shape != expected:
+            raise ValueError(f"new_kv: {name} of shape {rows.shape}, expected {expected}")
 
 
 def check_has_blocks(implementation: str, block_sizes: object, kind: type, *, of: str) -> None:
@@ -147,7 +185,41 @@ def check_metadata_when_run(
     check = partial(
         check_metadata, num_tokens=num_tokens, num_pages=kv_pages.num_pages, page_size=kv_pages.page_size
     )
-    metadata = (kv_lens, page_table, query_starts, num_seqs)
+    _when_run(check, kv_lens, page_table, query_starts, num_seqs)
+
+
+def check_slots(kv_lens: ArrayLike, page_table: ArrayLike, slots: ArrayLike, *, page_size: int) -> None:
+    """Checks on the host where a decode step writes its new tokens.
+
+    Args:
+        kv_lens, page_table: as in `vsurge.kernels.paged_decode_attention`.
+        slots: [num_seqs, num_queries].
+        page_size: of the cache.
+
+    Raises:
+        ValueError: names the sequence, the slot and what is allowed.
+    """
+    lengths, table, places = (np.asarray(a).astype(np.int64) for a in (kv_lens, page_table, slots))
+    used = [set(table[i, : -(-length // page_size)].tolist()) for i, length in enumerate(lengths)]
+    for (i, j), slot in np.ndenumerate(places):
+        if slot < 0:
+            continue
+        position = int(lengths[i]) - places.shape[1] + j
+        if position < 0:
+            raise ValueError(f"sequence {i}: {slot=} of a token before its begin, must be negative")
+        page, offset = table[i, position // page_size], position % page_size
+        if slot != page * page_size + offset:
+            raise ValueError(f"sequence {i}: {slot=}, its page table says {page * page_size + offset}")
+        if others := [other for other, pages in enumerate(used) if other != i and page in pages]:
+            raise ValueError(f"sequence {i}: writes to page {page}, which sequence {others[0]} has as well")
+
+
+def check_slots_when_run(kv_pages: KVPages, kv_lens: Array, page_table: Array, slots: Array) -> None:
+    """`check_slots` as `check_metadata_when_run` does its check."""
+    _when_run(partial(check_slots, page_size=kv_pages.page_size), kv_lens, page_table, slots)
+
+
+def _when_run(check: Callable[..., None], *metadata: Array) -> None:
     if any(isinstance(array, Tracer) for array in metadata):
         jax.debug.callback(check, *metadata)
     else:

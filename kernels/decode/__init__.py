@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
-"""Attention of one new token per sequence over a paged cache."""
+"""Attention of one or a few new tokens per sequence over a paged cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from ..append import append_kv
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
-from ..validation import check_has_blocks, check_metadata_when_run, check_static
+from ..validation import (
+    check_has_blocks,
+    check_metadata_when_run,
+    check_new_kv,
+    check_slots_when_run,
+    check_static,
+)
 from . import reference, xla
 from .blocks import DecodeBlocks
 
@@ -26,18 +33,31 @@ def _mosaic_tpu(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike]:
     return cast("tuple[ArrayLike, ArrayLike]", mosaic_tpu.paged_decode_attention(*arguments, **options))
 
 
+def _append_and_attend(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike, KVPages]:
+    from . import mosaic_tpu
+
+    return cast("tuple[ArrayLike, ArrayLike, KVPages]", mosaic_tpu.append_and_attend(*arguments, **options))
+
+
 IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]] = {
     "mosaic_tpu": _mosaic_tpu,
     "xla": xla.paged_decode_attention,
     "reference": reference.paged_decode_attention,
 }
+# What writes one new token per sequence itself; with others `append_kv` comes first.
+FUSED: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike, KVPages]]] = {
+    "mosaic_tpu": _append_and_attend,
+}
 
-Output = Float[Array, "num_seqs num_q_heads head_dim"]
-LogSumExp = Float[Array, "num_seqs num_q_heads"]
+MOST_QUERIES = 8  # of a sequence
+
+Output = Float[Array, "num_seqs *num_queries num_q_heads head_dim"]
+LogSumExp = Float[Array, "num_seqs *num_queries num_q_heads"]
+NewRows = Float[Array, "num_seqs *num_queries num_kv_heads head_dim"]
 
 
 def paged_decode_attention(
-    queries: Float[Array, "num_seqs num_q_heads head_dim"],
+    queries: Float[Array, "num_seqs *num_queries num_q_heads head_dim"],
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
@@ -47,20 +67,34 @@ def paged_decode_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " num_q_heads"] | None = None,
     return_lse: bool = False,
+    new_kv: tuple[NewRows, NewRows] | None = None,
+    slots: Int[Array, " num_seqs *num_queries"] | None = None,
     block_sizes: DecodeBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
-) -> Output | tuple[Output, LogSumExp]:
-    """Attention of one new token per sequence, the last one, over a paged cache.
+) -> Output | tuple[Output, LogSumExp] | tuple[Output, KVPages] | tuple[Output, LogSumExp, KVPages]:
+    """Attention of the last token of each sequence, or of its last few, over a paged cache.
 
-    The new token's key and value are in the cache already (`append_kv`).
+    The new tokens' keys and values are in the cache already (`append_kv`), or they are given as `new_kv` and
+    written in the same pass. With several queries per sequence
+    (drafted tokens to be verified, say) query j stands at position `kv_len - num_queries + j`, and as
+    everywhere position p sees positions 0 to p.
 
     Args:
-        queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32.
-        kv_lens: [num_seqs] int32, tokens in the cache, the new one included; 0 marks padding, whose output is
-            zero and whose row of the page table may hold anything.
+        queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32, or with up to 8 tokens per sequence
+            [num_seqs, num_queries, num_q_heads, head_dim].
+        kv_lens: [num_seqs] int32, tokens in the cache, the new ones included; 0 marks padding, whose output
+            is zero and whose row of the page table may hold anything. Where there are fewer tokens than
+            queries, the first queries stand before the sequence's begin: their output is zero, too, and their
+            log-sum-exp -inf.
         page_table: [num_seqs, pages_per_seq] int32; only the first `ceil(kv_len / page_size)` entries of a
             row are used.
+        new_kv: keys and values of the new tokens, each [num_seqs(, num_queries), num_kv_heads, head_dim], to
+            be cast to the cache's dtype and written to it in place: `kv_pages` is then donated, as by
+            `append_kv`. "mosaic_tpu" writes one token per sequence in the kernel unless the cache is
+            quantized, others before it. No other sequence of the batch may have a page that is written.
+        slots: [num_seqs(, num_queries)] int32, with `new_kv`: where the page table has these tokens,
+            `page * page_size + offset`; negative for those that are in the cache already, and for padding.
         block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
         implementation: "mosaic_tpu" (a Pallas kernel; interpreted where there is no TPU), "xla" (compiled for
             any device) or "reference" (float64 NumPy, outside jit only); None for the best one on this
@@ -68,8 +102,8 @@ def paged_decode_attention(
         kv_pages, scale, sliding_window, soft_cap, sinks, return_lse, debug: as in `ragged_paged_attention`.
 
     Returns:
-        The output [num_seqs, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
-        log-sum-exp [num_seqs, num_q_heads] in float32.
+        The output in the queries' shape and dtype; with `return_lse` then the log-sum-exp in float32, of that
+        shape without head_dim; with `new_kv` then the cache.
 
     Raises:
         ValueError: an argument's shape, dtype or value is not allowed; the message names it.
@@ -84,12 +118,16 @@ def paged_decode_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
+        most_queries=MOST_QUERIES,
     )
+    check_new_kv(kv_pages, new_kv, slots, tokens=queries.shape[:-2])
     if debug:
         starts = jnp.pad(jnp.cumsum((kv_lens > 0).astype(jnp.int32)), (1, 0))
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, starts, jnp.asarray([num_seqs], jnp.int32), num_tokens=num_seqs
         )
+        if slots is not None:
+            check_slots_when_run(kv_pages, kv_lens, page_table, slots.reshape(num_seqs, -1))
     chosen = choose_implementation("paged_decode_attention", implementation, IMPLEMENTATIONS)
     options: dict[str, Any] = {
         "scale": scale,
@@ -100,6 +138,21 @@ def paged_decode_attention(
     if block_sizes is not None:
         check_has_blocks(chosen, block_sizes, DecodeBlocks, of="mosaic_tpu")
         options["block_sizes"] = block_sizes
-    output, log_sum_exp = IMPLEMENTATIONS[chosen](queries, kv_pages, kv_lens, page_table, **options)
-    output = jnp.asarray(output, queries.dtype)
-    return (output, jnp.asarray(log_sum_exp, jnp.float32)) if return_lse else output
+    by_query = queries if queries.ndim == 4 else queries[:, None]
+    metadata = kv_lens, page_table
+    written: list[KVPages] = []
+    if new_kv is None or slots is None:
+        output, log_sum_exp = IMPLEMENTATIONS[chosen](by_query, kv_pages, *metadata, **options)
+    else:
+        keys, values = (rows.reshape(-1, *rows.shape[-2:]) for rows in new_kv)
+        new = keys, values, slots.reshape(-1)
+        if chosen in FUSED and by_query.shape[1] == 1 and kv_pages.scales is None:
+            output, log_sum_exp, kv_pages = FUSED[chosen](by_query, kv_pages, *metadata, *new, **options)
+        else:
+            kv_pages = append_kv(kv_pages, *new, implementation=chosen)
+            output, log_sum_exp = IMPLEMENTATIONS[chosen](by_query, kv_pages, *metadata, **options)
+        written.append(kv_pages)
+    output = jnp.asarray(output, queries.dtype).reshape(queries.shape)
+    log_sum_exp = jnp.asarray(log_sum_exp, jnp.float32).reshape(queries.shape[:-1])
+    results = (output, log_sum_exp, *written) if return_lse else (output, *written)
+    return results if len(results) > 1 else output

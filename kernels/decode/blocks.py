@@ -51,7 +51,13 @@ class DecodeBlocks:
 
 
 def default_blocks(
-    *, page_size: int, pages_per_seq: int, most_seqs: int, token_bytes: int, vmem_bytes: int
+    *,
+    page_size: int,
+    pages_per_seq: int,
+    most_seqs: int,
+    token_bytes: int,
+    seq_bytes: int,
+    vmem_bytes: int,
 ) -> DecodeBlocks:
     """Block sizes that fit half of the vector memory, the largest units first, then as many steps.
 
@@ -59,6 +65,7 @@ def default_blocks(
         page_size, token_bytes, vmem_bytes: as in `DecodeBlocks.check`.
         pages_per_seq: pages of the longest sequence, which a unit need not exceed.
         most_seqs: sequences of a group at most, which `lanes` times `depth` must not exceed.
+        seq_bytes: of vector memory that a sequence of a group takes besides, of which a quarter is used.
     """
     kv_tokens = math.lcm(LANES, page_size)
     while (
@@ -67,5 +74,5 @@ def default_blocks(
         and 4 * 2 * kv_tokens * token_bytes <= vmem_bytes // 2
     ):
         kv_tokens *= 2
-    depth = vmem_bytes // 2 // (kv_tokens * token_bytes)
+    depth = min(vmem_bytes // 2 // (kv_tokens * token_bytes), vmem_bytes // 4 // seq_bytes)
     return DecodeBlocks(kv_tokens, lanes=1, depth=max(2, min(MOST_STEPS, most_seqs, depth)))

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..blockwise import MASKED, product_dtype
-from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
+from ..kv_pages import KVPages, encode
 from ..tpu.control import largest
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
@@ -36,113 +36,170 @@ from ..tpu.streams import Products
 from ..tpu.units import (
     FULL,
     LAST,
-    REST,
-    ROW,
     TABLE_TILE,
     TOKENS,
     Fetcher,
     Units,
     fetcher_scratch,
-    in_hbm,
     most_seqs,
     vmem_bytes_per_token,
 )
 from .blocks import DecodeBlocks, default_blocks
+from .new_rows import NewRows, new_rows_scratch
+from .rows import by_kv_head, by_query, seq_bytes
+from .softmax import Softmax, State
+from .step import Attention, compute, widths_of
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What the kernel computes, besides the cutting: see `vsurge.kernels.ragged_paged_attention`."""
-
-    num_q_heads: int
-    products: Products
-    scale: float
-    soft_cap: float | None
-    sliding_window: int | None
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """The running softmax of a group's sequences in VMEM, all float32.
-
-    The last row is that of units without tokens, which nobody reads.
+class _ByGroup:
+    """An input of which each group of sequences has a part, copied while the group before is computed.
 
     Attributes:
-        highest, total: [seqs + 1, num_q_heads, 1], the largest score, and the sum of `exp(score - highest)`.
-        weighted: [seqs + 1, num_q_heads, head_dim], the sum of `exp(score - highest) * value`.
+        hbm: [num_groups * seqs, ...].
+        buffers: [2, seqs, ...] in VMEM, of which groups take turns.
+        arrived: [2] DMA semaphores.
     """
 
-    highest: Any
-    total: Any
-    weighted: Any
+    hbm: Any
+    buffers: Any
+    arrived: Any
 
-    def reset(self) -> None:
-        self.highest[...] = jnp.full(self.highest.shape, MASKED, jnp.float32)
-        self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
-        self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
+    def start(self, group: Any) -> None:
+        self._copy(group).start()
 
-    def merge(self, row: Any, highest: Any, total: Any, weighted: Any) -> None:
-        """Merges the softmax of a unit, arrays as those of one row, into its sequence's."""
-        old = self.highest[row]
-        new = jnp.maximum(old, highest)
-        keep, add = jnp.exp(old - new), jnp.exp(highest - new)
-        self.highest[row] = new
-        self.total[row] = self.total[row] * keep + total * add
-        self.weighted[row] = self.weighted[row] * keep + weighted * add
+    def wait(self, group: Any) -> None:
+        self._copy(group).wait()
 
-    def write(self, sinks: Any, output: Any, log_sum_exp: Any) -> None:
-        """Writes the result, to which a sink adds a score without a value."""
-        seqs = output.shape[0]
-        old, total = self.highest[:seqs], self.total[:seqs]
-        sink = sinks[...][None]
-        new = jnp.maximum(old, sink)
-        keep = jnp.exp(old - new)
-        total = jnp.where(total > 0, total * keep + jnp.exp(sink - new), 0.0)  # 0: an empty sequence
-        output[...] = jnp.where(total > 0, self.weighted[:seqs] * keep / total, 0.0).astype(output.dtype)
-        log_sum_exp[...] = jnp.broadcast_to(new + jnp.log(total), log_sum_exp.shape)
+    def part(self, group: Any) -> Any:
+        """A group's part, to be waited for."""
+        return self.buffers.at[jnp.int32(group) & 1]
+
+    def _copy(self, group: Any) -> Any:
+        seqs = self.buffers.shape[1]
+        arrived = self.arrived.at[jnp.int32(group) & 1]
+        return pltpu.make_async_copy(self.hbm.at[pl.ds(group * seqs, seqs)], self.part(group), arrived)
+
+
+class _Inputs(NamedTuple):
+    """A call's inputs in HBM.
+
+    Attributes:
+        kv_pages: the cache.
+        kv_lens, table: [padded num_groups * seqs] and [num_groups * table_group] int32.
+        queries: [num_groups * seqs, rows, head_dim].
+        sinks: [rows, LANES] float32, MASKED for none.
+        slots, new_rows: see `NewRows`, [padded num_groups * seqs] int32 and [num_groups * seqs, 2,
+            num_kv_heads, head_dim]; None unless they are to be written.
+    """
+
+    kv_pages: Any
+    kv_lens: Any
+    table: Any
+    queries: Any
+    sinks: Any
+    slots: Any = None
+    new_rows: Any = None
+
+
+class _Outputs(NamedTuple):
+    """A group's results in VMEM, and the cache.
+
+    Attributes:
+        output, log_sum_exp: [seqs, rows, head_dim | LANES], the latter the same in all lanes.
+        data: the cache's data in HBM; None unless it is written.
+    """
+
+    output: Any
+    log_sum_exp: Any
+    data: Any = None
+
+
+class _Copied(NamedTuple):
+    """Where a kernel has its inputs: as in `_Inputs`, of a group at a time [2, seqs, ...]."""
+
+    kv_lens: Any
+    queries: Any
+    sinks: Any
+    slots: Any
+    new_rows: Any
+    arrived: Any
+    queries_arrived: Any
+    rows_arrived: Any
 
 
 def _kernel(
     attention: Attention,
     units: Units,
-    kv_pages: KVPages,
-    kv_lens: Any,
+    cache: KVPages,
     num_groups: Any,
-    queries: Any,
-    sinks: Any,
-    table_hbm: Any,
-    kv_hbm: Any,
-    output: Any,
-    log_sum_exp: Any,
-    highest: Any,
-    total: Any,
-    weighted: Any,
-    *fetcher_refs: Any,
+    inputs: _Inputs,
+    outputs: _Outputs,
+    copied: _Copied,
+    softmax: Softmax,
+    new_rows_refs: list[Any],
+    fetcher_refs: list[Any],
 ) -> None:
     """One grid step: the sequences of a group.
 
+    Everything is copied here, so that a call begins with waiting for the memory twice, not once for each
+    input: for lengths and page table, then for the first pages.
+
     Args:
-        attention, units, kv_pages: static; of `kv_pages` only what it says of its data.
-        kv_lens: [grid steps * seqs] int32 in scalar memory.
+        attention, units, cache: static; of `cache` only what it says of its data.
         num_groups: [1] int32 in scalar memory, the groups up to the last sequence with tokens.
-        queries, output: [seqs, num_q_heads, head_dim] in VMEM.
-        sinks: [num_q_heads, 1] float32 in VMEM, MASKED for none.
-        table_hbm, kv_hbm: page table and cache, see `Fetcher`.
-        log_sum_exp: [seqs, num_q_heads, LANES] float32 in VMEM, the same number in all lanes.
-        highest, total, weighted: see `Softmax`.
-        fetcher_refs: see `fetcher_scratch`.
+        inputs, outputs, copied, softmax: see there.
+        new_rows_refs, fetcher_refs: see `new_rows_scratch` and `fetcher_scratch`.
     """
-    fetcher = Fetcher(units, num_groups[0], kv_lens, table_hbm, kv_hbm, *fetcher_refs)
-    softmax = Softmax(highest, total, weighted)
-    compute = partial(_compute, attention, kv_pages, fetcher, queries, softmax)
-    softmax.reset()
-    pl.when(pl.program_id(0) == 0)(fetcher.begin)
-    pl.when(pl.program_id(0) < num_groups[0])(partial(_attend_group, fetcher, compute))
-    softmax.write(sinks, output, log_sum_exp)
+    group, used = pl.program_id(0), num_groups[0]
+    kv_hbm = inputs.kv_pages if outputs.data is None else replace(inputs.kv_pages, data=outputs.data)
+    fetcher = Fetcher(units, used, copied.kv_lens, inputs.table, kv_hbm, *fetcher_refs)
+    lengths = [pltpu.make_async_copy(inputs.kv_lens, copied.kv_lens, copied.arrived.at[0])]
+    sinks = pltpu.make_async_copy(inputs.sinks, copied.sinks, copied.arrived.at[1])
+    by_group = [_ByGroup(inputs.queries, copied.queries, copied.queries_arrived)]
+    new_rows = None
+    if outputs.data is not None:
+        lengths.append(pltpu.make_async_copy(inputs.slots, copied.slots, copied.arrived.at[2]))
+        by_group.append(_ByGroup(inputs.new_rows, copied.new_rows, copied.rows_arrived))
+        rows = by_group[1].part(group)
+        new_rows = NewRows(copied.slots, rows, outputs.data, *new_rows_refs)
+
+    def start_group(of: Any) -> None:
+        for part in by_group:
+            part.start(of)
+
+    @pl.when(group == 0)
+    def _() -> None:
+        sinks.start()
+        softmax.begin()
+        if new_rows:
+            new_rows.begin()
+
+        @pl.when(used > 0)
+        def _() -> None:
+            for copy in lengths:
+                copy.start()
+            start_group(0)
+            fetcher.begin(*lengths)
+
+    pl.when(group + 1 < used)(lambda: start_group(group + 1))
+    softmax.begin_group()
+
+    @pl.when(group < used)
+    def _() -> None:
+        for part in by_group:
+            part.wait(group)
+        queries = by_group[0].part(group)
+        _attend_group(fetcher, partial(compute, attention, cache, fetcher, queries, softmax), new_rows)
+
+    pl.when(group == 0)(sinks.wait)
+    if new_rows:
+        pl.when(group == pl.num_programs(0) - 1)(new_rows.end)
+    softmax.write(copied.sinks, outputs.output, outputs.log_sum_exp)
 
 
-def _attend_group(fetcher: Fetcher, compute: Callable[..., None]) -> None:
-    """Takes the steps of a group; `compute` is `_compute` from its `slot` on."""
+def _attend_group(fetcher: Fetcher, attend: Callable[..., None], new_rows: NewRows | None) -> None:
+    """Takes the steps of a group; `attend` is `compute` from its `slot` on."""
     units = fetcher.units
     fetcher.begin_group()
 
@@ -155,145 +212,120 @@ def _attend_group(fetcher: Fetcher, compute: Callable[..., None]) -> None:
         def _() -> None:
             fetcher.wait_whole(slot)
             fetcher.start_whole(coming)
-            compute(slot, units.tokens, masked=False)
+            attend(slot, units.tokens, masked=False)
             fetcher.describe()
 
         @pl.when(~full)
         def _() -> None:
-            fetcher.start(coming)
             fetcher.wait(slot)
-            tokens = [fetcher.units_in[slot, lane, TOKENS] for lane in range(units.lanes)]
-            most, narrower = largest(tokens), 0
-            for width in _widths(units.tokens):
-                fits = (most > narrower) & (most <= width)
-                pl.when(fits)(partial(compute, slot, width, masked=True))
+            if new_rows:
+                new_rows.insert(fetcher, slot)
+            most, narrower = (
+                largest([fetcher.units_in[slot, lane, TOKENS] for lane in range(units.lanes)]),
+                -1,
+            )
+            for width in [0, *widths_of(units.tokens)]:
+
+                @pl.when((most > narrower) & (most <= width))
+                def _(width: int = width) -> None:
+                    fetcher.start(coming)  # here, where the arithmetic beside it hides it
+                    if width:
+                        attend(slot, width, masked=True)
+                    fetcher.describe()
+
                 narrower = width
-            fetcher.describe()
 
         return last
 
     lax.while_loop(lambda last: last == 0, step, jnp.int32(0))
 
 
-def _widths(tokens: int) -> list[int]:
-    """Numbers of tokens for which there is code of its own: a short unit costs what its tokens cost."""
-    widths = [tokens]
-    while widths[0] % (2 * LANES) == 0:
-        widths.insert(0, widths[0] // 2)
-    return widths
-
-
-def _compute(
-    attention: Attention,
-    kv_pages: KVPages,
-    fetcher: Fetcher,
-    queries: Any,
-    softmax: Softmax,
-    slot: Any,
-    width: int,
-    *,
-    masked: bool,
-) -> None:
-    """Merges the first `width` tokens of a slot's units into their sequences' softmax."""
-    units, dtype = fetcher.units, attention.products.dtype
-    units_in = [fetcher.units_in.at[slot, lane] for lane in range(units.lanes)]
-    rows = jnp.concatenate([queries[jnp.minimum(unit[ROW], units.seqs - 1)] for unit in units_in])
-    keys, values = list[Any](), list[Any]()
-    for lane, unit in enumerate(units_in):
-        block = fetcher.buffer.at[slot, lane]
-        for head in range(kv_pages.num_kv_heads):
-            key, value = (
-                decode_bits(kv_pages, block[kind, head, :width]).astype(dtype) for kind in (KEYS, VALUES)
-            )
-            if masked:  # what lies behind the tokens may be NaN, and a weight of 0 times that is NaN too
-                held = lax.broadcasted_iota(jnp.int32, value.shape, 0) < unit[TOKENS]
-                value = jnp.where(held, value, jnp.zeros_like(value))
-                if units.lanes > 1:  # as it is beside another unit's queries
-                    key = jnp.where(held, key, jnp.zeros_like(key))
-            keys.append(key)
-            values.append(value)
-
-    scores = attention.products.scores(rows.astype(dtype), keys) * attention.scale
-    if fetcher.scales is not None:
-        scores *= _scales_by_row(attention, fetcher, slot, width, KEYS)
-    if attention.soft_cap is not None:
-        scores = attention.soft_cap * jnp.tanh(scores / attention.soft_cap)
-    if masked:
-        scores = jnp.where(_seen(attention, units_in, width), scores, MASKED)
-    highest = jnp.max(scores, axis=1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=1, keepdims=True)
-    if fetcher.scales is not None:
-        scales = _scales_by_row(attention, fetcher, slot, width, VALUES)
-        weights *= jnp.where(_held(attention, units_in, width), scales, 0.0) if masked else scales
-    weighted = attention.products.weighted(weights.astype(dtype), values)
-    for lane, unit in enumerate(units_in):
-        part = slice(lane * attention.num_q_heads, (lane + 1) * attention.num_q_heads)
-        softmax.merge(unit[ROW], highest[part], total[part], weighted[part])
-
-
-def _scales_by_row(attention: Attention, fetcher: Fetcher, slot: Any, width: int, kind: int) -> Any:
-    """[lanes * num_q_heads, width]: the scales of a slot's keys or values, each head's for its query rows."""
-    group = attention.products.rows
-    rows = list[Any]()
-    for lane in range(fetcher.units.lanes):
-        scales = fetcher.scales_of(slot, lane, kind, width)
-        heads = (scales[head : head + 1] for head in range(scales.shape[0]))
-        rows.extend(jnp.broadcast_to(head, (group, width)) for head in heads)
-    return jnp.concatenate(rows)
-
-
-def _held(attention: Attention, units_in: list[Any], width: int) -> Any:
-    """[lanes * num_q_heads, width]: which of its unit's tokens are there."""
-    column = lax.broadcasted_iota(jnp.int32, (attention.num_q_heads, width), 1)
-    return jnp.concatenate([column < unit[TOKENS] for unit in units_in])
-
-
-def _seen(attention: Attention, units_in: list[Any], width: int) -> Any:
-    """[lanes * num_q_heads, width]: which of its unit's tokens a row sees."""
-    column = lax.broadcasted_iota(jnp.int32, (attention.num_q_heads, width), 1)
-    seen = list[Any]()
-    for unit in units_in:
-        sees = column < unit[TOKENS]
-        if attention.sliding_window is not None:
-            sees &= column >= unit[REST] - attention.sliding_window
-        seen.append(sees)
-    return jnp.concatenate(seen)
-
-
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "block_sizes"))
 def paged_decode_attention(
-    queries: Float[Array, "num_seqs num_q_heads head_dim"],
+    queries: Float[Array, "num_seqs num_queries num_q_heads head_dim"],
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
+    **options: Any,
+) -> tuple[
+    Float[Array, "num_seqs num_queries num_q_heads head_dim"],
+    Float[Array, "num_seqs num_queries num_q_heads"],
+]:
+    """As `vsurge.kernels.paged_decode_attention`, with the options of `_attend`."""
+    output, log_sum_exp, _ = _attend(queries, kv_pages, kv_lens, page_table, None, **options)
+    return output, log_sum_exp
+
+
+@partial(
+    jax.jit,
+    static_argnames=("scale", "sliding_window", "soft_cap", "block_sizes"),
+    donate_argnames="kv_pages",
+)
+def append_and_attend(
+    queries: Float[Array, "num_seqs one num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " num_seqs"],
+    page_table: Int[Array, "num_seqs pages_per_seq"],
+    keys: Float[Array, "num_seqs num_kv_heads head_dim"],
+    values: Float[Array, "num_seqs num_kv_heads head_dim"],
+    slots: Int[Array, " num_seqs"],
+    **options: Any,
+) -> tuple[
+    Float[Array, "num_seqs one num_q_heads head_dim"],
+    Float[Array, "num_seqs one num_q_heads"],
+    KVPages,
+]:
+    """`paged_decode_attention` of one query per sequence that also writes the cache, see `NewRows`."""
+    rows, _ = encode(kv_pages, jnp.stack([keys, values], axis=1))
+    inside = slots < kv_pages.num_pages * kv_pages.page_size
+    new = rows, jnp.where(inside, slots, -1)
+    output, log_sum_exp, data = _attend(queries, kv_pages, kv_lens, page_table, new, **options)
+    return output, log_sum_exp, replace(kv_pages, data=data)
+
+
+def _attend(
+    queries: Array,
+    kv_pages: KVPages,
+    kv_lens: Array,
+    page_table: Array,
+    new: tuple[Array, Array] | None,
     *,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
-    sinks: Float[Array, " num_q_heads"] | None,
+    sinks: Array | None,
     block_sizes: DecodeBlocks | None = None,
-) -> tuple[Float[Array, "num_seqs num_q_heads head_dim"], Float[Array, "num_seqs num_q_heads"]]:
-    """As `vsurge.kernels.paged_decode_attention`; the log-sum-exp in float32.
+) -> tuple[Array, Array, Array]:
+    """Runs the kernel.
+
+    Args:
+        new: the rows [num_seqs, 2, num_kv_heads, head_dim] as the cache stores them, and their slots
+            [num_seqs], to be written as well.
+
+    Returns:
+        Output, log-sum-exp and the cache's data.
 
     Raises:
         ValueError: the pages hold no whole tiles, or the block sizes fit neither cache nor device.
     """
-    num_seqs, num_q_heads, head_dim = queries.shape
+    num_seqs, num_queries, num_q_heads, head_dim = queries.shape
     if num_seqs == 0:
-        return queries, jnp.zeros((0, num_q_heads), jnp.float32)
+        return queries, jnp.zeros(queries.shape[:3], jnp.float32), kv_pages.data
     check_pages(kv_pages)
+    new_tokens = 0 if new is None else 1
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
-    token_bytes = vmem_bytes_per_token(kv_pages)
+    rows, group = num_queries * num_q_heads, num_queries * num_q_heads // num_kv_heads
+    token_bytes, vmem = vmem_bytes_per_token(kv_pages), vmem_bytes()
     blocks = block_sizes or default_blocks(
         page_size=page_size,
         pages_per_seq=pages_per_seq,
-        most_seqs=most_seqs(pages_per_seq, num_seqs),
+        most_seqs=most_seqs(pages_per_seq, num_seqs * (1 + new_tokens)),
         token_bytes=token_bytes,
-        vmem_bytes=vmem_bytes(),
+        seq_bytes=seq_bytes(rows, head_dim, queries.dtype.itemsize),
+        vmem_bytes=vmem if num_queries == 1 else vmem * 3 // 4,  # the scores of many rows take room as well
     )
-    blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem_bytes())
-    seqs = padded(blocks.lanes * blocks.depth, SUBLANES)
+    blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem)
+    seqs = padded(blocks.lanes * blocks.depth, SUBLANES if num_queries == 1 else 1)
     num_groups = -(-num_seqs // seqs)
     units = Units(
         seqs=seqs,
@@ -304,55 +336,89 @@ def paged_decode_attention(
         page_size=page_size,
         depth=blocks.depth,
         sliding_window=sliding_window,
+        queries=num_queries,
+        new_tokens=new_tokens,
     )
     units.check()
-    products = Products(num_q_heads // num_kv_heads, head_dim, product_dtype(queries, kv_pages))
-    attention = Attention(num_q_heads, products, scale, soft_cap, sliding_window)
+    products = Products(group, head_dim, product_dtype(queries, kv_pages))
+    attention = Attention(rows, num_queries, products, scale, soft_cap, sliding_window)
 
     spare = num_groups * seqs - num_seqs
-    kv_lens = jnp.pad(kv_lens, (0, spare))
-    queries = jnp.pad(queries, ((0, spare), (0, 0), (0, 0)))
-    page_table = jnp.pad(page_table, ((0, spare), (0, units.table_row - pages_per_seq)))
+
+    def by_sequence(array: Array, filling: int = 0) -> Array:
+        return jnp.pad(array, ((0, spare), *((0, 0) for _ in array.shape[1:])), constant_values=filling)
+
+    def integers(array: Array, filling: int) -> Array:
+        """[num_groups * seqs] and more, so that it is whole tiles."""
+        more = -array.shape[0] % TABLE_TILE
+        return jnp.pad(array, (0, more), constant_values=filling)
+
+    kv_lens = by_sequence(kv_lens)
     last = jnp.max(jnp.where(kv_lens > 0, jnp.arange(1, kv_lens.shape[0] + 1, dtype=jnp.int32), 0))
     used_groups = ((last + seqs - 1) // seqs)[None]
-    start = jnp.full(num_q_heads, MASKED) if sinks is None else sinks
+    sink = jnp.full(num_q_heads, MASKED) if sinks is None else sinks.astype(jnp.float32)
+    sink = by_kv_head(jnp.broadcast_to(sink, (1, num_queries, num_q_heads)), num_kv_heads)[0]
+    table = jnp.pad(by_sequence(page_table), ((0, 0), (0, units.table_row - pages_per_seq)))
+    inputs = _Inputs(
+        kv_pages,
+        integers(kv_lens, 0),
+        table.reshape(-1),
+        by_sequence(by_kv_head(queries, num_kv_heads)),
+        jnp.broadcast_to(sink.astype(jnp.float32)[:, None], (rows, LANES)),
+        *(() if new is None else (integers(by_sequence(new[1], -1), -1), by_sequence(new[0]))),
+    )
+
+    def two_groups(array: Array) -> Any:
+        return pltpu.VMEM((2, seqs, *array.shape[1:]), array.dtype)
+
+    def scalars(array: Array) -> Any:
+        return pltpu.SMEM(array.shape, jnp.int32)
+
+    two = pltpu.SemaphoreType.DMA((2,))
+    copied = _Copied(
+        scalars(inputs.kv_lens),
+        two_groups(inputs.queries),
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        None if new is None else scalars(inputs.slots),
+        None if new is None else two_groups(inputs.new_rows),
+        pltpu.SemaphoreType.DMA((3,)),
+        two,
+        None if new is None else two,
+    )
 
     def by_group(numbers: int) -> pl.BlockSpec:
-        def index(group: Any, *_: Any) -> Any:
-            return group, 0, 0
+        return pl.BlockSpec((seqs, rows, numbers), lambda group, *_: (group, 0, 0))  # pyright: ignore
 
-        return pl.BlockSpec((seqs, num_q_heads, numbers), index)
-
-    shapes = ((seqs + 1, num_q_heads, 1), (seqs + 1, num_q_heads, 1), (seqs + 1, num_q_heads, head_dim))
-    output, log_sum_exp = tpu_call(
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    data = kv_pages.data
+    outputs = _Outputs(
+        jax.ShapeDtypeStruct(inputs.queries.shape, queries.dtype),
+        jax.ShapeDtypeStruct((*inputs.queries.shape[:2], LANES), jnp.float32),
+        None if new is None else jax.ShapeDtypeStruct(data.shape, data.dtype),
+    )
+    (output, log_sum_exp, written) = tpu_call(
         partial(_kernel, attention, units, jax.eval_shape(lambda: kv_pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(num_groups,),
-            in_specs=[
-                by_group(head_dim),
-                pl.BlockSpec(memory_space=pltpu.VMEM),
-                pl.BlockSpec(memory_space=pl.ANY),
-                in_hbm(kv_pages),
-            ],
-            out_specs=[by_group(head_dim), by_group(LANES)],
+            in_specs=[jax.tree.map(lambda _: anywhere, inputs)],
+            out_specs=[_Outputs(by_group(head_dim), by_group(LANES), None if new is None else anywhere)],
             scratch_shapes=[
-                *(pltpu.VMEM(shape, jnp.float32) for shape in shapes),
-                *fetcher_scratch(units, kv_pages),
+                copied,
+                Softmax(
+                    State.scratch(seqs + 1, rows, head_dim=head_dim), State.scratch(rows, head_dim=head_dim)
+                ),
+                [] if new is None else new_rows_scratch(kv_pages),
+                fetcher_scratch(units, kv_pages),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-            jax.ShapeDtypeStruct((*queries.shape[:2], LANES), jnp.float32),
-        ],
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem_bytes()),
+        out_shape=[outputs],
+        input_output_aliases={} if new is None else {1: 2},  # the cache's data
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem),
         name="paged_decode_attention",
-    )(
-        kv_lens,
-        used_groups,
-        queries,
-        start.astype(jnp.float32)[:, None],
-        page_table.reshape(-1),
-        kv_pages,
+    )(used_groups, inputs)[0]
+    return (
+        by_query(output[:num_seqs], num_queries, num_kv_heads),
+        by_query(log_sum_exp[:num_seqs, :, 0], num_queries, num_kv_heads),
+        data if new is None else written,
     )
-    return output[:num_seqs], log_sum_exp[:num_seqs, :, 0]

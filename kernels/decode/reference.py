@@ -10,7 +10,7 @@ from ..ragged.reference import Float64, attend, read_cache, slots_of
 
 
 def paged_decode_attention(
-    queries: Float[Array, "num_seqs num_q_heads head_dim"],
+    queries: Float[Array, "num_seqs num_queries num_q_heads head_dim"],
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
@@ -25,14 +25,14 @@ def paged_decode_attention(
     keys, values = read_cache(kv_pages)
     lengths, table = np.asarray(kv_lens, np.int64), np.asarray(page_table, np.int64)
     output = np.zeros_like(all_queries)
-    log_sum_exp = np.full(all_queries.shape[:2], -np.inf)
+    log_sum_exp = np.full(all_queries.shape[:3], -np.inf)
     for sequence, kv_len in enumerate(lengths.tolist()):
         if kv_len == 0:
             continue
         slots = slots_of(table[sequence], kv_len, kv_pages.page_size)
-        row = slice(sequence, sequence + 1)
-        output[row], log_sum_exp[row] = attend(
-            all_queries[row],
+        tokens = sequence, slice(max(0, all_queries.shape[1] - kv_len), None)  # at positions from 0 on
+        output[tokens], log_sum_exp[tokens] = attend(
+            all_queries[tokens],
             keys[slots],
             values[slots],
             scale=scale,

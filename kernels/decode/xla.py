@@ -26,7 +26,7 @@ BLOCK_TOKENS = 128
 
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
 def paged_decode_attention(
-    queries: Float[Array, "num_seqs num_q_heads head_dim"],
+    queries: Float[Array, "num_seqs num_queries num_q_heads head_dim"],
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
@@ -35,11 +35,14 @@ def paged_decode_attention(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " num_q_heads"] | None,
-) -> tuple[Float[Array, "num_seqs num_q_heads head_dim"], Float[Array, "num_seqs num_q_heads"]]:
+) -> tuple[
+    Float[Array, "num_seqs num_queries num_q_heads head_dim"],
+    Float[Array, "num_seqs num_queries num_q_heads"],
+]:
     """As `vsurge.kernels.paged_decode_attention`; output and log-sum-exp in float32."""
-    num_seqs, num_q_heads, head_dim = queries.shape
+    num_seqs, num_queries = queries.shape[:2]
     if num_seqs == 0:
-        return jnp.zeros(queries.shape, jnp.float32), jnp.zeros((0, num_q_heads), jnp.float32)
+        return jnp.zeros(queries.shape, jnp.float32), jnp.zeros(queries.shape[:3], jnp.float32)
     group_size = min(GROUP_SIZE, num_seqs)
     num_groups = -(-num_seqs // group_size)
     spare = num_groups * group_size - num_seqs
@@ -52,8 +55,9 @@ def paged_decode_attention(
         padded = jnp.pad(array[order], padding, constant_values=fill)
         return padded.reshape(num_groups, group_size, *array.shape[1:])
 
-    group_queries, group_tables = grouped(queries[:, None], 0), grouped(page_table, 0)
-    group_positions = grouped(kv_lens[:, None] - 1, -1)
+    group_queries, group_tables = grouped(queries, 0), grouped(page_table, 0)
+    before_end = jnp.arange(-num_queries, 0, dtype=jnp.int32)
+    group_positions = grouped(kv_lens[:, None] + before_end[None], -1)
 
     def attend_group(group: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         output, log_sum_exp = attend_pages(
@@ -69,14 +73,14 @@ def paged_decode_attention(
         )
         start = group * group_size
         return (
-            lax.dynamic_update_slice_in_dim(results[0], output[:, 0], start, axis=0),
-            lax.dynamic_update_slice_in_dim(results[1], log_sum_exp[:, 0], start, axis=0),
+            lax.dynamic_update_slice_in_dim(results[0], output, start, axis=0),
+            lax.dynamic_update_slice_in_dim(results[1], log_sum_exp, start, axis=0),
         )
 
     padded_seqs = num_groups * group_size
     results = (
-        jnp.zeros((padded_seqs, num_q_heads, head_dim), jnp.float32),
-        jnp.zeros((padded_seqs, num_q_heads), jnp.float32),
+        jnp.zeros((padded_seqs, *queries.shape[1:]), jnp.float32),
+        jnp.zeros((padded_seqs, *queries.shape[1:3]), jnp.float32),
     )
     output, log_sum_exp = cast("tuple[Array, Array]", lax.fori_loop(0, num_groups, attend_group, results))
     place = spare + jnp.argsort(order)

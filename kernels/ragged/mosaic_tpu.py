@@ -304,7 +304,7 @@ def ragged_paged_attention(
     decodes = new_tokens == 1
     decode = cast(Callable[..., tuple[Array, Array]], paged_decode_attention)
     decoded, decoded_lse = decode(
-        queries.at[jnp.where(decodes, query_starts[:-1], 0)].get(mode="clip"),
+        queries.at[jnp.where(decodes, query_starts[:-1], 0)].get(mode="clip")[:, None],
         kv_pages,
         jnp.where(decodes, kv_lens, 0),
         page_table,
@@ -313,6 +313,7 @@ def ragged_paged_attention(
         soft_cap=soft_cap,
         sinks=sinks,
     )
+    decoded, decoded_lse = decoded[:, 0], decoded_lse[:, 0]
     cut, sequences = cut_queries(
         jnp.where(decodes, 0, new_tokens),
         kv_lens,

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..kv_pages import KVPages
-from .control import for_each
+from .control import following, for_each, quotient, remainder
 from .shapes import SUBLANES, padded
 
 
@@ -41,6 +41,8 @@ class Units:
             depth * lanes <= seqs, so that what has been described is of this group or the next.
         sliding_window: tokens that a query sees; None for all.
         queries: of a sequence, its last tokens, at most.
+        new_tokens: of a sequence, its last ones, whose rows are put in after they have been fetched; the unit
+            that they are in is never FULL.
     """
 
     seqs: int
@@ -52,6 +54,7 @@ class Units:
     depth: int
     sliding_window: int | None
     queries: int = 1
+    new_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -64,7 +67,8 @@ class Units:
         Raises:
             ValueError: too much; the message says how much and of what.
         """
-        needed = 4 * (TABLES * self.table_group + padded(self.num_groups * self.seqs, SMEM_TILE))
+        by_sequence = self.num_groups * self.seqs * (1 + self.new_tokens)  # lengths, and slots
+        needed = 4 * (self.table_size + padded(by_sequence, SMEM_TILE))
         if needed > SMEM_BYTES:
             raise ValueError(
                 f"block_sizes: groups of {self.seqs} sequences (lanes={self.lanes} x depth={self.depth}) "
@@ -77,6 +81,11 @@ class Units:
         """Entries of a group's rows in the page table."""
         return self.seqs * self.table_row
 
+    @property
+    def table_size(self) -> int:
+        """Entries of the tables in scalar memory, and what a unit at their end may look at behind it."""
+        return TABLES * self.table_group + self.pages
+
     def lowest(self, kv_len: Any) -> Any:
         """The first position that a sequence's queries see, or one before it."""
         if self.sliding_window is None:
@@ -85,22 +94,23 @@ class Units:
 
     def first_page(self, kv_len: Any) -> Any:
         """The page of that position."""
-        return self.lowest(kv_len) // self.page_size
+        return quotient(self.lowest(kv_len), self.page_size)
 
 
 # Places in scalar memory: of the cursor, and of what is known of a unit and of its step.
-SEQUENCE, PAGE, GROUP, NEXT_SLOT, USED_SLOT, CURSOR_SIZE = range(6)
-ROW, FIRST, TOKENS, REST, UNIT_SIZE = range(5)
-LAST, WHOLE, FULL, STEP_SIZE = range(4)
+SEQUENCE, PAGE, GROUP, TABLE, NEXT_SLOT, USED_SLOT, CURSOR_SIZE = range(7)
+ROW, FIRST, TOKENS, REST, BEGINS, UNIT_SIZE = range(6)
+LAST, WHOLE, FULL, PAGES, STEP_SIZE = range(5)
 TABLES = 3  # groups whose rows of the page table are in scalar memory: this one, the next, one under way
 SMEM_BYTES = 2**20  # of a TensorCore
 TABLE_TILE = 1024  # entries; how one-dimensional int32 arrays are tiled in HBM
 SMEM_TILE = 4096  # entries left for small arrays, by which lengths are rounded up
+STRAIGHT = 64  # pages of a step, at most, whose copies are started without a loop
 
 
 def most_seqs(pages_per_seq: int, num_seqs: int) -> int:
     """Sequences of a group at most, so that their rows of the page table fit scalar memory."""
-    entries = SMEM_BYTES // 4 - padded(num_seqs, SMEM_TILE)
+    entries = SMEM_BYTES // 4 - padded(num_seqs, SMEM_TILE) - pages_per_seq
     return entries // TABLES // padded(pages_per_seq) // SUBLANES * SUBLANES
 
 
@@ -114,17 +124,19 @@ class Fetcher:
         kv_lens: [units.num_groups * seqs] int32 in scalar memory; 0 behind the batch's end.
         table_hbm: [num_groups * table_group] int32, the rows of the page table one after another.
         kv_hbm: the cache, of which each array is in HBM.
-        table: [TABLES * table_group] int32 in scalar memory.
+        table: [units.table_size] int32 in scalar memory.
         table_arrived: a DMA semaphore.
         buffer: [depth, lanes, 2, num_kv_heads, tokens, head_dim] in VMEM.
         arrived: [depth] DMA semaphores.
-        cursor: [CURSOR_SIZE] int32 in scalar memory: where the next unit begins, and the next slots.
+        cursor: [CURSOR_SIZE] int32 in scalar memory: where the next unit begins, its group and where that
+            group's rows are in `table`, and the next slots.
         units_in: [depth, lanes, UNIT_SIZE] int32 in scalar memory, of the units in a slot: TOKENS; ROW,
             the sequence's place in its group, seqs if there are no tokens; FIRST, the place of the first page
-            in `table`; REST, the sequence's tokens from the unit's first one to its end.
+            in `table`; REST, the sequence's tokens from the unit's first one to its end; BEGINS, whether
+            that is the first one that is seen.
         step_in: [depth, STEP_SIZE] int32 in scalar memory, of the step in a slot: LAST, whether it is its
             group's last one; WHOLE, whether all tokens that its units have room for are there; FULL, whether
-            all queries also see them.
+            all queries also see them; PAGES, those that hold tokens.
         scales: [depth, lanes, pages, 2, num_kv_heads, page_size] float32 in VMEM; None unless the cache has
             scales, as the next.
         scales_arrived: [depth] DMA semaphores.
@@ -145,18 +157,25 @@ class Fetcher:
     scales: Any = None
     scales_arrived: Any = None
 
-    def begin(self) -> None:
-        """Describes the first `depth` steps, and starts the copies of all but the last of them."""
-        for group in range(min(TABLES - 1, self.units.num_groups)):
+    def begin(self, *lengths: Any) -> None:
+        """Describes the first `depth` steps, and starts the copies of all but the last of them.
 
-            @pl.when(group < self.num_groups)
-            def _(group: int = group) -> None:
-                self._copy_table(group).start()
-                self._copy_table(group).wait()
+        Args:
+            lengths: copies to wait for before `kv_lens` is read.
+        """
 
+        def each_table(act: Callable[[Any], None]) -> None:
+            for group in range(min(TABLES - 1, self.units.num_groups)):
+                pl.when(group < self.num_groups)(partial(act, group))
+
+        each_table(lambda group: self._copy_table(group).start())
+        for copy in lengths:
+            copy.wait()
+        each_table(lambda group: self._copy_table(group).wait())
         self.cursor[SEQUENCE] = 0
         self.cursor[PAGE] = self.units.first_page(self.kv_lens[0])
         self.cursor[GROUP] = 0
+        self.cursor[TABLE] = 0
         self.cursor[NEXT_SLOT] = 0
         self.cursor[USED_SLOT] = 0
         for_each(0, self.units.depth - 1, lambda _: self.start(self.describe()))
@@ -180,69 +199,112 @@ class Fetcher:
         slot, group = cursor[NEXT_SLOT], cursor[GROUP]
         end = (group + 1) * units.seqs
         sequence, page = cursor[SEQUENCE], cursor[PAGE]
-        whole = full = jnp.bool_(True)
+        whole, full, pages = jnp.bool_(True), jnp.bool_(True), jnp.int32(0)
         for lane in range(units.lanes):
             inside = (sequence < end) & (group < self.num_groups)
             here = jnp.where(inside, sequence, 0)
             kv_len = self.kv_lens[here]
             rest = kv_len - page * units.page_size
             tokens = jnp.where(inside, jnp.clip(rest, 0, units.tokens), 0)
+            pages += quotient(tokens + (units.page_size - 1), units.page_size)
             whole &= tokens == units.tokens
-            full &= inside & (rest >= units.tokens + units.queries - 1)
+            full &= inside & (rest >= units.tokens + max(units.queries - 1, units.new_tokens))
             if units.sliding_window is not None:
                 full &= rest <= units.sliding_window
             unit = self.units_in.at[slot, lane]
             row = jnp.where(inside, sequence - group * units.seqs, 0)
             unit[ROW] = jnp.where(tokens > 0, row, units.seqs)
-            unit[FIRST] = lax.rem(group, TABLES) * units.table_group + row * units.table_row + page
+            unit[FIRST] = cursor[TABLE] + row * units.table_row + page
             unit[TOKENS], unit[REST] = tokens, rest
-            following = jnp.minimum(here + 1, units.num_groups * units.seqs - 1)
+            unit[BEGINS] = (page == units.first_page(kv_len)).astype(jnp.int32)
+            after = jnp.minimum(here + 1, units.num_groups * units.seqs - 1)
             ends = inside & ((page + units.pages) * units.page_size >= kv_len)
             beyond = jnp.where(inside, page + units.pages, page)
-            page = jnp.where(ends, units.first_page(self.kv_lens[following]), beyond)
+            page = jnp.where(ends, units.first_page(self.kv_lens[after]), beyond)
             sequence = jnp.where(ends, sequence + 1, sequence)
         step = self.step_in.at[slot]
         step[LAST] = (sequence == end).astype(jnp.int32)
         step[WHOLE] = whole.astype(jnp.int32)
         step[FULL] = full.astype(jnp.int32)
+        step[PAGES] = pages
         cursor[SEQUENCE], cursor[PAGE] = sequence, page
         cursor[GROUP] = jnp.where(sequence == end, group + 1, group)
-        cursor[NEXT_SLOT] = lax.rem(slot + 1, units.depth)
+        next_table = cursor[TABLE] + units.table_group
+        next_table = jnp.where(next_table == TABLES * units.table_group, 0, next_table)
+        cursor[TABLE] = jnp.where(sequence == end, next_table, cursor[TABLE])
+        cursor[NEXT_SLOT] = following(slot, units.depth)
         return slot
 
     def take_oldest(self) -> tuple[Any, Any]:
         """The slots of the oldest step, which is used until the next `describe`, and of the step to start."""
         slot = self.cursor[USED_SLOT]
-        self.cursor[USED_SLOT] = lax.rem(slot + 1, self.units.depth)
-        return slot, lax.rem(slot + self.units.depth - 1, self.units.depth)
+        self.cursor[USED_SLOT] = following(slot, self.units.depth)
+        return slot, jnp.where(slot == 0, self.units.depth - 1, slot - 1)
 
     def start(self, slot: Any) -> None:
         """Starts the copies of a slot's pages."""
+        if self.units.lanes * self.units.pages <= STRAIGHT:
+            self._start_straight(slot, whole=False)
+            return
 
         def begin(lane: int, i: Any) -> None:
-            for copy in self._copies(slot, lane, i, self._page(slot, lane, i)):
-                copy.start()
+            self._start_page(slot, lane, i, self._page(slot, lane, i))
 
-        self._each_page(slot, begin)
+        for lane in range(self.units.lanes):
+            for_each(0, self._pages(slot, lane), partial(begin, lane))
 
     def start_whole(self, slot: Any) -> None:
-        """`start` of a whole step, without a branch, so that the arithmetic beside it can hide it."""
+        """`start` of a whole step."""
+        self._start_straight(slot, whole=True)
+
+    def _start_straight(self, slot: Any, *, whole: bool) -> None:
+        """Starts copies without a branch, so that the arithmetic beside it can hide it."""
         places = [(lane, i) for lane in range(self.units.lanes) for i in range(self.units.pages)]
         pages = [self._page(slot, lane, i) for lane, i in places]  # all first: a copy's start holds up reads
+        tokens = [self.units_in[slot, lane, TOKENS] for lane in range(self.units.lanes)]
         for (lane, i), page in zip(places, pages, strict=True):
-            for copy in self._copies(slot, lane, i, page):
-                copy.start()
+            start = partial(self._start_page, slot, lane, i, page)
+            if whole:
+                start()
+            else:
+                pl.when(i * self.units.page_size < tokens[lane])(start)
+
+    def _start_page(self, slot: Any, lane: int, i: Any, page: Any) -> None:
+        for copy in self._copies(slot, lane, i, page):
+            copy.start()
 
     def wait(self, slot: Any) -> None:
-        """Waits for a slot's pages."""
-        self._each_page(slot, lambda lane, i: [copy.wait() for copy in self._copies(slot, lane, i, 0)])
+        """Waits for a slot's pages: for their bytes, in pieces of a power of two units, then pages."""
+        pages = self.step_in[slot, PAGES]
+        units, rest = quotient(pages, self.units.pages), remainder(pages, self.units.pages)
+        for count, most, wait in (
+            (units, self.units.lanes, self._wait_units),
+            (rest, self.units.pages - 1, self._wait_pages),
+        ):
+            for bit in range(most.bit_length()):
+                pl.when(count & (1 << bit) != 0)(partial(wait, slot, 1 << bit))
 
     def wait_whole(self, slot: Any) -> None:
-        """`wait` for a whole step: for all of its bytes at once."""
-        for buffer, arrived in ((self.buffer, self.arrived), (self.scales, self.scales_arrived)):
-            if buffer is not None:
-                everything = buffer.at[slot]
-                pltpu.make_async_copy(everything, everything, arrived.at[slot]).wait()
+        """`wait` for a whole step."""
+        self._wait_units(slot, self.units.lanes)
+
+    def _wait_units(self, slot: Any, count: int) -> None:
+        for buffer, arrived in self._buffers():
+            units = buffer.at[slot, pl.ds(0, count)]
+            pltpu.make_async_copy(units, units, arrived.at[slot]).wait()
+
+    def _wait_pages(self, slot: Any, count: int) -> None:
+        tokens = pl.ds(0, count * self.units.page_size)
+        places = [self.buffer.at[slot, 0, :, :, tokens]]
+        if self.scales is not None:
+            places.append(self.scales.at[slot, 0, pl.ds(0, count)])
+        for place, (_, arrived) in zip(places, self._buffers(), strict=True):
+            pltpu.make_async_copy(place, place, arrived.at[slot]).wait()
+
+    def _buffers(self) -> list[tuple[Any, Any]]:
+        """Each buffer of a step's copies, with its semaphores."""
+        buffers = [(self.buffer, self.arrived)]
+        return buffers if self.scales is None else [*buffers, (self.scales, self.scales_arrived)]
 
     def scales_of(self, slot: Any, lane: int, kind: int, width: int) -> Any:
         """The scales of a unit's first `width` keys or values, [num_kv_heads, width]; some may be NaN."""
@@ -250,10 +312,9 @@ class Fetcher:
         pages = [self.scales[slot, lane, i, kind] for i in range(-(-width // page_size))]
         return jnp.concatenate(pages, axis=1)[:, :width]
 
-    def _each_page(self, slot: Any, act: Callable[[int, Any], Any]) -> None:
-        for lane in range(self.units.lanes):
-            pages = (self.units_in[slot, lane, TOKENS] + self.units.page_size - 1) // self.units.page_size
-            for_each(0, pages, partial(act, lane))
+    def _pages(self, slot: Any, lane: int) -> Any:
+        """Pages of a unit that hold tokens."""
+        return quotient(self.units_in[slot, lane, TOKENS] + (self.units.page_size - 1), self.units.page_size)
 
     def _page(self, slot: Any, lane: int, i: Any) -> Any:
         """The page of the pool that holds page `i` of a unit."""
@@ -304,7 +365,7 @@ def fetcher_scratch(units: Units, kv_pages: KVPages) -> list[Any]:
         scales = [pltpu.VMEM(place, jnp.float32), pltpu.SemaphoreType.DMA((units.depth,))]
     place = (units.depth, units.lanes, 2, kv_pages.num_kv_heads, units.tokens, kv_pages.head_dim)
     return [
-        pltpu.SMEM((TABLES * units.table_group,), jnp.int32),
+        pltpu.SMEM((units.table_size,), jnp.int32),
         pltpu.SemaphoreType.DMA,
         pltpu.VMEM(place, kv_pages.data.dtype),
         pltpu.SemaphoreType.DMA((units.depth,)),

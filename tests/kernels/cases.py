@@ -171,15 +171,30 @@ def ragged_batch(
 
 
 def decode_batch(
-    setup: Setup, kv_lens: Sequence[int], *, seed: int = 0, outliers: bool = False, **sizes: int
+    setup: Setup,
+    kv_lens: Sequence[int],
+    *,
+    num_queries: int | None = None,
+    seed: int = 0,
+    outliers: bool = False,
+    share: bool = True,
+    **sizes: int,
 ) -> DecodeBatch:
-    """One new token per sequence; a length of 0 is padding."""
+    """One new token per sequence, or several on an axis of their own; a length of 0 is padding."""
     rng = np.random.default_rng(seed)
     kv_pages, table = poisoned_cache(
-        setup, kv_lens, rng, sizes.get("pages_per_seq"), sizes.get("num_pages"), outliers=outliers
+        setup,
+        kv_lens,
+        rng,
+        sizes.get("pages_per_seq"),
+        sizes.get("num_pages"),
+        outliers=outliers,
+        share=share,
     )
-    queries = _normal(rng, (len(kv_lens), setup.num_q_heads, setup.head_dim))
-    queries[np.asarray(kv_lens) == 0] = np.nan
+    queries = _normal(rng, (len(kv_lens), num_queries or 1, setup.num_q_heads, setup.head_dim))
+    for sequence, kv_len in enumerate(kv_lens):
+        queries[sequence, : max(0, queries.shape[1] - kv_len)] = np.nan  # before the sequence's begin
+    queries = queries[:, 0] if num_queries is None else queries
     arguments = (
         jnp.asarray(queries, setup.query_dtype),
         kv_pages,
@@ -197,10 +212,11 @@ def poisoned_cache(
     num_pages: int | None = None,
     *,
     outliers: bool = False,
+    share: bool = True,
 ) -> tuple[KVPages, np.ndarray]:
     """A cache of NaN with normal numbers where a sequence has tokens, and a shuffled page table.
 
-    Every second sequence shares pages with the one before it.
+    Every second sequence shares pages with the one before it, if `share`.
     """
     page_size = setup.page_size
     needed = [-(-kv_len // page_size) for kv_len in kv_lens]
@@ -209,7 +225,7 @@ def poisoned_cache(
     pool = iter(rng.permutation(num_pages).tolist())
     table = _nonsense(rng, (len(kv_lens), pages_per_seq), num_pages)
     for sequence, count in enumerate(needed):
-        shared = min(count, needed[sequence - 1]) // 2 + 1 if sequence % 2 else 0
+        shared = min(count, needed[sequence - 1]) // 2 + 1 if sequence % 2 and share else 0
         shared = min(shared, count, needed[sequence - 1])
         table[sequence, :shared] = table[sequence - 1, :shared]
         table[sequence, shared:count] = [next(pool) for _ in range(count - shared)]
@@ -266,7 +282,10 @@ def check_decode(batch: DecodeBatch, implementation: Implementation, **options: 
     got = paged_decode_attention(
         *batch.arguments, scale=scale, return_lse=True, implementation=implementation, **options
     )
-    want = decode_reference.paged_decode_attention(*batch.arguments, scale=scale, **_all(options))
+    queries, *cache = batch.arguments
+    by_query = queries if queries.ndim == 4 else queries[:, None]
+    want = decode_reference.paged_decode_attention(by_query, *cache, scale=scale, **_all(options))
+    want = (want[0].reshape(queries.shape), want[1].reshape(queries.shape[:-1]))
     _check(batch.setup, [np.asarray(a) for a in got], list(want))
 
 

@@ -91,6 +91,46 @@ def test_decode_is_ragged_attention_of_one_token_each(dtype: str, implementation
     assert_lse_close(decode[1], ragged[1])
 
 
+SEVERAL = (300, 0, 1, 130, 5, 260)  # tokens, some of them fewer than queries
+
+
+@pytest.mark.parametrize(
+    ("implementation", "num_queries", "setup", "options"),
+    [
+        ("xla", 4, SETUPS[0], "all"),
+        ("xla", 1, SETUPS[1], "sinks"),
+        pytest.param("xla", 8, SETUPS[1], "window of 7", marks=pytest.mark.slow),
+        ("mosaic_tpu", 4, SETUPS[2], "all"),
+        pytest.param("mosaic_tpu", 8, SETUPS[0], "window of 7", marks=pytest.mark.slow),
+        pytest.param("mosaic_tpu", 3, SETUPS[1], "soft cap", marks=pytest.mark.slow),
+        pytest.param("mosaic_tpu", 1, SETUPS[1], "sinks", marks=pytest.mark.slow),
+    ],
+)
+def test_several_queries_per_sequence_match_the_reference(
+    implementation: Implementation, num_queries: int, setup: Setup, options: str
+) -> None:
+    batch = decode_batch(setup, SEVERAL, num_queries=num_queries)
+    check_decode(batch, implementation, **chosen(options, setup))
+
+
+@pytest.mark.parametrize("options", ["sinks", "all"])
+def test_several_queries_are_ragged_attention_of_as_many_tokens_each(options: str) -> None:
+    """By the oracles, which are two loops; and queries before a sequence's begin are zero."""
+    setup, num_queries = Setup(), 5
+    queries, *cache = decode_batch(setup, SEVERAL, num_queries=num_queries).arguments
+    keywords = {"scale": setup.scale, "return_lse": True, "implementation": "reference"}
+    keywords |= chosen(options, setup)
+    output, log_sum_exp = paged_decode_attention(queries, *cache, **keywords)
+    there = np.arange(num_queries) >= num_queries - np.asarray(SEVERAL)[:, None]
+    starts = jnp.asarray(np.cumsum([0, *there.sum(axis=1)]), jnp.int32)
+    num_seqs = jnp.asarray([len(SEVERAL)], jnp.int32)
+    ragged = ragged_paged_attention(queries[there], *cache, starts, num_seqs, **keywords)
+    np.testing.assert_array_equal(output[there], ragged[0])
+    np.testing.assert_array_equal(log_sum_exp[there], ragged[1])
+    assert not np.asarray(output)[~there].any()
+    assert np.isneginf(np.asarray(log_sum_exp)[~there]).all()
+
+
 @each_implementation_slowly
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_two_halves_merged_by_their_log_sum_exp_are_the_whole(

@@ -45,12 +45,50 @@ def compile_decode(
     dtype: Any = "bfloat16",
     *,
     num_seqs: int = 64,
+    num_queries: int | None = None,
     context: int = 8192,
     **options: Any,
 ) -> jax.stages.Compiled:
+    several = [] if num_queries is None else [num_queries]
     attend = partial(
         paged_decode_attention, scale=head_dim**-0.5, implementation="mosaic_tpu", return_lse=True, **options
     )
+    return compile_for(
+        chip,
+        attend,
+        shape(num_seqs, *several, heads[0], head_dim, dtype=dtype),
+        cache(heads[1], head_dim, page_size, dtype),
+        shape(num_seqs),
+        shape(num_seqs, -(-context // page_size)),
+    )
+
+
+def compile_fused(
+    chip: str,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    page_size: int = 64,
+    dtype: Any = "bfloat16",
+    *,
+    num_seqs: int = 64,
+    context: int = 8192,
+    **options: Any,
+) -> jax.stages.Compiled:
+    """Decode attention that writes the cache."""
+
+    def attend(queries: Any, kv_pages: Any, lens: Any, table: Any, rows: Any, slots: Any) -> Any:
+        return paged_decode_attention(
+            queries,
+            kv_pages,
+            lens,
+            table,
+            scale=head_dim**-0.5,
+            implementation="mosaic_tpu",
+            new_kv=(rows, rows),
+            slots=slots,
+            **options,
+        )
+
     return compile_for(
         chip,
         attend,
@@ -58,6 +96,9 @@ def compile_decode(
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
+        shape(num_seqs, heads[1], head_dim, dtype=dtype),
+        shape(num_seqs),
+        donate_argnums=(1,),
     )
 
 
@@ -117,8 +158,20 @@ def compile_append(
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_generation_takes_the_kernels(chip: str) -> None:
-    for program in (compile_decode(chip), compile_ragged(chip), compile_append(chip)):
+    for program in (compile_decode(chip), compile_fused(chip), compile_ragged(chip), compile_append(chip)):
         assert 'custom_call_target="tpu_custom_call"' in (program.as_text() or "")
+
+
+@pytest.mark.parametrize(
+    ("chip", "heads", "num_queries"),
+    [
+        pytest.param(chip, heads, num_queries, marks=() if case in ("v4", "v6e") else pytest.mark.slow)
+        for chip in CHIPS
+        for case, heads, num_queries in [(chip, (8, 2), 4), ("largest", (64, 8), 8), ("odd", (40, 8), 3)]
+    ],
+)
+def test_several_queries_compile(chip: str, heads: tuple[int, int], num_queries: int) -> None:
+    compile_decode(chip, heads, num_queries=num_queries, sliding_window=1000)
 
 
 @pytest.mark.parametrize("heads", HEADS[::2])
@@ -138,6 +191,7 @@ PAGES = list(itertools.product([16, 256], [64, 128, 256], SUPPORTED_DTYPES))
 )
 def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
     compile_decode("v5e", (8, 2), head_dim, page_size, dtype)
+    compile_fused("v5e", (8, 2), head_dim, page_size, dtype)
     compile_ragged("v5e", (8, 2), head_dim, page_size, dtype)
     compile_append("v5e", 2, head_dim, page_size, dtype)
 
@@ -145,6 +199,7 @@ def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
 def test_options_and_lanes_compile() -> None:
     blocks = DecodeBlocks(kv_tokens=256, lanes=4, depth=3)
     compile_decode("7x", (8, 1), sliding_window=1000, soft_cap=30.0, block_sizes=blocks)
+    compile_fused("7x", (8, 1), sliding_window=1000, soft_cap=30.0, block_sizes=blocks)
     compile_ragged("7x", (8, 1), sliding_window=1000, soft_cap=30.0, return_lse=True)
 
 
@@ -152,12 +207,23 @@ def test_options_and_lanes_compile() -> None:
 def test_the_largest_batch_of_the_longest_context_compiles(page_size: int) -> None:
     """Its page table is larger than the scalar memory."""
     compile_decode("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
+    compile_fused("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
     compile_ragged("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 4096])
 def test_the_cache_is_written_in_place(num_tokens: int) -> None:
-    program = compile_append("v6e", num_tokens=num_tokens)
+    assert_in_place(compile_append("v6e", num_tokens=num_tokens))
+
+
+def test_attention_writes_the_cache_in_place() -> None:
+    program = compile_fused("v6e")
+    assert_in_place(program)
+    assert (program.as_text() or "").count('custom_call_target="tpu_custom_call"') == 1
+
+
+def assert_in_place(program: jax.stages.Compiled) -> None:
+    """The cache of the defaults here is among what is updated, and nothing of its size is made."""
     memory, num_bytes = program.memory_analysis(), NUM_PAGES * 64 * 2 * 8 * 128 * 2
     assert memory is not None
     assert memory.alias_size_in_bytes == num_bytes
@@ -169,6 +235,7 @@ def test_the_cache_is_written_in_place(num_tokens: int) -> None:
 def test_every_generation_takes_every_shard(chip: str, heads: tuple[int, int]) -> None:
     for page_size in (16, 32, 64, 128, 256):
         compile_decode(chip, heads, page_size=page_size)
+        compile_fused(chip, heads, page_size=page_size)
         compile_ragged(chip, heads, page_size=page_size, block_sizes=SMALL if page_size < 256 else None)
         compile_append(chip, heads[1], page_size=page_size)
 

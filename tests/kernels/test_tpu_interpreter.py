@@ -105,7 +105,8 @@ def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest
 
     def run() -> Any:
         return decode_tpu.paged_decode_attention.__wrapped__(  # pyright: ignore[reportAttributeAccessIssue]
-            *batch.arguments,
+            batch.arguments[0][:, None],
+            *batch.arguments[1:],
             scale=0.1,
             sliding_window=None,
             soft_cap=None,

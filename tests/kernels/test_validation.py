@@ -65,6 +65,7 @@ BAD_FOR_RAGGED = [
     ({"query_starts": jnp.ones((2,), jnp.int32)}, r"query_starts: shape \(2,\), expected \(3,\)"),
     ({"kv_lens": jnp.ones((0,), jnp.int32)}, r"kv_lens: shape \(0,\), expected \[max_seqs\] with at least"),
     ({"num_seqs": jnp.ones((2,), jnp.int32)}, r"num_seqs: shape \(2,\), expected \(1,\)"),
+    ({"queries": jnp.ones((5, 1, 4, 8))}, r"queries: shape \(5, 1, 4, 8\), expected \[rows, num_q_heads"),
 ]
 
 
@@ -75,8 +76,15 @@ def test_ragged_attention_refuses(change: dict[str, Any], message: str) -> None:
         ragged_paged_attention(**ragged_arguments() | change)
 
 
+BAD_FOR_DECODE = [
+    ({"queries": jnp.ones((2, 9, 4, 8))}, "queries: 9 per sequence, must be 1 to 8; ragged_paged_attention"),
+    ({"queries": jnp.ones((2, 0, 4, 8))}, "queries: 0 per sequence, must be 1 to 8"),
+    ({"queries": jnp.ones((2, 1, 1, 4, 8))}, r"queries: shape \(2, 1, 1, 4, 8\)"),
+]
+
+
 @pytest.mark.usefixtures("no_type_checker")
-@pytest.mark.parametrize(("change", "message"), BAD_FOR_BOTH)
+@pytest.mark.parametrize(("change", "message"), BAD_FOR_BOTH + BAD_FOR_DECODE)
 def test_decode_attention_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paged_decode_attention(**decode_arguments() | change)
@@ -132,6 +140,8 @@ def test_debug_accepts_nonsense_where_nobody_looks() -> None:
     ragged_paged_attention(**ragged_arguments() | integers(beyond_num_seqs), debug=True)
     padding = {"kv_lens": [0, 2], "page_table": [[-5, 77], [2, 9]]}
     paged_decode_attention(**decode_arguments() | integers(padding), debug=True)
+    more_than_tokens: dict[str, Any] = {"queries": jnp.ones((2, 8, 4, 8))}
+    paged_decode_attention(**decode_arguments() | integers(padding) | more_than_tokens, debug=True)
 
 
 @pytest.mark.usefixtures("no_type_checker")

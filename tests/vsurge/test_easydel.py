@@ -12,7 +12,11 @@ import pytest
 
 import vsurge
 import vsurge.easydel as ed
+from vsurge.kernels import dispatch, empty_kv_pages
 from vsurge.model.loading import read_config
+from vsurge.model.qwen3 import Batch, forward
+
+from ..kernels.jaxprs import equations
 
 LONGEST = read_config(vsurge.demo_model_path()).max_length
 Attention = ed.AttentionMechanisms
@@ -119,6 +123,31 @@ def test_attention_mechanisms_choose_the_kernels(mechanism: Any, implementation:
     prefill, decode = load_with(attn_mechanism=mechanism), load_with(decode_attn_mechanism=mechanism)
     assert (prefill.config.attention, prefill.config.decode_attention) == (implementation, None)
     assert (decode.config.attention, decode.config.decode_attention) == (None, implementation)
+
+
+@pytest.mark.parametrize("mechanism", ed.ATTENTION)
+@pytest.mark.parametrize("name", ["attn_mechanism", "decode_attn_mechanism"])
+def test_the_mechanism_decides_whether_a_step_runs_the_devices_kernels(
+    name: str, mechanism: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dispatch.PREFERRED, "cpu", "mosaic_tpu")  # as if this were a device that has some
+    other = "decode_attn_mechanism" if name == "attn_mechanism" else "attn_mechanism"
+    model = load_with(**{name: mechanism, other: Attention.VANILLA})
+    plain = mechanism in (Attention.VANILLA, Attention.SDPA)
+    for decodes in (False, True):
+        chosen = decodes == (name == "decode_attn_mechanism")
+        assert runs_kernels(model, decodes=decodes) == (chosen and not plain)
+
+
+def runs_kernels(model: ed.EasyDeLModel, *, decodes: bool) -> bool:
+    """Whether a step of one token has kernels in it."""
+    config, one = model.config, jnp.zeros((1,), jnp.int32)
+    sizes = (2, 16, config.num_kv_heads, config.head_dim)
+    kv_pages = tuple(empty_kv_pages(*sizes, config.cache_dtype) for _ in range(config.num_layers))
+    ragged = {} if decodes else {"query_starts": jnp.arange(2, dtype=jnp.int32), "num_seqs": one + 1}
+    batch = Batch(one, one, one, one + 1, one[None], **ragged)
+    traced = jax.make_jaxpr(lambda *args: forward(args[0], config, *args[1:]))(model.params, batch, kv_pages)
+    return any(equation.primitive.name == "pallas_call" for equation in equations(traced.jaxpr))
 
 
 @pytest.mark.parametrize("mechanism", sorted(set(Attention) - set(ed.ATTENTION), key=str))

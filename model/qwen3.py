@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,7 @@ def paged_attention(
     the implementation of each.
     """
     if batch.query_starts is None or batch.num_seqs is None:
-        results = paged_decode_attention(
+        output, written = paged_decode_attention(
             queries,
             kv_pages,
             batch.kv_lens,
@@ -176,7 +176,7 @@ def paged_attention(
             implementation=config.decode_attention,
         )
     else:
-        results = ragged_paged_attention(
+        output, written = ragged_paged_attention(
             queries,
             kv_pages,
             batch.kv_lens,
@@ -188,7 +188,7 @@ def paged_attention(
             slots=batch.slots,
             implementation=config.attention,
         )
-    return cast("tuple[Queries, KVPages]", results)
+    return output, written
 
 
 def mlp(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -38,6 +38,50 @@ IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike |
 Output = Float[Array, "num_tokens num_q_heads head_dim"]
 LogSumExp = Float[Array, "num_tokens num_q_heads"]
 NewRows = Float[Array, "num_tokens num_kv_heads head_dim"]
+
+
+@overload
+def ragged_paged_attention(
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, " 1"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    new_kv: None = None,
+    slots: None = None,
+    block_sizes: RaggedBlocks | None = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> Output | tuple[Output, LogSumExp]: ...
+
+
+@overload
+def ragged_paged_attention(
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, " 1"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    new_kv: tuple[NewRows, NewRows],
+    slots: Int[Array, " num_tokens"],
+    block_sizes: RaggedBlocks | None = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> tuple[Any, ...]: ...
 
 
 def ragged_paged_attention(
@@ -139,7 +183,8 @@ def ragged_paged_attention(
     output, log_sum_exp = IMPLEMENTATIONS[chosen](
         queries, kv_pages, kv_lens, page_table, query_starts, num_seqs, **options
     )
-    output = jnp.asarray(output, queries.dtype)
+    results: list[Any] = [jnp.asarray(output, queries.dtype)]
     if log_sum_exp is not None and return_lse:
-        return output, jnp.asarray(log_sum_exp, jnp.float32), *written
-    return (output, *written) if written else output
+        results.append(jnp.asarray(log_sum_exp, jnp.float32))
+    results += written
+    return cast(Any, tuple(results) if len(results) > 1 else results[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +74,9 @@ def test_ragged_attention_writes_first(implementation: Implementation, return_ls
     attend = partial(ragged_paged_attention, scale=0.1, return_lse=return_lse, implementation=implementation)
     metadata = kv_lens, table, starts, num_seqs
     want = attend(queries, full, *metadata)
-    *got, written = attend(queries, emptied, *metadata, new_kv=new_kv, slots=jnp.asarray(slots, jnp.int32))
+    new: dict[str, Any] = {"new_kv": new_kv, "slots": jnp.asarray(slots, jnp.int32)}
+    results: Any = attend(queries, emptied, *metadata, **new)
+    *got, written = results
     for result, expected in zip(got, want if return_lse else [want], strict=True):
         np.testing.assert_array_equal(result[batch.owned], expected[batch.owned])
     np.testing.assert_array_equal(written.data, full.data)

@@ -150,14 +150,17 @@ def test_debug_refuses_metadata_of_decode(change: dict[str, Any], message: str) 
     ],
 )
 def test_debug_refuses_slots_of_decode(change: dict[str, Any], message: str) -> None:
-    arguments = decode_arguments() | NEW | integers(change)
     with pytest.raises(ValueError, match=message):
-        paged_decode_attention(**arguments, debug=True)
+        paged_decode_attention(**decode_arguments() | NEW | integers(change), debug=True)
+
+
+def test_debug_refuses_slots_inside_a_compiled_program() -> None:
+    arguments = decode_arguments() | NEW
     scale = arguments.pop("scale")
     attend = jax.jit(lambda arguments: paged_decode_attention(**arguments, scale=scale, debug=True))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"ValueError: .*{message}"):
-        jax.block_until_ready(attend(arguments))
-    paged_decode_attention(**decode_arguments() | NEW, debug=True)
+    jax.block_until_ready(attend(arguments))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"ValueError: .*sequence 0: slot=20"):
+        jax.block_until_ready(attend(arguments | integers({"slots": [20, 33]})))
 
 
 def test_debug_accepts_nonsense_where_nobody_looks() -> None:

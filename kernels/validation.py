@@ -201,9 +201,8 @@ def check_slots(kv_lens: ArrayLike, page_table: ArrayLike, slots: ArrayLike, *, 
     """
     lengths, table, places = (np.asarray(a).astype(np.int64) for a in (kv_lens, page_table, slots))
     used = [set(table[i, : -(-length // page_size)].tolist()) for i, length in enumerate(lengths)]
-    for (i, j), slot in np.ndenumerate(places):
-        if slot < 0:
-            continue
+    for i, j in np.argwhere(places >= 0).tolist():
+        slot = int(places[i, j])
         position = int(lengths[i]) - places.shape[1] + j
         if position < 0:
             raise ValueError(f"sequence {i}: {slot=} of a token before its begin, must be negative")

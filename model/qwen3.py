@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..kernels import Implementation, KVPages, append_kv, paged_decode_attention, ragged_paged_attention
+from ..kernels import KVPages, paged_decode_attention, ragged_paged_attention
 from .config import Qwen3Config
 from .params import LayerParams, Params
 from .rope import rotary_tables, rotate
@@ -81,10 +81,8 @@ def forward(
     written = list(kv_pages)
 
     def attend(layer: int, queries: Queries, keys: KeyValues, values: KeyValues) -> Queries:
-        written[layer] = append_kv(
-            written[layer], keys, values, batch.slots, implementation=implementation_of(config, batch)
-        )
-        return paged_attention(config, batch, queries, written[layer])
+        output, written[layer] = paged_attention(config, batch, queries, (keys, values), written[layer])
+        return output
 
     x = decoder(params, config, batch.token_ids, batch.positions, attend)
     if batch.logit_rows is not None:
@@ -154,36 +152,43 @@ def project_heads(
     return queries.astype(config.dtype), keys.astype(config.dtype), values.astype(config.dtype)
 
 
-def implementation_of(config: Qwen3Config, batch: Batch) -> Implementation | None:
-    """What the config names for a step of one token per sequence, or for any other."""
-    return config.decode_attention if batch.query_starts is None else config.attention
+def paged_attention(
+    config: Qwen3Config,
+    batch: Batch,
+    queries: Queries,
+    new_kv: tuple[KeyValues, KeyValues],
+    kv_pages: KVPages,
+) -> tuple[Queries, KVPages]:
+    """Attention, and the cache with the new tokens' keys and values.
 
-
-def paged_attention(config: Qwen3Config, batch: Batch, queries: Queries, kv_pages: KVPages) -> Queries:
-    """The decode kernel for a step of one token per sequence, the ragged one for any other."""
-    scale = config.head_dim**-0.5
+    By the decode kernel in a step of one token per sequence, by the ragged one in any other; the config names
+    the implementation of each.
+    """
     if batch.query_starts is None or batch.num_seqs is None:
-        output = paged_decode_attention(
+        output, written = paged_decode_attention(
             queries,
             kv_pages,
             batch.kv_lens,
             batch.page_table,
-            scale=scale,
-            implementation=implementation_of(config, batch),
+            scale=config.head_dim**-0.5,
+            new_kv=new_kv,
+            slots=batch.slots,
+            implementation=config.decode_attention,
         )
     else:
-        output = ragged_paged_attention(
+        output, written = ragged_paged_attention(
             queries,
             kv_pages,
             batch.kv_lens,
             batch.page_table,
             batch.query_starts,
             batch.num_seqs,
-            scale=scale,
-            implementation=implementation_of(config, batch),
+            scale=config.head_dim**-0.5,
+            new_kv=new_kv,
+            slots=batch.slots,
+            implementation=config.attention,
         )
-    assert not isinstance(output, tuple)  # only with return_lse
-    return output
+    return output, written
 
 
 def mlp(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -54,6 +54,46 @@ MOST_QUERIES = 8  # of a sequence
 Output = Float[Array, "num_seqs *num_queries num_q_heads head_dim"]
 LogSumExp = Float[Array, "num_seqs *num_queries num_q_heads"]
 NewRows = Float[Array, "num_seqs *num_queries num_kv_heads head_dim"]
+
+
+@overload
+def paged_decode_attention(
+    queries: Float[Array, "num_seqs *num_queries num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " num_seqs"],
+    page_table: Int[Array, "num_seqs pages_per_seq"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    new_kv: None = None,
+    slots: None = None,
+    block_sizes: DecodeBlocks | None = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> Output | tuple[Output, LogSumExp]: ...
+
+
+@overload
+def paged_decode_attention(
+    queries: Float[Array, "num_seqs *num_queries num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " num_seqs"],
+    page_table: Int[Array, "num_seqs pages_per_seq"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    new_kv: tuple[NewRows, NewRows],
+    slots: Int[Array, " num_seqs *num_queries"],
+    block_sizes: DecodeBlocks | None = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> tuple[Any, ...]: ...
 
 
 def paged_decode_attention(
@@ -154,5 +194,5 @@ def paged_decode_attention(
         written.append(kv_pages)
     output = jnp.asarray(output, queries.dtype).reshape(queries.shape)
     log_sum_exp = jnp.asarray(log_sum_exp, jnp.float32).reshape(queries.shape[:-1])
-    results = (output, log_sum_exp, *written) if return_lse else (output, *written)
-    return results if len(results) > 1 else output
+    results: tuple[Any, ...] = (output, log_sum_exp, *written) if return_lse else (output, *written)
+    return cast(Any, results if len(results) > 1 else output)

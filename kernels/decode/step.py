@@ -123,7 +123,7 @@ def _seen(attention: Attention, units_in: list[Any], width: int) -> Any:
     return jnp.concatenate(seen)
 
 
-def _before_end(attention: Attention, shape: tuple[int, int]) -> Any:
+def _before_end(attention: Attention, shape: tuple[int, ...]) -> Any:
     """[rows, width]: the tokens from a row's own one to the end of its sequence."""
     if attention.num_queries == 1:
         return 1

@@ -5,15 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from ..append import append_kv
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
-from ..validation import check_has_blocks, check_metadata_when_run, check_static
+from ..validation import check_has_blocks, check_metadata_when_run, check_new_kv, check_static
 from . import reference, xla
 from .blocks import RaggedBlocks
 
@@ -36,6 +37,51 @@ IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike |
 
 Output = Float[Array, "num_tokens num_q_heads head_dim"]
 LogSumExp = Float[Array, "num_tokens num_q_heads"]
+NewRows = Float[Array, "num_tokens num_kv_heads head_dim"]
+
+
+@overload
+def ragged_paged_attention(
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, " 1"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    new_kv: None = None,
+    slots: None = None,
+    block_sizes: RaggedBlocks | None = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> Output | tuple[Output, LogSumExp]: ...
+
+
+@overload
+def ragged_paged_attention(
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, " 1"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " num_q_heads"] | None = None,
+    return_lse: bool = False,
+    new_kv: tuple[NewRows, NewRows],
+    slots: Int[Array, " num_tokens"],
+    block_sizes: RaggedBlocks | None = None,
+    implementation: Implementation | None = None,
+    debug: bool = False,
+) -> tuple[Any, ...]: ...
 
 
 def ragged_paged_attention(
@@ -51,13 +97,16 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " num_q_heads"] | None = None,
     return_lse: bool = False,
+    new_kv: tuple[NewRows, NewRows] | None = None,
+    slots: Int[Array, " num_tokens"] | None = None,
     block_sizes: RaggedBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
-) -> Output | tuple[Output, LogSumExp]:
+) -> Output | tuple[Output, LogSumExp] | tuple[Output, KVPages] | tuple[Output, LogSumExp, KVPages]:
     """Causal attention of new tokens, concatenated over sequences of any lengths, over a paged cache.
 
-    The new tokens' keys and values are in the cache already (`append_kv`). A sequence's last query stands at
+    The new tokens' keys and values are in the cache already (`append_kv`), or they are given as `new_kv`. A
+    sequence's last query stands at
     position `kv_len - 1`, and position p sees positions 0 to p.
 
     Args:
@@ -75,6 +124,8 @@ def ragged_paged_attention(
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None for none.
         sinks: [num_q_heads]; one more score per head that takes part in the softmax and carries no value.
         return_lse: also return the log-sum-exp of the scores (and sink), for merging partial results.
+        new_kv, slots: the new tokens' keys and values, and where they go: `append_kv` writes them first, to
+            the cache, which is donated. (Only `paged_decode_attention` has a kernel that does both.)
         block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
         implementation: "mosaic_tpu" (Pallas kernels; interpreted where there is no TPU), "xla" (compiled for
             any device) or "reference" (float64 NumPy, outside jit only); None for the best one on this
@@ -84,7 +135,8 @@ def ragged_paged_attention(
     Returns:
         The output [num_tokens, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
         log-sum-exp [num_tokens, num_q_heads] in float32; of bfloat16 queries and cache "mosaic_tpu" gives it
-        within 2^-9, as it sums rounded weights. Rows that belong to no sequence are unspecified.
+        within 2^-9, as it sums rounded weights; with `new_kv` then the cache. Rows that belong to no sequence
+        are unspecified.
 
     Raises:
         ValueError: an argument's shape, dtype or value is not allowed; the message names it.
@@ -107,6 +159,7 @@ def ragged_paged_attention(
         soft_cap=soft_cap,
         sinks=sinks,
     )
+    check_new_kv(kv_pages, new_kv, slots, tokens=queries.shape[:1])
     if debug:
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, query_starts, num_seqs, num_tokens=queries.shape[0]
@@ -123,10 +176,15 @@ def ragged_paged_attention(
         options["block_sizes"] = block_sizes
     if chosen == "mosaic_tpu":  # to which it is work of its own
         options["return_lse"] = return_lse
+    written: list[KVPages] = []
+    if new_kv is not None and slots is not None:
+        kv_pages = append_kv(kv_pages, *new_kv, slots, implementation=chosen)
+        written.append(kv_pages)
     output, log_sum_exp = IMPLEMENTATIONS[chosen](
         queries, kv_pages, kv_lens, page_table, query_starts, num_seqs, **options
     )
-    output = jnp.asarray(output, queries.dtype)
-    return (
-        output if log_sum_exp is None or not return_lse else (output, jnp.asarray(log_sum_exp, jnp.float32))
-    )
+    results: list[Any] = [jnp.asarray(output, queries.dtype)]
+    if log_sum_exp is not None and return_lse:
+        results.append(jnp.asarray(log_sum_exp, jnp.float32))
+    results += written
+    return cast(Any, tuple(results) if len(results) > 1 else results[0])

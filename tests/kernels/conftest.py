@@ -19,6 +19,8 @@ def traced_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls the functions under their jit, which would answer with what it compiled before."""
     under: Any = decode_tpu.paged_decode_attention
     monkeypatch.setitem(decode.IMPLEMENTATIONS, "mosaic_tpu", under.__wrapped__)
+    fused: Any = decode_tpu.append_and_attend
+    monkeypatch.setitem(decode.FUSED, "mosaic_tpu", fused.__wrapped__)
     monkeypatch.setattr(ragged_tpu, "paged_decode_attention", under.__wrapped__)
     for room, kernel in ((ragged, ragged_tpu.ragged_paged_attention), (append, append_kv)):
         jitted: Any = kernel

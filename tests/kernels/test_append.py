@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,14 @@ def write_and_decode(kv_pages: KVPages, rows: jax.Array, slots: jax.Array) -> tu
     return kv_pages, paged_decode_attention(rows, kv_pages, slots % kv_pages.page_size + 1, table, scale=0.1)
 
 
+def write_while_decoding(kv_pages: KVPages, rows: jax.Array, slots: jax.Array) -> Any:
+    table, lens = slots[:, None] // kv_pages.page_size, slots % kv_pages.page_size + 1
+    output, kv_pages = paged_decode_attention(
+        rows, kv_pages, lens, table, scale=0.1, new_kv=(rows, rows), slots=slots
+    )
+    return kv_pages, output
+
+
 def write_and_attend(kv_pages: KVPages, rows: jax.Array, slots: jax.Array) -> tuple[KVPages, object]:
     kv_pages = append_kv(kv_pages, rows, rows, slots)
     starts, one = jnp.asarray([0, slots.shape[0]], jnp.int32), jnp.ones((1,), jnp.int32)
@@ -129,7 +138,7 @@ def write_and_attend(kv_pages: KVPages, rows: jax.Array, slots: jax.Array) -> tu
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [("int8", 128), ("float8_e4m3fn", 16)]),
     ],
 )
-@pytest.mark.parametrize("step", [write, write_and_decode, write_and_attend])
+@pytest.mark.parametrize("step", [write, write_and_decode, write_while_decoding, write_and_attend])
 def test_a_step_updates_the_cache_in_place(step: Callable[..., object], dtype: str, page_size: int) -> None:
     num_pages = 2**17 // page_size
     kv_pages = empty_kv_pages(num_pages, page_size, HEADS, HEAD_DIM, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,14 +118,16 @@ def test_several_queries_per_sequence_match_the_reference(
 def test_several_queries_are_ragged_attention_of_as_many_tokens_each(options: str) -> None:
     """By the oracles, which are two loops; and queries before a sequence's begin are zero."""
     setup, num_queries = Setup(), 5
-    queries, *cache = decode_batch(setup, SEVERAL, num_queries=num_queries).arguments
-    keywords = {"scale": setup.scale, "return_lse": True, "implementation": "reference"}
+    queries, kv_pages, kv_lens, page_table = decode_batch(setup, SEVERAL, num_queries=num_queries).arguments
+    keywords: dict[str, Any] = {"scale": setup.scale, "return_lse": True, "implementation": "reference"}
     keywords |= chosen(options, setup)
-    output, log_sum_exp = paged_decode_attention(queries, *cache, **keywords)
+    output, log_sum_exp = paged_decode_attention(queries, kv_pages, kv_lens, page_table, **keywords)
     there = np.arange(num_queries) >= num_queries - np.asarray(SEVERAL)[:, None]
     starts = jnp.asarray(np.cumsum([0, *there.sum(axis=1)]), jnp.int32)
     num_seqs = jnp.asarray([len(SEVERAL)], jnp.int32)
-    ragged = ragged_paged_attention(queries[there], *cache, starts, num_seqs, **keywords)
+    ragged = ragged_paged_attention(
+        queries[there], kv_pages, kv_lens, page_table, starts, num_seqs, **keywords
+    )
     np.testing.assert_array_equal(output[there], ragged[0])
     np.testing.assert_array_equal(log_sum_exp[there], ragged[1])
     assert not np.asarray(output)[~there].any()

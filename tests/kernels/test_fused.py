@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from vsurge.kernels import DecodeBlocks, Implementation
+from vsurge.kernels import (
+    DecodeBlocks,
+    Implementation,
+    empty_kv_pages,
+    paged_decode_attention,
+    ragged_paged_attention,
+)
 
-from .cases import Setup, sinks_of
-from .fused import check_fused
+from .cases import Setup, each_implementation_slowly, ragged_batch, sinks_of
+from .fused import check_fused, new_slots, without
 
 BFLOAT16 = Setup(page_size=32, query_dtype="bfloat16", cache_dtype="bfloat16")
 # At the ends of tiles, pages and units, beyond them, and more sequences than writes can be under way.
 LENGTHS = (300, 0, 1, 128, 129, 256, 16, 17, 32, 33, 145, 384)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_tpu"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", "xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+)
 def test_the_new_tokens_are_seen_and_kept(implementation: Implementation) -> None:
     check_fused(BFLOAT16, LENGTHS, implementation, in_cache=(3, 6))
 
@@ -45,3 +59,33 @@ def test_with_a_window_and_any_block_sizes_too(setup: Setup, blocks: DecodeBlock
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)])
 def test_several_new_tokens_are_written_too(implementation: Implementation) -> None:
     check_fused(BFLOAT16, LENGTHS, implementation, num_queries=3, in_cache=(4,))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_ragged_attention_writes_first(implementation: Implementation, return_lse: bool) -> None:
+    setup = Setup()
+    batch = ragged_batch(setup, (3, 1, 5), (60, 33, 5))
+    queries, full, kv_lens, table, starts, num_seqs = batch.arguments
+    slots = np.full(len(queries), -1)
+    for sequence, (begin, end) in enumerate(itertools.pairwise(starts[:4].tolist())):
+        [slots[begin:end]] = new_slots(kv_lens[sequence][None], table[sequence][None], end - begin, 16)
+    emptied, new_kv = without(full, slots)
+    attend = partial(ragged_paged_attention, scale=0.1, return_lse=return_lse, implementation=implementation)
+    metadata = kv_lens, table, starts, num_seqs
+    want = attend(queries, full, *metadata)
+    new: dict[str, Any] = {"new_kv": new_kv, "slots": jnp.asarray(slots, jnp.int32)}
+    results: Any = attend(queries, emptied, *metadata, **new)
+    *got, written = results
+    for result, expected in zip(got, want if return_lse else [want], strict=True):
+        np.testing.assert_array_equal(result[batch.owned], expected[batch.owned])
+    np.testing.assert_array_equal(written.data, full.data)
+
+
+@each_implementation_slowly
+def test_the_cache_is_donated(implementation: Implementation) -> None:
+    kv_pages = empty_kv_pages(4, 16, 2, 8, "float32")
+    row, one = jnp.ones((1, 2, 8)), jnp.ones((1,), jnp.int32)
+    keywords = {"new_kv": (row, row), "slots": 16 * one, "implementation": implementation}
+    paged_decode_attention(row, kv_pages, one, one[None], scale=1.0, **keywords)
+    assert kv_pages.data.is_deleted()

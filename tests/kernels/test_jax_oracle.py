@@ -63,7 +63,7 @@ def keys_and_values(kv_pages: KVPages) -> tuple[jax.Array, jax.Array]:
 
 def by_jax(batch: RaggedBatch, **options: Any) -> jax.Array:
     queries, kv_pages, *metadata = batch.arguments
-    lengths = [np.asarray(array) for array in metadata]  # known while it is traced
+    lengths: list[Any] = [np.asarray(array) for array in metadata]  # known while it is traced
 
     @jax.jit
     def attend(queries: Any, keys: Any, values: Any) -> Any:

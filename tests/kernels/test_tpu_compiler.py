@@ -191,9 +191,14 @@ PAGES = list(itertools.product([16, 256], [64, 128, 256], SUPPORTED_DTYPES))
 )
 def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
     compile_decode("v5e", (8, 2), head_dim, page_size, dtype)
-    compile_fused("v5e", (8, 2), head_dim, page_size, dtype)
     compile_ragged("v5e", (8, 2), head_dim, page_size, dtype)
     compile_append("v5e", 2, head_dim, page_size, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page_size", "head_dim", "dtype"), PAGES, ids=str)
+def test_every_page_is_written_while_it_is_read(page_size: int, head_dim: int, dtype: Any) -> None:
+    compile_fused("v5e", (8, 2), head_dim, page_size, dtype)
 
 
 def test_options_and_lanes_compile() -> None:

@@ -1,4 +1,4 @@
-"""Faults in what the decode kernel for TPU does for several queries per sequence: each is noticed."""
+"""Faults in what the decode kernel for TPU does besides decoding: several queries, and the cache write."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from vsurge.kernels import DecodeBlocks
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.decode.new_rows import NewRows
 from vsurge.kernels.tpu.units import Fetcher, Units
 
 from .cases import Setup, check_decode, decode_batch, sinks_of
+from .fused import check_fused
 from .test_tpu_mutants import Patch, changed
 
 pytestmark = pytest.mark.usefixtures("traced_anew")
@@ -22,10 +26,17 @@ OPTIONS: dict[str, Any] = {"sliding_window": 150, "sinks": sinks_of(SETUP)}
 NUM_QUERIES = 3
 
 
+BLOCKS = DecodeBlocks(128, 1, 2)
+LENGTHS = (310, 2, 0, 128, 145)  # the unit of 128, whose last token is new, stands before a full one
+
+
 def check_queries() -> None:
-    """A unit whose last token only the last query sees stands before a full one."""
-    batch = decode_batch(SETUP, (310, 2, 0, 128, 145), num_queries=NUM_QUERIES)
-    check_decode(batch, "mosaic_tpu", block_sizes=DecodeBlocks(128, 1, 2), **OPTIONS)
+    batch = decode_batch(SETUP, LENGTHS, num_queries=NUM_QUERIES)
+    check_decode(batch, "mosaic_tpu", block_sizes=BLOCKS, **OPTIONS)
+
+
+def check_write() -> None:
+    check_fused(SETUP, LENGTHS, "mosaic_tpu", in_cache=(1,), block_sizes=BLOCKS, **OPTIONS)
 
 
 def one_token_too_many(patch: Patch) -> None:
@@ -65,6 +76,58 @@ def output_rows_by_kv_head(patch: Patch) -> None:
     changed(patch, decode_tpu, "by_query", in_order)
 
 
+def inserted(change: Callable[..., tuple[Any, ...]]) -> Callable[[Patch], None]:
+    """Other arguments of the write: block, token, row and slot."""
+    return lambda patch: changed(patch, NewRows, "_insert", lambda f, self, *rest: f(self, *change(*rest)))
+
+
+def row_as_it_was(block: Any, token: Any, _: Any, slot: Any) -> tuple[Any, ...]:
+    return block, token, block[:, :, pl.ds(token, 1)][:, :, 0], slot
+
+
+def lost_when_a_window_is_set(patch: Patch) -> None:
+    def group(f: Any, fetcher: Fetcher, compute: Any, new_rows: Any) -> None:
+        f(fetcher, compute, new_rows if fetcher.units.sliding_window is None else None)
+
+    changed(patch, decode_tpu, "_attend_group", group)
+
+
+def taken_for_full(patch: Patch) -> None:
+    def describe(f: Any, self: Fetcher) -> Any:
+        return f(replace(self, units=replace(self.units, new_tokens=0)))
+
+    changed(patch, Fetcher, "describe", describe)
+
+
+def other_rows(change: Callable[[Any], Any]) -> Callable[[Patch], None]:
+    """Of [num_seqs, 2, num_kv_heads, head_dim]."""
+    return lambda patch: changed(patch, decode_tpu, "encode_bits", lambda f, kv, rows: f(kv, change(rows)))
+
+
+def padding_written(patch: Patch) -> None:
+    def attend(f: Any, *arguments: Any, **options: Any) -> Any:
+        *before, (rows, slots) = arguments
+        return f(*before, (rows, jnp.maximum(slots, 0)), **options)
+
+    changed(patch, decode_tpu, "_attend", attend)
+
+
+def last_writes_not_waited_for(patch: Patch) -> None:
+    patch.setattr(NewRows, "end", lambda _: None)
+
+
+WRITE = {
+    "row not inserted": inserted(row_as_it_was),
+    "row of the token beside it": inserted(lambda block, token, row, slot: (block, token ^ 1, row, slot)),
+    "neighbouring tile": inserted(lambda block, token, row, slot: (block, token, row, slot + 8)),
+    "neighbouring page": inserted(lambda block, token, row, slot: (block, token, row, slot + 32)),
+    "lost when a window is set": lost_when_a_window_is_set,
+    "taken for full": taken_for_full,
+    "keys and values swapped": other_rows(lambda rows: rows[:, ::-1]),
+    "neighbouring sequence": other_rows(lambda rows: jnp.roll(rows, 1, axis=0)),
+    "padding written": padding_written,
+    "last writes not waited for": last_writes_not_waited_for,
+}
 QUERIES = [
     one_token_too_many,
     one_token_too_few,
@@ -74,23 +137,26 @@ QUERIES = [
     rows_by_query,
     output_rows_by_kv_head,
 ]
-SAMPLE = {full_for_the_last_query}  # which a run without the slow tests looks at
+SAMPLE = {"queries-full_for_the_last_query", "write-lost when a window is set"}  # for a run without the slow
+
+
+def _cases() -> list[Any]:
+    named = [(f"queries-{fault.__name__}", check_queries, fault) for fault in QUERIES]
+    named += [(f"write-{name}", check_write, fault) for name, fault in WRITE.items()]
+    return [
+        pytest.param(check, fault, id=name, marks=() if name in SAMPLE else pytest.mark.slow)
+        for name, check, fault in named
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [check_queries])
+@pytest.mark.parametrize("check", [check_queries, check_write])
 def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
     check()
 
 
 @pytest.mark.usefixtures("no_type_checker")
-@pytest.mark.parametrize(
-    ("check", "fault"),
-    [
-        pytest.param(check_queries, fault, marks=() if fault in SAMPLE else pytest.mark.slow)
-        for fault in QUERIES
-    ],
-)
+@pytest.mark.parametrize(("check", "fault"), _cases())
 def test_a_fault_is_noticed(
     check: Callable[[], None], fault: Callable[[Patch], None], monkeypatch: Patch
 ) -> None:

@@ -14,10 +14,12 @@ from jax.experimental import pallas as pl
 
 from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.decode.new_rows import WRITES, NewRows
 from vsurge.kernels.ragged.query_blocks import RaggedRows
 from vsurge.kernels.tpu.units import Fetcher
 
 from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
+from .fused import check_fused
 from .interpreter import DMA_MODES, DmaMode, races_in
 
 pytestmark = pytest.mark.usefixtures("traced_anew")
@@ -36,6 +38,16 @@ def attend_ragged(blocks: RaggedBlocks = SMALL_RAGGED, **options: Any) -> None:
     """Query blocks of two groups, single tokens in between, an empty sequence and one without a cache."""
     batch = ragged_batch(BFLOAT16, (150, 1, 33, 0, 1, 17), (300, 130, 33, 5, 1, 400))
     check_ragged(batch, "mosaic_tpu", block_sizes=blocks, **options)
+
+
+def attend_fused(**options: Any) -> None:
+    """More sequences than writes can be under way."""
+    assert np.count_nonzero(LENGTHS) > WRITES
+    check_fused(BFLOAT16, LENGTHS, "mosaic_tpu", block_sizes=BLOCKS[1], **options)
+
+
+def attend_several() -> None:
+    attend_fused(num_queries=3, sliding_window=77)
 
 
 def write(num_tokens: int = 100) -> None:
@@ -77,7 +89,14 @@ def test_pages_larger_than_a_unit_and_odd_numbers_of_heads() -> None:
 
 @pytest.mark.parametrize("mode", DMA_MODES)
 @pytest.mark.parametrize(
-    "run", [lambda: attend(BLOCKS[1]), attend_ragged, write], ids=["decode", "ragged", "append"]
+    "run",
+    [
+        pytest.param(lambda: attend(BLOCKS[1]), id="decode"),
+        pytest.param(attend_several, id="several", marks=pytest.mark.slow),
+        pytest.param(attend_fused, id="fused"),
+        pytest.param(attend_ragged, id="ragged"),
+        pytest.param(write, id="append"),
+    ],
 )
 def test_there_are_no_races(run: Callable[[], None], mode: DmaMode, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not races_in(run, mode, monkeypatch)
@@ -115,6 +134,11 @@ def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest
         )
 
     assert races_in(run, "eager", monkeypatch)
+
+
+def test_a_tile_whose_write_nobody_waits_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NewRows, "_wait", lambda *_: None)
+    assert races_in(attend_fused, "eager", monkeypatch)
 
 
 def test_queries_that_nobody_waits_for_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,8 @@ BAD_FOR_BOTH = [
     ({"sliding_window": 0}, "sliding_window=0: must be at least 1 token"),
     ({"soft_cap": -1.0}, "soft_cap=-1.0: must be a positive number"),
     ({"sinks": jnp.ones((2,))}, r"sinks: shape \(2,\), expected one per query head \(4,\)"),
+    ({"slots": jnp.ones((2,), jnp.int32)}, "slots without new_kv: give both, or none"),
+    ({"new_kv": (jnp.ones((2, 2, 8)),) * 2}, "new_kv without slots"),
     ({"block_sizes": (8, 128)}, r"block_sizes=\(8, 128\): 'xla' has none"),
     ({"implementation": "fastest"}, "implementation='fastest': must be one of"),
 ]
@@ -76,7 +78,11 @@ def test_ragged_attention_refuses(change: dict[str, Any], message: str) -> None:
         ragged_paged_attention(**ragged_arguments() | change)
 
 
+NEW: dict[str, Any] = {"new_kv": (jnp.ones((2, 2, 8)),) * 2, "slots": jnp.asarray([19, 33], jnp.int32)}
 BAD_FOR_DECODE = [
+    (NEW | {"slots": jnp.ones((2,))}, "slots: dtype float32, must be int32"),
+    (NEW | {"slots": jnp.ones((2, 1), jnp.int32)}, r"slots: shape \(2, 1\), expected \(2,\)"),
+    (NEW | {"new_kv": (jnp.ones((2, 2, 8)), jnp.ones((2, 4, 8)))}, r"values of shape \(2, 4, 8\), expected"),
     ({"queries": jnp.ones((2, 9, 4, 8))}, "queries: 9 per sequence, must be 1 to 8; ragged_paged_attention"),
     ({"queries": jnp.ones((2, 0, 4, 8))}, "queries: 0 per sequence, must be 1 to 8"),
     ({"queries": jnp.ones((2, 1, 1, 4, 8))}, r"queries: shape \(2, 1, 1, 4, 8\)"),
@@ -133,6 +139,28 @@ def test_debug_refuses_metadata_of_decode(change: dict[str, Any], message: str) 
     changed = integers(change)
     with pytest.raises(ValueError, match=message):
         paged_decode_attention(**decode_arguments() | changed, debug=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": [20, 33]}, r"sequence 0: slot=20, its page table says 19"),
+        ({"slots": [-1, 33], "kv_lens": [20, 0]}, r"sequence 1: slot=33 of a token before its begin"),
+        ({"slots": [3, 33], "kv_lens": [4, 18], "page_table": [[0, 1], [2, 0]]}, r"page 0, which sequence 1"),
+    ],
+)
+def test_debug_refuses_slots_of_decode(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paged_decode_attention(**decode_arguments() | NEW | integers(change), debug=True)
+
+
+def test_debug_refuses_slots_inside_a_compiled_program() -> None:
+    arguments = decode_arguments() | NEW
+    scale = arguments.pop("scale")
+    attend = jax.jit(lambda arguments: paged_decode_attention(**arguments, scale=scale, debug=True))
+    jax.block_until_ready(attend(arguments))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"ValueError: .*sequence 0: slot=20"):
+        jax.block_until_ready(attend(arguments | integers({"slots": [20, 33]})))
 
 
 def test_debug_accepts_nonsense_where_nobody_looks() -> None:

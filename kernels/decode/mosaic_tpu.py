@@ -222,14 +222,23 @@ def _compute(
         scores = jnp.where(_seen(attention, units_in, width), scores, MASKED)
     highest = jnp.max(scores, axis=1, keepdims=True)
     weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=1, keepdims=True)
+    scales = None
     if fetcher.scales is not None:
         scales = _scales_by_row(attention, fetcher, slot, width, VALUES)
-        weights *= jnp.where(_held(attention, units_in, width), scales, 0.0) if masked else scales
-    weighted = attention.products.weighted(weights.astype(dtype), values)
+        if masked:
+            scales = jnp.where(_held(attention, units_in, width), scales, 0.0)
+    total, weighted = _sums(attention, weights, scales, values)
     for lane, unit in enumerate(units_in):
         part = slice(lane * attention.num_q_heads, (lane + 1) * attention.num_q_heads)
         softmax.merge(unit[ROW], highest[part], total[part], weighted[part])
+
+
+def _sums(attention: Attention, weights: Any, scales: Any, values: list[Any]) -> tuple[Any, Any]:
+    """The sums of weights, [rows, 1], and of values with their weights, which have `scales` or None."""
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    if scales is not None:
+        weights *= scales
+    return total, attention.products.weighted(weights.astype(attention.products.dtype), values)
 
 
 def _scales_by_row(attention: Attention, fetcher: Fetcher, slot: Any, width: int, kind: int) -> Any:

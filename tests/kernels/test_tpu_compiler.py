@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from vsurge.kernels import (
+    SUPPORTED_DTYPES,
     DecodeBlocks,
     KVPages,
     RaggedBlocks,
@@ -20,7 +21,7 @@ from vsurge.kernels import (
     paged_decode_attention,
     ragged_paged_attention,
 )
-from vsurge.kernels.kv_pages import SUPPORTED_DTYPES
+from vsurge.kernels.quantization import LARGEST, is_quantized
 from vsurge.kernels.tuning import CHIPS, compile_for, compiler
 
 NUM_PAGES = 512
@@ -33,8 +34,15 @@ def shape(*sizes: int, dtype: Any = "int32") -> jax.ShapeDtypeStruct:
 
 
 def cache(num_kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> KVPages:
-    data: Any = shape(NUM_PAGES, 2, num_kv_heads, page_size, head_dim, dtype=dtype)
-    return KVPages(data, None, jnp.dtype(dtype), page_size)
+    """As a TPU keeps it: `empty_kv_pages` knows the device that it runs on."""
+    rows = (NUM_PAGES, 2, num_kv_heads, page_size)
+    data: Any = shape(*rows, head_dim, dtype=dtype)
+    scales: Any = shape(*rows, dtype="float32") if is_quantized(dtype) else None
+    return KVPages(data, scales, jnp.dtype(dtype), page_size)
+
+
+def query_dtype(cache_dtype: Any) -> Any:
+    return "bfloat16" if is_quantized(cache_dtype) else cache_dtype
 
 
 def compile_decode(
@@ -54,7 +62,7 @@ def compile_decode(
     return compile_for(
         chip,
         attend,
-        shape(num_seqs, heads[0], head_dim, dtype=dtype),
+        shape(num_seqs, heads[0], head_dim, dtype=query_dtype(dtype)),
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
@@ -86,7 +94,7 @@ def compile_ragged(
     return compile_for(
         chip,
         attend,
-        shape(2048, heads[0], head_dim, dtype=dtype),
+        shape(2048, heads[0], head_dim, dtype=query_dtype(dtype)),
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
@@ -103,7 +111,7 @@ def compile_append(
     dtype: Any = "bfloat16",
     num_tokens: int = 64,
 ) -> jax.stages.Compiled:
-    rows = shape(num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    rows = shape(num_tokens, num_kv_heads, head_dim, dtype=query_dtype(dtype))
     return compile_for(
         chip,
         partial(append_kv, implementation="mosaic_tpu"),
@@ -133,7 +141,7 @@ PAGES = list(itertools.product([16, 256], [64, 128, 256], SUPPORTED_DTYPES))
 
 @pytest.mark.parametrize(
     ("page_size", "head_dim", "dtype"),
-    [pytest.param(*page, marks=() if i % 5 == 0 else pytest.mark.slow) for i, page in enumerate(PAGES)],
+    [pytest.param(*page, marks=() if i % 7 == 0 else pytest.mark.slow) for i, page in enumerate(PAGES)],
     ids=str,
 )
 def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
@@ -155,10 +163,17 @@ def test_the_largest_batch_of_the_longest_context_compiles(page_size: int) -> No
     compile_ragged("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 4096])
-def test_the_cache_is_written_in_place(num_tokens: int) -> None:
-    program = compile_append("v6e", num_tokens=num_tokens)
-    memory, num_bytes = program.memory_analysis(), NUM_PAGES * 64 * 2 * 8 * 128 * 2
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype", "token_bytes"),
+    [
+        *((num_tokens, "bfloat16", 2 * 8 * 128 * 2) for num_tokens in (1, 64, 4096)),
+        (64, "int8", 2 * 8 * (128 + 4)),
+        pytest.param(4096, "float8_e4m3fn", 2 * 8 * (128 + 4), marks=pytest.mark.slow),
+    ],
+)
+def test_the_cache_is_written_in_place(num_tokens: int, dtype: str, token_bytes: int) -> None:
+    program = compile_append("v6e", page_size=128, dtype=dtype, num_tokens=num_tokens)
+    memory, num_bytes = program.memory_analysis(), NUM_PAGES * 128 * token_bytes
     assert memory is not None
     assert memory.alias_size_in_bytes == num_bytes
     assert memory.temp_size_in_bytes < num_bytes // 2
@@ -171,6 +186,18 @@ def test_every_generation_takes_every_shard(chip: str, heads: tuple[int, int]) -
         compile_decode(chip, heads, page_size=page_size)
         compile_ragged(chip, heads, page_size=page_size, block_sizes=SMALL if page_size < 256 else None)
         compile_append(chip, heads[1], page_size=page_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "dtype"), list(itertools.product(CHIPS, LARGEST)), ids=str)
+def test_every_generation_takes_quantized_caches(chip: str, dtype: Any) -> None:
+    for heads, page_size in (((32, 8), 64), ((32, 8), 16), ((8, 1), 256)):
+        compile_decode(chip, heads, page_size=page_size, dtype=dtype)
+        compile_ragged(chip, heads, page_size=page_size, dtype=dtype)
+        compile_append(chip, heads[1], page_size=page_size, dtype=dtype)
+    compile_ragged(chip, dtype=dtype, block_sizes=None)
+    blocks = DecodeBlocks(kv_tokens=256, lanes=2, depth=3)
+    compile_decode(chip, (8, 2), dtype=dtype, sliding_window=1000, soft_cap=30.0, block_sizes=blocks)
 
 
 def test_an_unknown_chip_is_refused_with_the_known_ones() -> None:

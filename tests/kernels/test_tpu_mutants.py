@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("traced_anew")
 
 Patch = pytest.MonkeyPatch
 SETUP = Setup(page_size=32)
+QUANTIZED = replace(SETUP, query_dtype="bfloat16", cache_dtype="int8")
 OPTIONS: dict[str, Any] = {"sliding_window": 150, "soft_cap": 5.0, "sinks": sinks_of(SETUP)}
 
 
@@ -37,6 +38,27 @@ def check_decode_kernel() -> None:
 def check_ragged_kernel() -> None:
     batch = ragged_batch(SETUP, (3, 40, 1, 0), (3, 290, 70, 0))
     check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 128, 2), **OPTIONS)
+
+
+def check_quantized_decode() -> None:
+    batch = decode_batch(QUANTIZED, (300, 3, 0, 128, 200))
+    check_decode(batch, "mosaic_tpu", block_sizes=DecodeBlocks(128, 1, 2))
+
+
+def check_quantized_ragged() -> None:
+    batch = ragged_batch(QUANTIZED, (3, 40, 0), (3, 290, 0))
+    check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 128, 2))
+
+
+def check_quantized_append() -> None:
+    keys, values = jnp.arange(1.0, 129.0).reshape(2, 4, 2, 8)
+    slots = jnp.asarray([3, 17, -1, 9], jnp.int32)
+    got, want = (
+        append_kv(empty_kv_pages(2, 16, 2, 8, "int8"), keys, values, slots, implementation=implementation)
+        for implementation in ("mosaic_tpu", "reference")
+    )
+    np.testing.assert_array_equal(got.data, want.data)
+    np.testing.assert_array_equal(got.scales, want.scales)
 
 
 def check_append_kernel() -> None:
@@ -203,6 +225,42 @@ def written(change: Callable[..., tuple[Any, ...]]) -> Callable[[Patch], None]:
     return lambda patch: changed(patch, append_tpu, "_write", lambda f, *arguments: f(*change(*arguments)))
 
 
+def other_scales(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """`change` gives the scales of keys or values from the right function and its last arguments."""
+
+    def scales_of(f: Any, self: Fetcher, slot: Any, lane: int, kind: int, width: int) -> Any:
+        return change(lambda kind: f(self, slot, lane, kind, width), kind)
+
+    return lambda patch: changed(patch, Fetcher, "scales_of", scales_of)
+
+
+def scaled_weights_summed(patch: Patch) -> None:
+    def decode(f: Any, attention: Any, weights: Any, scales: Any, values: Any) -> Any:
+        return f(attention, weights * scales, jnp.ones_like(scales), values)
+
+    def ragged(f: Any, values: Any, scales: Any, weights: Any) -> Any:
+        return f(values, jnp.ones_like(scales), weights * scales)
+
+    changed(patch, decode_tpu, "_sums", decode)
+    changed(patch, columns, "weighted_sums", ragged)
+
+
+def unwritten_scales_not_zeroed(patch: Patch) -> None:
+    changed(patch, decode_tpu, "_held", lambda f, *arguments: jnp.ones_like(f(*arguments)))
+    patch.setattr(columns, "zero_behind", lambda rows, _: rows)
+
+
+QUANTIZED_BOTH = {
+    "scale of another token": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=1)),
+    "scale of another head": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=0)),
+    "key scales ignored": other_scales(lambda right, kind: right(kind) if kind else right(kind) * 0.0 + 0.02),
+    "value scales ignored": other_scales(
+        lambda right, kind: right(kind) * 0.0 + 0.02 if kind else right(kind)
+    ),
+    "key and value scales swapped": other_scales(lambda right, kind: right(1 - kind)),
+    "scaled weights summed": scaled_weights_summed,
+    "unwritten scales not zeroed": unwritten_scales_not_zeroed,
+}
 BOTH = {
     "neighbouring page": neighbouring_page,
     "table row off by one": table_row_off_by_one,
@@ -237,10 +295,20 @@ APPEND = {
 }
 
 
+QUANTIZED_APPEND = {
+    "scales of the neighbour": written(lambda kv, rows, scales, slots: (kv, rows, scales[::-1], slots)),
+    "scales of values as those of keys": written(
+        lambda kv, rows, scales, slots: (kv, rows, scales[:, ::-1], slots)
+    ),
+    "scales of another head": written(lambda kv, rows, scales, slots: (kv, rows, scales[:, :, ::-1], slots)),
+}
+
+
 SAMPLE = {  # which a run without the slow tests looks at
     *(f"append-{name}" for name in APPEND),
     *("ragged-mask skipped", "ragged-output rows off by one", "ragged-stale buffer", "ragged-sinks ignored"),
     *("decode-neighbouring page", "decode-one token too many", "decode-window one wider"),
+    *("quantized decode-scaled weights summed", "quantized append-scales of the neighbour"),
     *("decode-scale one percent off", "decode-earlier units not rescaled", "decode-products in bfloat16"),
 }
 
@@ -248,6 +316,11 @@ SAMPLE = {  # which a run without the slow tests looks at
 def _cases() -> list[Any]:
     cases = [("append", check_append_kernel, APPEND), ("decode", check_decode_kernel, BOTH)]
     cases.append(("ragged", check_ragged_kernel, BOTH | RAGGED))
+    cases += [
+        ("quantized append", check_quantized_append, QUANTIZED_APPEND),
+        ("quantized decode", check_quantized_decode, QUANTIZED_BOTH),
+        ("quantized ragged", check_quantized_ragged, QUANTIZED_BOTH),
+    ]
     named = [
         (f"{kernel}-{name}", check, fault)
         for kernel, check, faults in cases
@@ -259,7 +332,17 @@ def _cases() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("check", [check_decode_kernel, check_ragged_kernel, check_append_kernel])
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_decode_kernel,
+        check_ragged_kernel,
+        check_append_kernel,
+        pytest.param(check_quantized_decode, marks=pytest.mark.slow),  # as are the runs that look for races
+        pytest.param(check_quantized_ragged, marks=pytest.mark.slow),
+        check_quantized_append,
+    ],
+)
 def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
     check()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from functools import partial
@@ -21,6 +22,7 @@ from vsurge.kernels import (
     paged_decode_attention,
     ragged_paged_attention,
 )
+from vsurge.kernels.kv_pages import scale_tokens
 from vsurge.kernels.quantization import LARGEST, is_quantized
 from vsurge.kernels.tuning import CHIPS, compile_for, compiler
 
@@ -37,7 +39,8 @@ def cache(num_kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> KVPag
     """As a TPU keeps it: `empty_kv_pages` knows the device that it runs on."""
     rows = (NUM_PAGES, 2, num_kv_heads, page_size)
     data: Any = shape(*rows, head_dim, dtype=dtype)
-    scales: Any = shape(*rows, dtype="float32") if is_quantized(dtype) else None
+    places = scale_tokens(page_size, "tpu")
+    scales: Any = shape(*rows[:3], places, dtype="float32") if is_quantized(dtype) else None
     return KVPages(data, scales, jnp.dtype(dtype), page_size)
 
 
@@ -148,6 +151,24 @@ def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
     compile_decode("v5e", (8, 2), head_dim, page_size, dtype)
     compile_ragged("v5e", (8, 2), head_dim, page_size, dtype)
     compile_append("v5e", 2, head_dim, page_size, dtype)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "page_size"),
+    [
+        (8, 16),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 16), (2, 64), (4, 128), (8, 64)]),
+    ],
+)
+def test_no_kernel_has_a_quantized_cache_copied(num_kv_heads: int, page_size: int) -> None:
+    heads = (2 * num_kv_heads, num_kv_heads)
+    for program in (
+        compile_append("v6e", num_kv_heads, page_size=page_size, dtype="int8"),
+        compile_decode("v6e", heads, page_size=page_size, dtype="int8"),
+    ):
+        text = program.as_text() or ""
+        assert f"f32[{NUM_PAGES},2,{num_kv_heads}," in text
+        assert re.findall(rf"= \w+\[{NUM_PAGES},2,{num_kv_heads},\S* copy", text) == []
 
 
 def test_options_and_lanes_compile() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -127,30 +126,10 @@ def copied_over_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fetcher, "_copy", copy)
 
 
-def missing_wait_for_scales(patch: pytest.MonkeyPatch) -> None:
-    right, whole = Fetcher._copies, Fetcher.wait_whole
-
-    def copies(self: Fetcher, *place: Any) -> list[Any]:
-        numbers, scales = right(self, *place)
-        return [numbers, SimpleNamespace(start=scales.start, wait=lambda: None)]
-
-    patch.setattr(Fetcher, "_copies", copies)
-    patch.setattr(Fetcher, "wait_whole", lambda self, slot: whole(replace(self, scales=None), slot))
-
-
-@pytest.mark.parametrize(
-    ("fault", "setup"),
-    [
-        (missing_wait, BFLOAT16),
-        (copied_over_what_is_in_use, BFLOAT16),
-        pytest.param(missing_wait_for_scales, INT8, marks=pytest.mark.slow),
-    ],
-)
-def test_a_planted_race_is_found(
-    fault: Callable[..., None], setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("fault", [missing_wait, copied_over_what_is_in_use])
+def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
-    batch = decode_batch(setup, LENGTHS)
+    batch = decode_batch(BFLOAT16, LENGTHS)
 
     def run() -> Any:
         return decode_tpu.paged_decode_attention.__wrapped__(  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,6 +13,9 @@ over heads is one axis. A token's place in the pool is its slot, `page * page_si
 On a CPU a bfloat16 or float8 cache is stored as unsigned bit patterns: XLA's CPU backend scatters into such
 an array by converting the whole array to float32 and back, which costs a thousand times the write itself
 (int8 and float32 it scatters as they are). The field `dtype` says what the bits mean.
+
+On a TPU the scales of a page fill 128 lanes whatever the page's size. Tiles would be padded so anyway; but
+with a smaller last axis XLA makes another one the last in memory, and copies all scales before each kernel.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ SUPPORTED_DTYPES = (BFLOAT16, np.dtype(np.float32), INT8, FLOAT8)
 BITS = {BFLOAT16: np.dtype(np.uint16), FLOAT8: np.dtype(np.uint8)}  # in which a CPU keeps these
 KEYS, VALUES = 0, 1  # the second axis of the data
 
+TPU_LANES = 128
+
 # How XLA's CPU backend copies pages fastest (measured): large ones slice by slice, few at a time (beyond
 # four slices the concatenation becomes slow), small ones by one gather.
 SLICED_FROM = 64  # tokens in a page
@@ -52,8 +57,9 @@ class KVPages:
     Attributes:
         data: [num_pages, 2, num_kv_heads, page_size, head_dim], of `dtype` or the same bits as an unsigned
             integer.
-        scales: [num_pages, 2, num_kv_heads, page_size] float32, what a token's keys and values in `data` are
-            multiplied with; None unless `dtype` is int8 or float8_e4m3fn.
+        scales: [num_pages, 2, num_kv_heads, page_size or more] float32, what a token's keys and values in
+            `data` are multiplied with, and numbers that mean nothing; None unless `dtype` is int8 or
+            float8_e4m3fn.
         dtype: what the numbers in `data` mean (static).
         page_size: tokens per page (static).
     """
@@ -83,7 +89,10 @@ class KVPages:
 
 
 def bytes_per_token(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
-    """Bytes of one layer's cache that one token takes: keys, values and, if it is quantized, their scales."""
+    """Bytes of one layer's cache that one token takes: keys, values and, if it is quantized, their scales.
+
+    (On a TPU the scales of a page of less than 128 tokens take as much as those of 128.)
+    """
     scale_bytes = SCALE_BYTES if is_quantized(dtype) else 0
     return 2 * num_kv_heads * (head_dim * np.dtype(dtype).itemsize + scale_bytes)
 
@@ -120,7 +129,7 @@ def empty_kv_pages(
     rows = (num_pages, 2, num_kv_heads, page_size)
     return KVPages(
         data=jnp.zeros((*rows, head_dim), storage_dtype(dtype)),
-        scales=jnp.zeros(rows, jnp.float32) if is_quantized(dtype) else None,
+        scales=jnp.zeros((*rows[:3], scale_tokens(page_size)), jnp.float32) if is_quantized(dtype) else None,
         dtype=dtype,
         page_size=page_size,
     )
@@ -130,6 +139,12 @@ def storage_dtype(dtype: DTypeLike, platform: str | None = None) -> np.dtype[Any
     """The dtype in which `platform` (default: JAX's default backend) keeps a cache of `dtype`."""
     dtype = np.dtype(dtype)
     return BITS.get(dtype, dtype) if (platform or jax.default_backend()) == "cpu" else dtype
+
+
+def scale_tokens(page_size: int, platform: str | None = None) -> int:
+    """Places for scales in a page per head on `platform` (default: JAX's default backend)."""
+    on_tpu = (platform or jax.default_backend()) == "tpu"
+    return -(-page_size // TPU_LANES) * TPU_LANES if on_tpu else page_size
 
 
 def decode_bits(kv_pages: KVPages, stored: Array) -> Array:
@@ -193,7 +208,8 @@ def load_scales(
     valid: Bool[Array, "num_seqs block"] | None = None,
 ) -> Float[Array, "num_seqs num_kv_heads block"]:
     """The scales of what `load_block` loads."""
-    scales = _gather_pages(kv_pages, kv_pages.scales, pages, kind)
+    assert kv_pages.scales is not None
+    scales = _gather_pages(kv_pages, kv_pages.scales[..., : kv_pages.page_size], pages, kind)
     return scales if valid is None else jnp.where(valid[:, None], scales, 0.0)
 
 
@@ -246,7 +262,10 @@ def write_rows(
     written = replace(kv_pages, data=flat.reshape(kv_pages.data.shape))
     if kv_pages.scales is None or scales is None:
         return written
-    flat_scales = kv_pages.scales.reshape(-1).at[rows.reshape(-1)].set(scales.reshape(-1), mode="drop")
+    flat_scales = kv_pages.scales.reshape(-1)
+    places = (page * (2 * heads) + head) * kv_pages.scales.shape[3] + offset
+    places = jnp.where(outside[:, None, None], flat_scales.shape[0], places)
+    flat_scales = flat_scales.at[places.reshape(-1)].set(scales.reshape(-1), mode="drop")
     return replace(written, scales=flat_scales.reshape(kv_pages.scales.shape))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
-from ..kernels import bytes_per_token
+import jax
+
+from ..kernels import empty_kv_pages
 from ..model import Model
 from .errors import OutOfMemory
 
@@ -17,10 +20,11 @@ CPU_CACHE_BYTES = 1 << 30
 
 
 def page_bytes(model: Model, page_size: int) -> int:
-    """Bytes of one page over all layers."""
+    """Bytes of one page over all layers, as this device keeps it."""
     config = model.config
-    per_token = bytes_per_token(config.num_kv_heads, config.head_dim, config.cache_dtype)
-    return config.num_layers * per_token * page_size
+    make = partial(empty_kv_pages, 1, page_size, config.num_kv_heads, config.head_dim, config.cache_dtype)
+    arrays: list[jax.ShapeDtypeStruct] = jax.tree.leaves(jax.eval_shape(make))
+    return config.num_layers * sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def choose_num_pages(

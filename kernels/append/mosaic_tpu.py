@@ -42,17 +42,18 @@ class _Pieces:
     """The pieces of an array in HBM that get new rows: each is fetched, changed and written back.
 
     Attributes:
-        array: [num_pages, 2, num_kv_heads, page_size, …] in HBM.
-        page_size: tokens in a page.
+        array: [num_pages, 2, num_kv_heads, page_size or more, …] in HBM.
+        page_size, tokens: tokens in a page and in a piece.
         starts: [num_tokens] int32 in scalar memory, where a piece's tokens begin in the order of slots.
         slots: [num_tokens] int32 in scalar memory, in that order.
         num_tokens, num_pieces: of those to write.
-        buffers: [BUFFERS, 2, num_kv_heads, tokens in a piece, …] in VMEM.
+        buffers: [BUFFERS, 2, num_kv_heads, tokens or more, …] in VMEM.
         fetched, written: [BUFFERS] DMA semaphores.
     """
 
     array: Any
     page_size: int
+    tokens: int
     starts: Any
     slots: Any
     num_tokens: Any
@@ -60,10 +61,6 @@ class _Pieces:
     buffers: Any
     fetched: Any
     written: Any
-
-    @property
-    def tokens(self) -> int:
-        return self.buffers.shape[3]
 
     def begin(self) -> None:
         """Starts the first fetches."""
@@ -142,10 +139,13 @@ def _kernel(
         pieces: per array of the cache the buffers and semaphores of `_Pieces`.
     """
 
-    def pieces_of(i: int, array: Any) -> _Pieces:
+    page_size = kv_pages.page_size
+
+    def pieces_of(i: int, array: Any, tokens: int) -> _Pieces:
         return _Pieces(
             array,
-            kv_pages.page_size,
+            page_size,
+            tokens,
             starts[i],
             slots,
             counts[0],
@@ -160,9 +160,9 @@ def _kernel(
 
     all_rows = pltpu.make_async_copy(rows_hbm, rows, rows_arrived)
     all_rows.start()
-    parts = [(pieces_of(0, kv_pages.data), lambda j: rows[rows_of[j]][:, :, None])]
+    parts = [(pieces_of(0, kv_pages.data, pieces[0].shape[3]), lambda j: rows[rows_of[j]][:, :, None])]
     if kv_pages.scales is not None:
-        parts.append((pieces_of(1, kv_pages.scales), new_scales))
+        parts.append((pieces_of(1, kv_pages.scales, page_size), new_scales))
     for part, _new in parts:
         part.begin()
     all_rows.wait()
@@ -206,7 +206,8 @@ def _write(kv_pages: KVPages, rows: Array, scales: Array | None, slots: Array) -
         begins = valid & (piece_of != jnp.roll(piece_of, 1)).at[0].set(True)
         counts.append(begins.sum(dtype=jnp.int32))
         starts.append(jnp.nonzero(begins, size=num_tokens, fill_value=0)[0].astype(jnp.int32))
-        piece = (BUFFERS, 2, kv_pages.num_kv_heads, tokens, *array.shape[4:])
+        tail = (tokens, *array.shape[4:]) if array is kv_pages.data else array.shape[3:]
+        piece = (BUFFERS, 2, kv_pages.num_kv_heads, *tail)
         scratch += [pltpu.VMEM(piece, array.dtype), *[pltpu.SemaphoreType.DMA((BUFFERS,))] * 2]
     if scales is not None:
         by_lane = jnp.moveaxis(scales[order], 0, 2)

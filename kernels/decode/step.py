@@ -83,12 +83,21 @@ def compute(
     begins = [unit[BEGINS] == 1 for unit in units_in]
     highest, keeps = softmax.raise_to(jnp.max(scores, axis=1, keepdims=True), begins)
     weights = jnp.exp(scores - spread(highest, width))
-    total = jnp.sum(weights, axis=1, keepdims=True)
+    scales = None
     if fetcher.scales is not None:
         scales = _scales_by_row(attention, fetcher, slot, width, VALUES)
-        weights *= jnp.where(_held(attention, units_in, width), scales, 0.0) if masked else scales
-    weighted = attention.products.weighted(weights.astype(dtype), values)
+        if masked:
+            scales = jnp.where(_held(attention, units_in, width), scales, 0.0)
+    total, weighted = _sums(attention, weights, scales, values)
     softmax.add(highest, keeps, total, weighted, [unit[ROW] for unit in units_in])
+
+
+def _sums(attention: Attention, weights: Any, scales: Any, values: list[Any]) -> tuple[Any, Any]:
+    """The sums of weights, [rows, 1], and of values with their weights, which have `scales` or None."""
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    if scales is not None:
+        weights *= scales
+    return total, attention.products.weighted(weights.astype(attention.products.dtype), values)
 
 
 def _scales_by_row(attention: Attention, fetcher: Fetcher, slot: Any, width: int, kind: int) -> Any:

@@ -62,7 +62,7 @@ def read_cache(kv_pages: KVPages) -> tuple[Float64, Float64]:
     """Keys and values of all slots, each [num_pages * page_size, num_kv_heads, head_dim], in float64."""
     rows = np.asarray(kv_pages.data).view(kv_pages.dtype).astype(np.float64)
     if kv_pages.scales is not None:
-        rows *= np.asarray(kv_pages.scales, np.float64)[..., None]
+        rows *= np.asarray(kv_pages.scales, np.float64)[..., : kv_pages.page_size, None]
     by_slot = rows.transpose(1, 0, 3, 2, 4).reshape(2, -1, kv_pages.num_kv_heads, kv_pages.head_dim)
     return by_slot[KEYS], by_slot[VALUES]
 

@@ -137,8 +137,8 @@ class Fetcher:
         step_in: [depth, STEP_SIZE] int32 in scalar memory, of the step in a slot: LAST, whether it is its
             group's last one; WHOLE, whether all tokens that its units have room for are there; FULL, whether
             all queries also see them; PAGES, those that hold tokens.
-        scales: [depth, lanes, pages, 2, num_kv_heads, page_size] float32 in VMEM; None unless the cache has
-            scales, as the next.
+        scales: [depth, lanes, pages, 2, num_kv_heads, page_size or more] float32 in VMEM; None unless the
+            cache has scales, as the next.
         scales_arrived: [depth] DMA semaphores.
     """
 
@@ -309,7 +309,7 @@ class Fetcher:
     def scales_of(self, slot: Any, lane: int, kind: int, width: int) -> Any:
         """The scales of a unit's first `width` keys or values, [num_kv_heads, width]; some may be NaN."""
         page_size = self.units.page_size
-        pages = [self.scales[slot, lane, i, kind] for i in range(-(-width // page_size))]
+        pages = [self.scales[slot, lane, i, kind][:, :page_size] for i in range(-(-width // page_size))]
         return jnp.concatenate(pages, axis=1)[:, :width]
 
     def _pages(self, slot: Any, lane: int) -> Any:
@@ -361,7 +361,7 @@ def fetcher_scratch(units: Units, kv_pages: KVPages) -> list[Any]:
     if kv_pages.scales is None:
         scales = list[Any]()
     else:
-        place = (units.depth, units.lanes, units.pages, 2, kv_pages.num_kv_heads, units.page_size)
+        place = (units.depth, units.lanes, units.pages, *kv_pages.scales.shape[1:])
         scales = [pltpu.VMEM(place, jnp.float32), pltpu.SemaphoreType.DMA((units.depth,))]
     place = (units.depth, units.lanes, 2, kv_pages.num_kv_heads, units.tokens, kv_pages.head_dim)
     return [

@@ -130,15 +130,18 @@ def write_and_attend(kv_pages: KVPages, rows: jax.Array, slots: jax.Array) -> tu
     return kv_pages, ragged_paged_attention(rows, kv_pages, kv_lens, slots[None], starts, one, scale=0.1)
 
 
+STEPS = (write, write_and_decode, write_while_decoding, write_and_attend)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "page_size"),
+    ("step", "dtype", "page_size"),
     [
-        *itertools.product(DTYPES, [16, 128]),
-        ("int8", 16),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("int8", 128), ("float8_e4m3fn", 16)]),
+        *itertools.product(STEPS, DTYPES, [16, 128]),
+        (write, "int8", 16),
+        *(pytest.param(step, "int8", 128, marks=pytest.mark.slow) for step in STEPS),
+        *(pytest.param(step, "float8_e4m3fn", 16, marks=pytest.mark.slow) for step in STEPS),
     ],
 )
-@pytest.mark.parametrize("step", [write, write_and_decode, write_while_decoding, write_and_attend])
 def test_a_step_updates_the_cache_in_place(step: Callable[..., object], dtype: str, page_size: int) -> None:
     num_pages = 2**17 // page_size
     kv_pages = empty_kv_pages(num_pages, page_size, HEADS, HEAD_DIM, dtype)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from vsurge.kernels import Implementation, paged_decode_attention, ragged_paged_attention
 
 from .cases import (
-    QUANTIZED,
     SWEEP,
     TOLERANCES,
     Setup,
@@ -43,7 +42,6 @@ SETUPS = (
     Setup(num_q_heads=4, num_kv_heads=1, page_size=32, cache_dtype="bfloat16"),
     Setup(head_dim=128, page_size=256, query_dtype="bfloat16"),
     Setup(num_q_heads=1, num_kv_heads=1, page_size=128, query_dtype="bfloat16", cache_dtype="bfloat16"),
-    QUANTIZED[0],
 )
 
 

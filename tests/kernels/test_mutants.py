@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vsurge.kernels import append, append_kv, blockwise, decode, empty_kv_pages, ragged, read_kv
+from vsurge.kernels import append, append_kv, blockwise, decode, empty_kv_pages, kv_pages, ragged, read_kv
 from vsurge.kernels.append import xla as append_xla
 from vsurge.kernels.decode import xla as decode_xla
 from vsurge.kernels.ragged import xla as ragged_xla
@@ -30,6 +30,22 @@ def check_decode_kernel() -> None:
     setup = Setup()
     batch = decode_batch(setup, (270, 3, 0, 128, 400))
     check_decode(batch, "xla", sliding_window=200, soft_cap=5.0, sinks=sinks_of(setup))
+
+
+def check_quantized_kernel() -> None:
+    setup = Setup(cache_dtype="int8")
+    check_decode(decode_batch(setup, (270, 3, 0, 128, 400)), "xla", sliding_window=200)
+
+
+def check_quantized_append() -> None:
+    keys, values = jnp.arange(1.0, 129.0).reshape(2, 4, 2, 8)
+    slots = jnp.asarray([3, 17, -1, 9], jnp.int32)
+    got, want = (
+        append_kv(empty_kv_pages(2, 16, 2, 8, "int8"), keys, values, slots, implementation=implementation)
+        for implementation in ("xla", "reference")
+    )
+    assert (got.data == want.data).all()
+    assert (jnp.asarray(got.scales) == jnp.asarray(want.scales)).all()
 
 
 def check_append_kernel() -> None:
@@ -159,6 +175,44 @@ def values_written_as_keys(patch: Patch) -> None:
     changed(patch, append_xla, "write_rows", lambda f, kv, k, v, slots: f(kv, v, k, slots))
 
 
+def other_scales(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """`change` gives the scales of keys or values from the right function and its last arguments."""
+
+    def load(f: Any, kv: Any, pages: Any, kind: int, **options: Any) -> Any:
+        return change(lambda kind: f(kv, pages, kind, **options), kind)
+
+    return lambda patch: changed(patch, blockwise, "load_scales", load)
+
+
+def unwritten_scales_not_zeroed(patch: Patch) -> None:
+    changed(patch, blockwise, "load_scales", lambda f, kv, pages, kind, **_: f(kv, pages, kind))
+
+
+def scaled_weights_summed(patch: Patch) -> None:
+    def change(f: Any, softmax: Any, queries: Any, keys: Any, values: Any, *rest: Any, **options: Any) -> Any:
+        totals = jnp.broadcast_to(softmax.total[..., None], softmax.weighted.shape)
+        ones = jnp.ones_like(values)
+        scaled = f(softmax._replace(weighted=totals), queries, keys, ones, *rest, **options)
+        return f(softmax, queries, keys, values, *rest, **options)._replace(total=scaled.weighted[..., 0])
+
+    changed(patch, blockwise, "update", change)
+
+
+def numbers_of_another_scale(patch: Patch) -> None:
+    changed(patch, kv_pages, "quantize", lambda f, rows, dtype: f(rows * 1.01, dtype))
+
+
+SCALE_FAULTS = {
+    "scale of another token": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=2)),
+    "scale of another head": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=1)),
+    "key scales ignored": other_scales(lambda right, kind: right(kind) if kind else right(kind) * 0.0 + 0.02),
+    "value scales ignored": other_scales(
+        lambda right, kind: right(kind) * 0.0 + 0.02 if kind else right(kind)
+    ),
+    "key and value scales swapped": other_scales(lambda right, kind: right(1 - kind)),
+    "unwritten scales not zeroed": unwritten_scales_not_zeroed,
+    "scaled weights summed": scaled_weights_summed,
+}
 ATTENTION_FAULTS = [
     neighbouring_page,
     stale_first_page,
@@ -182,6 +236,13 @@ FAULTS = [  # both attention kernels walk the same blocks, so that half of the f
     *((check_decode_kernel, fault) for fault in ATTENTION_FAULTS[::2]),
     *(pytest.param(check_decode_kernel, fault, marks=pytest.mark.slow) for fault in ATTENTION_FAULTS[1::2]),
     *((check_append_kernel, fault) for fault in APPEND_FAULTS),
+    *(
+        pytest.param(
+            check_quantized_kernel, fault, id=name, marks=() if "swapped" in name else pytest.mark.slow
+        )
+        for name, fault in SCALE_FAULTS.items()
+    ),
+    (check_quantized_append, numbers_of_another_scale),
 ]
 
 
@@ -193,7 +254,16 @@ def traced_anew(monkeypatch: Patch) -> None:
         monkeypatch.setitem(room.IMPLEMENTATIONS, "xla", jitted.__wrapped__)
 
 
-@pytest.mark.parametrize("check", [check_ragged_kernel, check_decode_kernel, check_append_kernel])
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_ragged_kernel,
+        check_decode_kernel,
+        check_append_kernel,
+        check_quantized_kernel,
+        check_quantized_append,
+    ],
+)
 def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
     check()
 

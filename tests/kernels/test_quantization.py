@@ -9,12 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsurge.kernels import Implementation, append_kv, empty_kv_pages, paged_decode_attention, read_kv
+from vsurge.kernels import (
+    Implementation,
+    append_kv,
+    empty_kv_pages,
+    kv_pages,
+    paged_decode_attention,
+    read_kv,
+)
 from vsurge.kernels.append import reference
 from vsurge.kernels.decode import reference as decode_reference
 from vsurge.kernels.quantization import quantize
 
-from .cases import Setup, decode_batch, poisoned_cache
+from .cases import Setup, check_decode, decode_batch, poisoned_cache
 
 DTYPES = {"int8": 127, "float8_e4m3fn": 448}
 HEADS, HEAD_DIM = 2, 32
@@ -28,15 +35,16 @@ def written(keys: Any, dtype: str, implementation: Implementation) -> tuple[Any,
     """The scales of keys and values [num_tokens, 2, HEADS] and what is read, where the values are -keys."""
     count = keys.shape[0]
     slots = jnp.arange(count, dtype=jnp.int32)
-    kv_pages = append_kv(
+    cache = append_kv(
         empty_kv_pages(-(-count // 16), 16, HEADS, HEAD_DIM, dtype),
         keys,
         -keys,
         slots,
         implementation=implementation,
     )
-    scales = np.moveaxis(np.asarray(kv_pages.scales), 3, 1).reshape(-1, 2, HEADS)[:count]
-    return scales, *(np.asarray(rows) for rows in read_kv(kv_pages, slots))
+    scales = np.asarray(cache.scales)[..., :16]
+    scales = np.moveaxis(scales, 3, 1).reshape(-1, 2, HEADS)[:count]
+    return scales, *(np.asarray(rows) for rows in read_kv(cache, slots))
 
 
 @pytest.mark.parametrize(("dtype", "largest"), DTYPES.items())
@@ -88,6 +96,27 @@ def test_rows_without_a_scale_of_their_own(dtype: str, implementation: Implement
         assert (where == rotten[:, :, None]).all()
 
 
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)])
+def test_scales_may_have_places_that_mean_nothing(
+    implementation: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they have on a TPU."""
+    assert [kv_pages.scale_tokens(size, "tpu") for size in (16, 128, 144)] == [128, 128, 256]
+    monkeypatch.setattr(kv_pages, "scale_tokens", lambda _: 128)
+    rows = normal_rows(40)
+    for got, want in zip(
+        written(rows, "int8", implementation), written(rows, "int8", "reference"), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    setup = Setup(cache_dtype="int8")
+    batch = decode_batch(setup, (140, 0, 33))
+    cache = batch.arguments[1]
+    beyond = jnp.arange(128, dtype=jnp.int32) >= setup.page_size
+    cache = replace(cache, scales=jnp.where(beyond.reshape(1, 1, 1, -1), jnp.nan, cache.scales))
+    assert cache.scales.shape[3] == 128
+    check_decode(replace(batch, arguments=(batch.arguments[0], cache, *batch.arguments[2:])), implementation)
+
+
 def coarse(rows: np.ndarray, dtype: str) -> np.ndarray:
     """Rows as they come back from 8 bits, computed in float64."""
     scales = np.abs(rows).max(axis=-1, keepdims=True) / DTYPES[dtype]
@@ -96,16 +125,16 @@ def coarse(rows: np.ndarray, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("outliers", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow), "reference"]
+    "implementation", ["xla", "reference", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
 )
 def test_attention_errs_by_what_the_rounding_of_keys_and_values_costs(
     dtype: str, outliers: bool, implementation: Implementation
 ) -> None:
     kv_lens, setup = (300, 3, 140, 17), Setup(cache_dtype=dtype)
     batch = decode_batch(setup, kv_lens, outliers=outliers)
-    queries, kv_pages, *metadata = batch.arguments
+    queries, cache, *metadata = batch.arguments
     exact, table = poisoned_cache(
         replace(setup, cache_dtype="float32"), kv_lens, np.random.default_rng(0), outliers=outliers
     )
@@ -113,12 +142,10 @@ def test_attention_errs_by_what_the_rounding_of_keys_and_values_costs(
     rounded = replace(exact, data=jnp.asarray(coarse(np.asarray(exact.data, np.float64), dtype), jnp.float32))
     none = {"sliding_window": None, "soft_cap": None, "sinks": None}
     want, best = (
-        decode_reference.paged_decode_attention(queries, cache, *metadata, scale=setup.scale, **none)[0]
-        for cache in (exact, rounded)
+        decode_reference.paged_decode_attention(queries, pages, *metadata, scale=setup.scale, **none)[0]
+        for pages in (exact, rounded)
     )
-    got = paged_decode_attention(
-        queries, kv_pages, *metadata, scale=setup.scale, implementation=implementation
-    )
+    got = paged_decode_attention(queries, cache, *metadata, scale=setup.scale, implementation=implementation)
     unavoidable = np.linalg.norm(best - want, axis=-1)
     assert (unavoidable > 1e-3 * np.linalg.norm(want, axis=-1)).all()
     assert (np.linalg.norm(np.asarray(got) - want, axis=-1) <= 1.1 * unavoidable).all()

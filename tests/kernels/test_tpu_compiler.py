@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,14 +14,17 @@ import jax.numpy as jnp
 import pytest
 
 from vsurge.kernels import (
+    SUPPORTED_DTYPES,
     DecodeBlocks,
     KVPages,
     RaggedBlocks,
     append_kv,
+    bytes_per_token,
     paged_decode_attention,
     ragged_paged_attention,
 )
-from vsurge.kernels.kv_pages import SUPPORTED_DTYPES
+from vsurge.kernels.kv_pages import scale_tokens
+from vsurge.kernels.quantization import LARGEST, is_quantized
 from vsurge.kernels.tuning import CHIPS, compile_for, compiler
 
 NUM_PAGES = 512
@@ -33,8 +37,16 @@ def shape(*sizes: int, dtype: Any = "int32") -> jax.ShapeDtypeStruct:
 
 
 def cache(num_kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> KVPages:
-    data: Any = shape(NUM_PAGES, 2, num_kv_heads, page_size, head_dim, dtype=dtype)
-    return KVPages(data, None, jnp.dtype(dtype), page_size)
+    """As a TPU keeps it: `empty_kv_pages` knows the device that it runs on."""
+    rows = (NUM_PAGES, 2, num_kv_heads, page_size)
+    data: Any = shape(*rows, head_dim, dtype=dtype)
+    places = scale_tokens(page_size, "tpu")
+    scales: Any = shape(*rows[:3], places, dtype="float32") if is_quantized(dtype) else None
+    return KVPages(data, scales, jnp.dtype(dtype), page_size)
+
+
+def query_dtype(cache_dtype: Any) -> Any:
+    return "bfloat16" if is_quantized(cache_dtype) else cache_dtype
 
 
 def compile_decode(
@@ -56,7 +68,7 @@ def compile_decode(
     return compile_for(
         chip,
         attend,
-        shape(num_seqs, *several, heads[0], head_dim, dtype=dtype),
+        shape(num_seqs, *several, heads[0], head_dim, dtype=query_dtype(dtype)),
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
@@ -92,7 +104,7 @@ def compile_fused(
     return compile_for(
         chip,
         attend,
-        shape(num_seqs, heads[0], head_dim, dtype=dtype),
+        shape(num_seqs, heads[0], head_dim, dtype=query_dtype(dtype)),
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
@@ -127,7 +139,7 @@ def compile_ragged(
     return compile_for(
         chip,
         attend,
-        shape(2048, heads[0], head_dim, dtype=dtype),
+        shape(2048, heads[0], head_dim, dtype=query_dtype(dtype)),
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
@@ -144,7 +156,7 @@ def compile_append(
     dtype: Any = "bfloat16",
     num_tokens: int = 64,
 ) -> jax.stages.Compiled:
-    rows = shape(num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    rows = shape(num_tokens, num_kv_heads, head_dim, dtype=query_dtype(dtype))
     return compile_for(
         chip,
         partial(append_kv, implementation="mosaic_tpu"),
@@ -186,7 +198,7 @@ PAGES = list(itertools.product([16, 256], [64, 128, 256], SUPPORTED_DTYPES))
 
 @pytest.mark.parametrize(
     ("page_size", "head_dim", "dtype"),
-    [pytest.param(*page, marks=() if i % 5 == 0 else pytest.mark.slow) for i, page in enumerate(PAGES)],
+    [pytest.param(*page, marks=() if i % 7 == 0 else pytest.mark.slow) for i, page in enumerate(PAGES)],
     ids=str,
 )
 def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
@@ -199,6 +211,24 @@ def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
 @pytest.mark.parametrize(("page_size", "head_dim", "dtype"), PAGES, ids=str)
 def test_every_page_is_written_while_it_is_read(page_size: int, head_dim: int, dtype: Any) -> None:
     compile_fused("v5e", (8, 2), head_dim, page_size, dtype)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "page_size"),
+    [
+        (8, 16),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 16), (2, 64), (4, 128), (8, 64)]),
+    ],
+)
+def test_no_kernel_has_a_quantized_cache_copied(num_kv_heads: int, page_size: int) -> None:
+    heads = (2 * num_kv_heads, num_kv_heads)
+    for program in (
+        compile_append("v6e", num_kv_heads, page_size=page_size, dtype="int8"),
+        compile_decode("v6e", heads, page_size=page_size, dtype="int8"),
+    ):
+        text = program.as_text() or ""
+        assert f"f32[{NUM_PAGES},2,{num_kv_heads}," in text
+        assert re.findall(rf"= \w+\[{NUM_PAGES},2,{num_kv_heads},\S* copy", text) == []
 
 
 def test_options_and_lanes_compile() -> None:
@@ -216,9 +246,16 @@ def test_the_largest_batch_of_the_longest_context_compiles(page_size: int) -> No
     compile_ragged("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 4096])
-def test_the_cache_is_written_in_place(num_tokens: int) -> None:
-    assert_in_place(compile_append("v6e", num_tokens=num_tokens))
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype"),
+    [
+        *((num_tokens, "bfloat16") for num_tokens in (1, 64, 4096)),
+        (64, "int8"),
+        pytest.param(4096, "float8_e4m3fn", marks=pytest.mark.slow),
+    ],
+)
+def test_the_cache_is_written_in_place(num_tokens: int, dtype: str) -> None:
+    assert_in_place(compile_append("v6e", page_size=128, dtype=dtype, num_tokens=num_tokens), 128, dtype)
 
 
 def test_attention_writes_the_cache_in_place() -> None:
@@ -227,9 +264,9 @@ def test_attention_writes_the_cache_in_place() -> None:
     assert (program.as_text() or "").count('custom_call_target="tpu_custom_call"') == 1
 
 
-def assert_in_place(program: jax.stages.Compiled) -> None:
-    """The cache of the defaults here is among what is updated, and nothing of its size is made."""
-    memory, num_bytes = program.memory_analysis(), NUM_PAGES * 64 * 2 * 8 * 128 * 2
+def assert_in_place(program: jax.stages.Compiled, page_size: int = 64, dtype: str = "bfloat16") -> None:
+    """The cache is among what is updated, and nothing of its size is made."""
+    memory, num_bytes = program.memory_analysis(), NUM_PAGES * page_size * bytes_per_token(8, 128, dtype)
     assert memory is not None
     assert memory.alias_size_in_bytes == num_bytes
     assert memory.temp_size_in_bytes < num_bytes // 2
@@ -243,6 +280,18 @@ def test_every_generation_takes_every_shard(chip: str, heads: tuple[int, int]) -
         compile_fused(chip, heads, page_size=page_size)
         compile_ragged(chip, heads, page_size=page_size, block_sizes=SMALL if page_size < 256 else None)
         compile_append(chip, heads[1], page_size=page_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "dtype"), list(itertools.product(CHIPS, LARGEST)), ids=str)
+def test_every_generation_takes_quantized_caches(chip: str, dtype: Any) -> None:
+    for heads, page_size in (((32, 8), 64), ((32, 8), 16), ((8, 1), 256)):
+        compile_decode(chip, heads, page_size=page_size, dtype=dtype)
+        compile_ragged(chip, heads, page_size=page_size, dtype=dtype)
+        compile_append(chip, heads[1], page_size=page_size, dtype=dtype)
+    compile_ragged(chip, dtype=dtype, block_sizes=None)
+    blocks = DecodeBlocks(kv_tokens=256, lanes=2, depth=3)
+    compile_decode(chip, (8, 2), dtype=dtype, sliding_window=1000, soft_cap=30.0, block_sizes=blocks)
 
 
 def test_an_unknown_chip_is_refused_with_the_known_ones() -> None:

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from vsurge.kernels import DecodeBlocks
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.decode import step
 from vsurge.kernels.decode.new_rows import NewRows
 from vsurge.kernels.tpu.units import Fetcher, Units
 
@@ -40,15 +41,15 @@ def check_write() -> None:
 
 
 def one_token_too_many(patch: Patch) -> None:
-    changed(patch, decode_tpu, "_before_end", lambda f, *shape: f(*shape) - 1)
+    changed(patch, step, "_before_end", lambda f, *shape: f(*shape) - 1)
 
 
 def one_token_too_few(patch: Patch) -> None:
-    changed(patch, decode_tpu, "_before_end", lambda f, *shape: f(*shape) + 1)
+    changed(patch, step, "_before_end", lambda f, *shape: f(*shape) + 1)
 
 
 def queries_in_reverse(patch: Patch) -> None:
-    changed(patch, decode_tpu, "_before_end", lambda f, *shape: NUM_QUERIES + 1 - f(*shape))
+    changed(patch, step, "_before_end", lambda f, *shape: NUM_QUERIES + 1 - f(*shape))
 
 
 def first_page_of_the_last_query(patch: Patch) -> None:
@@ -101,7 +102,7 @@ def taken_for_full(patch: Patch) -> None:
 
 def other_rows(change: Callable[[Any], Any]) -> Callable[[Patch], None]:
     """Of [num_seqs, 2, num_kv_heads, head_dim]."""
-    return lambda patch: changed(patch, decode_tpu, "encode_bits", lambda f, kv, rows: f(kv, change(rows)))
+    return lambda patch: changed(patch, decode_tpu, "encode", lambda f, kv, rows: f(kv, change(rows)))
 
 
 def padding_written(patch: Patch) -> None:

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
+from vsurge.kernels import (
+    DecodeBlocks,
+    Implementation,
+    RaggedBlocks,
+    append_kv,
+    empty_kv_pages,
+    read_kv,
+)
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
 from vsurge.kernels.decode.new_rows import WRITES, NewRows
 from vsurge.kernels.ragged.query_blocks import RaggedRows
@@ -27,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("traced_anew")
 BLOCKS = [DecodeBlocks(128, 1, 2), DecodeBlocks(128, 2, 3), DecodeBlocks(256, 3, 2), DecodeBlocks(256, 1, 5)]
 SMALL_RAGGED = RaggedBlocks(q_tokens=16, kv_tokens=128)
 BFLOAT16 = Setup(query_dtype="bfloat16", cache_dtype="bfloat16", page_size=32)
+INT8 = Setup(query_dtype="bfloat16", cache_dtype="int8", page_size=32)
 LENGTHS = (520, 0, 3, 256, 384, 1, 1, 700, 128, 0, 260, 33)  # of two groups
 
 
@@ -34,9 +42,9 @@ def attend(blocks: DecodeBlocks, setup: Setup = BFLOAT16, **options: Any) -> Non
     check_decode(decode_batch(setup, LENGTHS), "mosaic_tpu", block_sizes=blocks, **options)
 
 
-def attend_ragged(blocks: RaggedBlocks = SMALL_RAGGED, **options: Any) -> None:
+def attend_ragged(blocks: RaggedBlocks = SMALL_RAGGED, setup: Setup = BFLOAT16, **options: Any) -> None:
     """Query blocks of two groups, single tokens in between, an empty sequence and one without a cache."""
-    batch = ragged_batch(BFLOAT16, (150, 1, 33, 0, 1, 17), (300, 130, 33, 5, 1, 400))
+    batch = ragged_batch(setup, (150, 1, 33, 0, 1, 17), (300, 130, 33, 5, 1, 400))
     check_ragged(batch, "mosaic_tpu", block_sizes=blocks, **options)
 
 
@@ -50,18 +58,21 @@ def attend_several() -> None:
     attend_fused(num_queries=3, sliding_window=77)
 
 
-def write(num_tokens: int = 100) -> None:
+def write(num_tokens: int = 100, dtype: str = "bfloat16", page_size: int = 32) -> None:
     """Writes rows of many tiles, several to a tile and out of order, and reads them."""
-    page_size, heads, head_dim = 32, 2, 64
-    kv_pages = empty_kv_pages(12, page_size, heads, head_dim, "bfloat16")
-    slots = np.random.default_rng(0).permutation(12 * page_size)[:num_tokens]
+    heads, head_dim = 2, 64
+    slots = np.random.default_rng(0).permutation(12 * 32)[:num_tokens]
     slots[7] = -1
     keys, values = jax.random.normal(jax.random.key(0), (2, num_tokens, heads, head_dim), jnp.bfloat16)
-    written = append_kv(kv_pages, keys, values, jnp.asarray(slots, jnp.int32), implementation="mosaic_tpu")
-    got = read_kv(written, jnp.asarray(slots, jnp.int32))
+    places = jnp.asarray(slots, jnp.int32)
+
+    def read(implementation: Implementation) -> Any:
+        kv_pages = empty_kv_pages(12 * 32 // page_size, page_size, heads, head_dim, dtype)
+        return read_kv(append_kv(kv_pages, keys, values, places, implementation=implementation), places)
+
     kept = slots >= 0
-    for rows, new in zip(got, (keys, values), strict=True):
-        np.testing.assert_array_equal(np.asarray(rows)[kept], np.asarray(new)[kept])
+    for rows, right in zip(read("mosaic_tpu"), read("reference"), strict=True):
+        np.testing.assert_array_equal(np.asarray(rows)[kept], np.asarray(right)[kept])
 
 
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
@@ -87,15 +98,33 @@ def test_pages_larger_than_a_unit_and_odd_numbers_of_heads() -> None:
     attend(DecodeBlocks(256, 1, 2), Setup(num_q_heads=9, num_kv_heads=3, page_size=256))
 
 
-@pytest.mark.parametrize("mode", DMA_MODES)
+RUNS: dict[str, Callable[[], None]] = {
+    "decode": lambda: attend(BLOCKS[1]),
+    "several": attend_several,
+    "fused": attend_fused,
+    "ragged": attend_ragged,
+    "append": write,
+    "decode int8": lambda: attend(BLOCKS[1], INT8),
+    "ragged int8": lambda: attend_ragged(setup=INT8),
+    "append int8": lambda: write(dtype="int8", page_size=128),
+}
+SAMPLED = {
+    "decode int8": "on_wait",
+    "append int8": "on_wait",
+    "ragged int8": None,
+    "several": None,
+    "fused": "on_wait",
+}
+
+
 @pytest.mark.parametrize(
-    "run",
+    ("run", "mode"),
     [
-        pytest.param(lambda: attend(BLOCKS[1]), id="decode"),
-        pytest.param(attend_several, id="several", marks=pytest.mark.slow),
-        pytest.param(attend_fused, id="fused"),
-        pytest.param(attend_ragged, id="ragged"),
-        pytest.param(write, id="append"),
+        pytest.param(
+            run, mode, id=f"{name}-{mode}", marks=() if SAMPLED.get(name, mode) == mode else pytest.mark.slow
+        )
+        for name, run in RUNS.items()
+        for mode in DMA_MODES
     ],
 )
 def test_there_are_no_races(run: Callable[[], None], mode: DmaMode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from jax import lax
 from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
 from vsurge.kernels.append import mosaic_tpu as append_tpu
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
+from vsurge.kernels.decode import step
 from vsurge.kernels.ragged import columns
 from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
 from vsurge.kernels.tpu import streams
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("traced_anew")
 
 Patch = pytest.MonkeyPatch
 SETUP = Setup(page_size=32)
+QUANTIZED = replace(SETUP, query_dtype="bfloat16", cache_dtype="int8")
 OPTIONS: dict[str, Any] = {"sliding_window": 150, "soft_cap": 5.0, "sinks": sinks_of(SETUP)}
 
 
@@ -37,6 +39,27 @@ def check_decode_kernel() -> None:
 def check_ragged_kernel() -> None:
     batch = ragged_batch(SETUP, (3, 40, 1, 0), (3, 290, 70, 0))
     check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 128, 2), **OPTIONS)
+
+
+def check_quantized_decode() -> None:
+    batch = decode_batch(QUANTIZED, (300, 3, 0, 128, 200))
+    check_decode(batch, "mosaic_tpu", block_sizes=DecodeBlocks(128, 1, 2))
+
+
+def check_quantized_ragged() -> None:
+    batch = ragged_batch(QUANTIZED, (3, 40, 0), (3, 290, 0))
+    check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 128, 2))
+
+
+def check_quantized_append() -> None:
+    keys, values = jnp.arange(1.0, 129.0).reshape(2, 4, 2, 8)
+    slots = jnp.asarray([3, 17, -1, 9], jnp.int32)
+    got, want = (
+        append_kv(empty_kv_pages(2, 16, 2, 8, "int8"), keys, values, slots, implementation=implementation)
+        for implementation in ("mosaic_tpu", "reference")
+    )
+    np.testing.assert_array_equal(got.data, want.data)
+    np.testing.assert_array_equal(got.scales, want.scales)
 
 
 def check_append_kernel() -> None:
@@ -77,7 +100,7 @@ def in_attention(**changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
     """Other options in the body of both kernels."""
 
     def fault(patch: Patch) -> None:
-        for module, name in ((decode_tpu, "_compute"), (ragged_tpu, "attend")):
+        for module, name in ((decode_tpu, "compute"), (ragged_tpu, "attend")):
 
             def call(f: Any, attention: Any, *rest: Any, **options: Any) -> Any:
                 new = {field: change(getattr(attention, field)) for field, change in changes.items()}
@@ -89,7 +112,7 @@ def in_attention(**changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
 
 
 def keys_and_values_swapped(patch: Patch) -> None:
-    for module in (decode_tpu, columns):
+    for module in (step, columns):
         patch.setattr(module, "KEYS", 1)
         patch.setattr(module, "VALUES", 0)
 
@@ -103,22 +126,22 @@ def stale_buffer(patch: Patch) -> None:
         *before, slot, width, seen_by_all = arguments
         return f(*before, 1 - slot, width, seen_by_all)
 
-    changed(patch, decode_tpu, "_compute", decode)
+    changed(patch, decode_tpu, "compute", decode)
     changed(patch, ragged_tpu, "attend", ragged)
 
 
 def wide_units_dropped(patch: Patch) -> None:
-    for module in (decode_tpu, ragged_tpu):
-        changed(patch, module, "_widths", lambda f, tokens: f(tokens)[:-1])
+    for module, name in ((decode_tpu, "widths_of"), (ragged_tpu, "_widths")):
+        changed(patch, module, name, lambda f, tokens: f(tokens)[:-1])
 
 
 def one_token_too_many(patch: Patch) -> None:
-    changed(patch, decode_tpu, "_seen", lambda f, *args: jnp.roll(f(*args), 1, axis=1))
+    changed(patch, step, "_seen", lambda f, *args: jnp.roll(f(*args), 1, axis=1))
     _other_count(patch, -1)
 
 
 def one_token_too_few(patch: Patch) -> None:
-    changed(patch, decode_tpu, "_seen", lambda f, *args: f(*args) & jnp.roll(f(*args), -1, axis=1))
+    changed(patch, step, "_seen", lambda f, *args: f(*args) & jnp.roll(f(*args), -1, axis=1))
     _other_count(patch, 1)
 
 
@@ -136,14 +159,10 @@ def mask_skipped(patch: Patch) -> None:
 
 
 def earlier_units_not_rescaled(patch: Patch) -> None:
-    def merge(_: Any, self: Any, row: Any, highest: Any, total: Any, weighted: Any) -> None:
-        new = jnp.maximum(self.highest[row], highest)
-        add = jnp.exp(highest - new)
-        self.highest[row] = new
-        self.total[row] = self.total[row] + total * add
-        self.weighted[row] = self.weighted[row] + weighted * add
+    def add(f: Any, self: Any, highest: Any, keeps: Any, *rest: Any) -> None:
+        f(self, highest, [jnp.where(keep > 0, 1.0, 0.0) for keep in keeps], *rest)
 
-    changed(patch, decode_tpu.Softmax, "merge", merge)
+    changed(patch, decode_tpu.Softmax, "add", add)
     changed(
         patch,
         ragged_tpu.Softmax,
@@ -156,6 +175,13 @@ def sinks_ignored(patch: Patch) -> None:
     nothing = jnp.full_like
     changed(patch, decode_tpu.Softmax, "write", lambda f, self, s, *o: f(self, nothing(s[...], -1e30), *o))
     changed(patch, ragged_tpu.Softmax, "reset", lambda f, self, s: f(self, nothing(s[...], -1e30)))
+
+
+def all_units_begin(begins: bool) -> Callable[[Patch], None]:
+    def raise_to(f: Any, self: Any, highest: Any, flags: Any) -> Any:
+        return f(self, highest, [jnp.bool_(begins) for _ in flags])
+
+    return lambda patch: changed(patch, decode_tpu.Softmax, "raise_to", raise_to)
 
 
 def heads_swapped(patch: Patch) -> None:
@@ -203,6 +229,42 @@ def written(change: Callable[..., tuple[Any, ...]]) -> Callable[[Patch], None]:
     return lambda patch: changed(patch, append_tpu, "_write", lambda f, *arguments: f(*change(*arguments)))
 
 
+def other_scales(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """`change` gives the scales of keys or values from the right function and its last arguments."""
+
+    def scales_of(f: Any, self: Fetcher, slot: Any, lane: int, kind: int, width: int) -> Any:
+        return change(lambda kind: f(self, slot, lane, kind, width), kind)
+
+    return lambda patch: changed(patch, Fetcher, "scales_of", scales_of)
+
+
+def scaled_weights_summed(patch: Patch) -> None:
+    def decode(f: Any, attention: Any, weights: Any, scales: Any, values: Any) -> Any:
+        return f(attention, weights * scales, jnp.ones_like(scales), values)
+
+    def ragged(f: Any, values: Any, scales: Any, weights: Any) -> Any:
+        return f(values, jnp.ones_like(scales), weights * scales)
+
+    changed(patch, step, "_sums", decode)
+    changed(patch, columns, "weighted_sums", ragged)
+
+
+def unwritten_scales_not_zeroed(patch: Patch) -> None:
+    changed(patch, step, "_held", lambda f, *arguments: jnp.ones_like(f(*arguments)))
+    patch.setattr(columns, "zero_behind", lambda rows, _: rows)
+
+
+QUANTIZED_BOTH = {
+    "scale of another token": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=1)),
+    "scale of another head": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=0)),
+    "key scales ignored": other_scales(lambda right, kind: right(kind) if kind else right(kind) * 0.0 + 0.02),
+    "value scales ignored": other_scales(
+        lambda right, kind: right(kind) * 0.0 + 0.02 if kind else right(kind)
+    ),
+    "key and value scales swapped": other_scales(lambda right, kind: right(1 - kind)),
+    "scaled weights summed": scaled_weights_summed,
+    "unwritten scales not zeroed": unwritten_scales_not_zeroed,
+}
 BOTH = {
     "neighbouring page": neighbouring_page,
     "table row off by one": table_row_off_by_one,
@@ -221,6 +283,10 @@ BOTH = {
     "heads swapped": heads_swapped,
     "products in bfloat16": products_in_bfloat16,
 }
+DECODE = {
+    "sequences run together": all_units_begin(False),
+    "every unit begins a sequence": all_units_begin(True),
+}
 RAGGED = {
     "mask skipped": mask_skipped,
     "neighbouring queries": neighbouring_queries,
@@ -237,17 +303,32 @@ APPEND = {
 }
 
 
+QUANTIZED_APPEND = {
+    "scales of the neighbour": written(lambda kv, rows, scales, slots: (kv, rows, scales[::-1], slots)),
+    "scales of values as those of keys": written(
+        lambda kv, rows, scales, slots: (kv, rows, scales[:, ::-1], slots)
+    ),
+    "scales of another head": written(lambda kv, rows, scales, slots: (kv, rows, scales[:, :, ::-1], slots)),
+}
+
+
 SAMPLE = {  # which a run without the slow tests looks at
     *(f"append-{name}" for name in APPEND),
     *("ragged-mask skipped", "ragged-output rows off by one", "ragged-stale buffer", "ragged-sinks ignored"),
     *("decode-neighbouring page", "decode-one token too many", "decode-window one wider"),
-    *("decode-scale one percent off", "decode-earlier units not rescaled", "decode-products in bfloat16"),
+    *("quantized decode-scaled weights summed", "quantized append-scales of the neighbour"),
+    *("decode-scale one percent off", "decode-sequences run together", "decode-products in bfloat16"),
 }
 
 
 def _cases() -> list[Any]:
-    cases = [("append", check_append_kernel, APPEND), ("decode", check_decode_kernel, BOTH)]
+    cases = [("append", check_append_kernel, APPEND), ("decode", check_decode_kernel, BOTH | DECODE)]
     cases.append(("ragged", check_ragged_kernel, BOTH | RAGGED))
+    cases += [
+        ("quantized append", check_quantized_append, QUANTIZED_APPEND),
+        ("quantized decode", check_quantized_decode, QUANTIZED_BOTH),
+        ("quantized ragged", check_quantized_ragged, QUANTIZED_BOTH),
+    ]
     named = [
         (f"{kernel}-{name}", check, fault)
         for kernel, check, faults in cases
@@ -259,7 +340,17 @@ def _cases() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("check", [check_decode_kernel, check_ragged_kernel, check_append_kernel])
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_decode_kernel,
+        check_ragged_kernel,
+        check_append_kernel,
+        pytest.param(check_quantized_decode, marks=pytest.mark.slow),  # as are the runs that look for races
+        pytest.param(check_quantized_ragged, marks=pytest.mark.slow),
+        check_quantized_append,
+    ],
+)
 def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
     check()
 

@@ -283,7 +283,11 @@ class Fetcher:
 
 def in_hbm(kv_pages: KVPages) -> KVPages:
     """The specification of a cache that a kernel copies from."""
-    return cast(KVPages, jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), kv_pages))
+
+    def anywhere(_: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(memory_space=pl.ANY)
+
+    return cast(KVPages, jax.tree.map(anywhere, kv_pages))
 
 
 def vmem_bytes_per_token(kv_pages: KVPages) -> int:

@@ -84,8 +84,10 @@ class KVPages:
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The name of each axis of each array, for whoever spreads a cache over devices."""
-        names = ("pages", "keys_values", "kv_heads", "page_tokens", "head_dim")
-        return {"data": names} | ({} if self.scales is None else {"scales": names[:-1]})
+        axes: dict[str, tuple[str, ...]] = {
+            "data": ("pages", "keys_values", "kv_heads", "page_tokens", "head_dim")
+        }
+        return axes if self.scales is None else axes | {"scales": axes["data"][:-1]}
 
 
 def bytes_per_token(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:

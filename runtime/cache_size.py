@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
 """How many pages the cache gets."""
 
 from __future__ import annotations

@@ -153,6 +153,9 @@ def _kernel(
             *pieces[3 * i : 3 * i + 3],
         )
 
+    def new_row(j: Any) -> Any:
+        return rows[rows_of[j]][:, :, None]
+
     def new_scales(j: Any) -> Any:
         chunk = scales[:, :, pl.ds(pl.multiple_of(j // LANES * LANES, LANES), LANES)]
         here = lax.broadcasted_iota(jnp.int32, chunk.shape, 2) == lax.rem(j, LANES)
@@ -160,7 +163,7 @@ def _kernel(
 
     all_rows = pltpu.make_async_copy(rows_hbm, rows, rows_arrived)
     all_rows.start()
-    parts = [(pieces_of(0, kv_pages.data, pieces[0].shape[3]), lambda j: rows[rows_of[j]][:, :, None])]
+    parts = [(pieces_of(0, kv_pages.data, pieces[0].shape[3]), new_row)]
     if kv_pages.scales is not None:
         parts.append((pieces_of(1, kv_pages.scales, page_size), new_scales))
     for part, _new in parts:

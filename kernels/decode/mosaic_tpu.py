@@ -1,243 +1,32 @@
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
-"""Paged decode attention as a Pallas kernel for TPU.
-
-What moves when: the tokens of all sequences are cut into units of `kv_tokens` (see `tpu/units.py`). A step
-computes `lanes` units side by side out of vector memory (VMEM), while the pages of the next steps are under
-way from HBM, whichever sequences they belong to; only pages that hold tokens are fetched. A unit's own
-softmax is merged into its sequence's running one, which stays in VMEM until all sequences of the grid step's
-group are done. So a sequence's beginning and end cost nothing; a group's do.
-
-A step whose tokens are all there and all seen, while all pages of the step to be fetched are needed, runs
-code without branches or masks. Any other step runs the code of the smallest width that holds its tokens.
-"""
+"""Paged decode attention on a TPU: the call of the kernel, whose body is in `kernel.py`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..blockwise import MASKED, product_dtype
 from ..kv_pages import KVPages, encode
-from ..tpu.control import largest
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.streams import Products
-from ..tpu.units import (
-    FULL,
-    LAST,
-    TABLE_TILE,
-    TOKENS,
-    Fetcher,
-    Units,
-    fetcher_scratch,
-    most_seqs,
-    vmem_bytes_per_token,
-)
+from ..tpu.units import TABLE_TILE, Units, fetcher_scratch, in_hbm, most_seqs, vmem_bytes_per_token
 from .blocks import DecodeBlocks, default_blocks
-from .new_rows import NewRows, new_rows_scratch
+from .kernel import Copied, Inputs, Outputs, kernel
+from .new_rows import new_rows_scratch
 from .rows import by_kv_head, by_query, seq_bytes
 from .softmax import Softmax, State
-from .step import Attention, compute, widths_of
-
-
-@dataclass(frozen=True)
-class _ByGroup:
-    """An input of which each group of sequences has a part, copied while the group before is computed.
-
-    Attributes:
-        hbm: [num_groups * seqs, ...].
-        buffers: [2, seqs, ...] in VMEM, of which groups take turns.
-        arrived: [2] DMA semaphores.
-    """
-
-    hbm: Any
-    buffers: Any
-    arrived: Any
-
-    def start(self, group: Any) -> None:
-        self._copy(group).start()
-
-    def wait(self, group: Any) -> None:
-        self._copy(group).wait()
-
-    def part(self, group: Any) -> Any:
-        """A group's part, to be waited for."""
-        return self.buffers.at[jnp.int32(group) & 1]
-
-    def _copy(self, group: Any) -> Any:
-        seqs = self.buffers.shape[1]
-        arrived = self.arrived.at[jnp.int32(group) & 1]
-        return pltpu.make_async_copy(self.hbm.at[pl.ds(group * seqs, seqs)], self.part(group), arrived)
-
-
-class _Inputs(NamedTuple):
-    """A call's inputs in HBM.
-
-    Attributes:
-        kv_pages: the cache.
-        kv_lens, table: [padded num_groups * seqs] and [num_groups * table_group] int32.
-        queries: [num_groups * seqs, rows, head_dim].
-        sinks: [rows, LANES] float32, MASKED for none.
-        slots, new_rows: see `NewRows`, [padded num_groups * seqs] int32 and [num_groups * seqs, 2,
-            num_kv_heads, head_dim]; None unless they are to be written.
-    """
-
-    kv_pages: Any
-    kv_lens: Any
-    table: Any
-    queries: Any
-    sinks: Any
-    slots: Any = None
-    new_rows: Any = None
-
-
-class _Outputs(NamedTuple):
-    """A group's results in VMEM, and the cache.
-
-    Attributes:
-        output, log_sum_exp: [seqs, rows, head_dim | LANES], the latter the same in all lanes.
-        data: the cache's data in HBM; None unless it is written.
-    """
-
-    output: Any
-    log_sum_exp: Any
-    data: Any = None
-
-
-class _Copied(NamedTuple):
-    """Where a kernel has its inputs: as in `_Inputs`, of a group at a time [2, seqs, ...]."""
-
-    kv_lens: Any
-    queries: Any
-    sinks: Any
-    slots: Any
-    new_rows: Any
-    arrived: Any
-    queries_arrived: Any
-    rows_arrived: Any
-
-
-def _kernel(
-    attention: Attention,
-    units: Units,
-    cache: KVPages,
-    num_groups: Any,
-    inputs: _Inputs,
-    outputs: _Outputs,
-    copied: _Copied,
-    softmax: Softmax,
-    new_rows_refs: list[Any],
-    fetcher_refs: list[Any],
-) -> None:
-    """One grid step: the sequences of a group.
-
-    Everything is copied here, so that a call begins with waiting for the memory twice, not once for each
-    input: for lengths and page table, then for the first pages.
-
-    Args:
-        attention, units, cache: static; of `cache` only what it says of its data.
-        num_groups: [1] int32 in scalar memory, the groups up to the last sequence with tokens.
-        inputs, outputs, copied, softmax: see there.
-        new_rows_refs, fetcher_refs: see `new_rows_scratch` and `fetcher_scratch`.
-    """
-    group, used = pl.program_id(0), num_groups[0]
-    kv_hbm = inputs.kv_pages if outputs.data is None else replace(inputs.kv_pages, data=outputs.data)
-    fetcher = Fetcher(units, used, copied.kv_lens, inputs.table, kv_hbm, *fetcher_refs)
-    lengths = [pltpu.make_async_copy(inputs.kv_lens, copied.kv_lens, copied.arrived.at[0])]
-    sinks = pltpu.make_async_copy(inputs.sinks, copied.sinks, copied.arrived.at[1])
-    by_group = [_ByGroup(inputs.queries, copied.queries, copied.queries_arrived)]
-    new_rows = None
-    if outputs.data is not None:
-        lengths.append(pltpu.make_async_copy(inputs.slots, copied.slots, copied.arrived.at[2]))
-        by_group.append(_ByGroup(inputs.new_rows, copied.new_rows, copied.rows_arrived))
-        rows = by_group[1].part(group)
-        new_rows = NewRows(copied.slots, rows, outputs.data, *new_rows_refs)
-
-    def start_group(of: Any) -> None:
-        for part in by_group:
-            part.start(of)
-
-    @pl.when(group == 0)
-    def _() -> None:
-        sinks.start()
-        softmax.begin()
-        if new_rows:
-            new_rows.begin()
-
-        @pl.when(used > 0)
-        def _() -> None:
-            for copy in lengths:
-                copy.start()
-            start_group(0)
-            fetcher.begin(*lengths)
-
-    pl.when(group + 1 < used)(lambda: start_group(group + 1))
-    softmax.begin_group()
-
-    @pl.when(group < used)
-    def _() -> None:
-        for part in by_group:
-            part.wait(group)
-        queries = by_group[0].part(group)
-        _attend_group(fetcher, partial(compute, attention, cache, fetcher, queries, softmax), new_rows)
-
-    pl.when(group == 0)(sinks.wait)
-    if new_rows:
-        pl.when(group == pl.num_programs(0) - 1)(new_rows.end)
-    softmax.write(copied.sinks, outputs.output, outputs.log_sum_exp)
-
-
-def _attend_group(fetcher: Fetcher, attend: Callable[..., None], new_rows: NewRows | None) -> None:
-    """Takes the steps of a group; `attend` is `compute` from its `slot` on."""
-    units = fetcher.units
-    fetcher.begin_group()
-
-    def step(_: Any) -> Any:
-        slot, coming = fetcher.take_oldest()
-        last = fetcher.step_in[slot, LAST]
-        full = (fetcher.step_in[slot, FULL] == 1) & (fetcher.step_in[coming, FULL] == 1)
-
-        @pl.when(full)
-        def _() -> None:
-            fetcher.wait_whole(slot)
-            fetcher.start_whole(coming)
-            attend(slot, units.tokens, masked=False)
-            fetcher.describe()
-
-        @pl.when(~full)
-        def _() -> None:
-            fetcher.wait(slot)
-            if new_rows:
-                new_rows.insert(fetcher, slot)
-            most, narrower = (
-                largest([fetcher.units_in[slot, lane, TOKENS] for lane in range(units.lanes)]),
-                -1,
-            )
-            for width in [0, *widths_of(units.tokens)]:
-
-                @pl.when((most > narrower) & (most <= width))
-                def _(width: int = width) -> None:
-                    fetcher.start(coming)  # here, where the arithmetic beside it hides it
-                    if width:
-                        attend(slot, width, masked=True)
-                    fetcher.describe()
-
-                narrower = width
-
-        return last
-
-    lax.while_loop(lambda last: last == 0, step, jnp.int32(0))
+from .step import Attention
 
 
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "block_sizes"))
@@ -359,7 +148,7 @@ def _attend(
     sink = jnp.full(num_q_heads, MASKED) if sinks is None else sinks.astype(jnp.float32)
     sink = by_kv_head(jnp.broadcast_to(sink, (1, num_queries, num_q_heads)), num_kv_heads)[0]
     table = jnp.pad(by_sequence(page_table), ((0, 0), (0, units.table_row - pages_per_seq)))
-    inputs = _Inputs(
+    inputs = Inputs(
         kv_pages,
         integers(kv_lens, 0),
         table.reshape(-1),
@@ -375,7 +164,7 @@ def _attend(
         return pltpu.SMEM(array.shape, jnp.int32)
 
     two = pltpu.SemaphoreType.DMA((2,))
-    copied = _Copied(
+    copied = Copied(
         scalars(inputs.kv_lens),
         two_groups(inputs.queries),
         pltpu.VMEM((rows, LANES), jnp.float32),
@@ -391,18 +180,18 @@ def _attend(
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     data = kv_pages.data
-    outputs = _Outputs(
+    outputs = Outputs(
         jax.ShapeDtypeStruct(inputs.queries.shape, queries.dtype),
         jax.ShapeDtypeStruct((*inputs.queries.shape[:2], LANES), jnp.float32),
         None if new is None else jax.ShapeDtypeStruct(data.shape, data.dtype),
     )
     (output, log_sum_exp, written) = tpu_call(
-        partial(_kernel, attention, units, jax.eval_shape(lambda: kv_pages)),
+        partial(kernel, attention, units, jax.eval_shape(lambda: kv_pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(num_groups,),
-            in_specs=[jax.tree.map(lambda _: anywhere, inputs)],
-            out_specs=[_Outputs(by_group(head_dim), by_group(LANES), None if new is None else anywhere)],
+            in_specs=[in_hbm(inputs)],
+            out_specs=[Outputs(by_group(head_dim), by_group(LANES), None if new is None else anywhere)],
             scratch_shapes=[
                 copied,
                 Softmax(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -342,9 +342,16 @@ class Fetcher:
         )
 
 
-def in_hbm(kv_pages: KVPages) -> KVPages:
-    """The specification of a cache that a kernel copies from."""
-    return cast(KVPages, jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), kv_pages))
+Tree = TypeVar("Tree")
+
+
+def in_hbm(inputs: Tree) -> Tree:
+    """The specifications of arrays that a kernel copies from, in the form of `inputs`."""
+
+    def anywhere(_: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(memory_space=pl.ANY)
+
+    return cast(Tree, jax.tree.map(anywhere, inputs))
 
 
 def vmem_bytes_per_token(kv_pages: KVPages) -> int:

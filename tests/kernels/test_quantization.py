@@ -44,7 +44,8 @@ def written(keys: Any, dtype: str, implementation: Implementation) -> tuple[Any,
     )
     scales = np.asarray(cache.scales)[..., :16]
     scales = np.moveaxis(scales, 3, 1).reshape(-1, 2, HEADS)[:count]
-    return scales, *(np.asarray(rows) for rows in read_kv(cache, slots))
+    got_keys, got_values = read_kv(cache, slots)
+    return scales, np.asarray(got_keys), np.asarray(got_values)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), DTYPES.items())

@@ -11,8 +11,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from vsurge.kernels import DecodeBlocks
+from vsurge.kernels.decode import kernel, step
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
-from vsurge.kernels.decode import step
 from vsurge.kernels.decode.new_rows import NewRows
 from vsurge.kernels.tpu.units import Fetcher, Units
 
@@ -90,7 +90,7 @@ def lost_when_a_window_is_set(patch: Patch) -> None:
     def group(f: Any, fetcher: Fetcher, compute: Any, new_rows: Any) -> None:
         f(fetcher, compute, new_rows if fetcher.units.sliding_window is None else None)
 
-    changed(patch, decode_tpu, "_attend_group", group)
+    changed(patch, kernel, "attend_group", group)
 
 
 def taken_for_full(patch: Patch) -> None:

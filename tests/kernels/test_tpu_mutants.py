@@ -14,8 +14,7 @@ from jax import lax
 
 from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
 from vsurge.kernels.append import mosaic_tpu as append_tpu
-from vsurge.kernels.decode import mosaic_tpu as decode_tpu
-from vsurge.kernels.decode import step
+from vsurge.kernels.decode import kernel, step
 from vsurge.kernels.ragged import columns
 from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
 from vsurge.kernels.tpu import streams
@@ -100,7 +99,7 @@ def in_attention(**changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
     """Other options in the body of both kernels."""
 
     def fault(patch: Patch) -> None:
-        for module, name in ((decode_tpu, "compute"), (ragged_tpu, "attend")):
+        for module, name in ((kernel, "compute"), (ragged_tpu, "attend")):
 
             def call(f: Any, attention: Any, *rest: Any, **options: Any) -> Any:
                 new = {field: change(getattr(attention, field)) for field, change in changes.items()}
@@ -126,12 +125,12 @@ def stale_buffer(patch: Patch) -> None:
         *before, slot, width, seen_by_all = arguments
         return f(*before, 1 - slot, width, seen_by_all)
 
-    changed(patch, decode_tpu, "compute", decode)
+    changed(patch, kernel, "compute", decode)
     changed(patch, ragged_tpu, "attend", ragged)
 
 
 def wide_units_dropped(patch: Patch) -> None:
-    for module, name in ((decode_tpu, "widths_of"), (ragged_tpu, "_widths")):
+    for module, name in ((kernel, "widths_of"), (ragged_tpu, "_widths")):
         changed(patch, module, name, lambda f, tokens: f(tokens)[:-1])
 
 
@@ -162,7 +161,7 @@ def earlier_units_not_rescaled(patch: Patch) -> None:
     def add(f: Any, self: Any, highest: Any, keeps: Any, *rest: Any) -> None:
         f(self, highest, [jnp.where(keep > 0, 1.0, 0.0) for keep in keeps], *rest)
 
-    changed(patch, decode_tpu.Softmax, "add", add)
+    changed(patch, kernel.Softmax, "add", add)
     changed(
         patch,
         ragged_tpu.Softmax,
@@ -173,7 +172,7 @@ def earlier_units_not_rescaled(patch: Patch) -> None:
 
 def sinks_ignored(patch: Patch) -> None:
     nothing = jnp.full_like
-    changed(patch, decode_tpu.Softmax, "write", lambda f, self, s, *o: f(self, nothing(s[...], -1e30), *o))
+    changed(patch, kernel.Softmax, "write", lambda f, self, s, *o: f(self, nothing(s[...], -1e30), *o))
     changed(patch, ragged_tpu.Softmax, "reset", lambda f, self, s: f(self, nothing(s[...], -1e30)))
 
 
@@ -181,7 +180,7 @@ def all_units_begin(begins: bool) -> Callable[[Patch], None]:
     def raise_to(f: Any, self: Any, highest: Any, flags: Any) -> Any:
         return f(self, highest, [jnp.bool_(begins) for _ in flags])
 
-    return lambda patch: changed(patch, decode_tpu.Softmax, "raise_to", raise_to)
+    return lambda patch: changed(patch, kernel.Softmax, "raise_to", raise_to)
 
 
 def heads_swapped(patch: Patch) -> None:

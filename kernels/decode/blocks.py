@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..tpu.shapes import LANES
+from ..block_sizes import Key, tuned_blocks
+from ..tpu.shapes import LANES, SUBLANES
 
 MOST_TOKENS, MOST_STEPS = 1024, 16
 
@@ -69,3 +70,22 @@ def default_blocks(
         kv_tokens *= 2
     depth = vmem_bytes // 2 // (kv_tokens * token_bytes)
     return DecodeBlocks(kv_tokens, lanes=1, depth=max(2, min(MOST_STEPS, most_seqs, depth)))
+
+
+def tuned_or_default_blocks(
+    key: Key, *, pages_per_seq: int, most_seqs: int, token_bytes: int, vmem_bytes: int
+) -> DecodeBlocks:
+    """The block sizes that the tables hold for a call, else those of `default_blocks`; see there."""
+
+    def check(blocks: DecodeBlocks) -> None:
+        blocks.check(page_size=key.page_size, token_bytes=token_bytes, vmem_bytes=vmem_bytes)
+        if blocks.lanes * blocks.depth > max(most_seqs, SUBLANES):
+            raise ValueError(f"scalar memory holds the pages of {most_seqs} sequences of {pages_per_seq=}")
+
+    return tuned_blocks(key, pages_per_seq * key.page_size, DecodeBlocks, check) or default_blocks(
+        page_size=key.page_size,
+        pages_per_seq=pages_per_seq,
+        most_seqs=most_seqs,
+        token_bytes=token_bytes,
+        vmem_bytes=vmem_bytes,
+    )

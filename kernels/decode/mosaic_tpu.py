@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ..block_sizes import Key
 from ..blockwise import MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, bytes_per_token, decode_bits
 from ..tpu.control import largest
@@ -45,7 +46,7 @@ from ..tpu.units import (
     fetcher_scratch,
     most_seqs,
 )
-from .blocks import DecodeBlocks, default_blocks
+from .blocks import DecodeBlocks, tuned_or_default_blocks
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,8 @@ def paged_decode_attention(
     check_pages(kv_pages)
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
     token_bytes = bytes_per_token(num_kv_heads, padded(head_dim), kv_pages.dtype)
-    blocks = block_sizes or default_blocks(
-        page_size=page_size,
+    blocks = block_sizes or tuned_or_default_blocks(
+        Key.of("decode", queries, kv_pages),
         pages_per_seq=pages_per_seq,
         most_seqs=most_seqs(pages_per_seq, num_seqs),
         token_bytes=token_bytes,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..append import append_kv
+from ..block_sizes import Key
+from ..block_sizes.table import TunedKernel
 from ..decode import DecodeBlocks, paged_decode_attention
 from ..kv_pages import KVPages, bytes_per_token, empty_kv_pages
 from ..ragged import RaggedBlocks, ragged_paged_attention
@@ -74,6 +76,19 @@ class Call:
     @property
     def num_pages(self) -> int:
         return self.max_seqs * self.pages_per_seq
+
+    @property
+    def key(self) -> Key:
+        """Of the tables of block sizes, for "decode" and "ragged"."""
+        return Key(
+            cast(TunedKernel, self.kernel),
+            self.query_dtype,
+            self.kv_dtype,
+            self.num_q_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.page_size,
+        )
 
     @property
     def donate_argnums(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import product
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..decode import DecodeBlocks
@@ -16,6 +17,7 @@ from ..ragged import blocks as ragged_blocks
 from ..tpu.shapes import LANES, padded
 from .calls import Batch, Call
 from .chips import find_chip
+from .compiler import target
 
 Blocks = DecodeBlocks | RaggedBlocks
 
@@ -71,16 +73,28 @@ def candidates(call: Call, chip: str, *, few: bool = False) -> list[Blocks]:
     return list(dict.fromkeys(found))
 
 
+def chosen_ragged_blocks(call: Call, chip: str) -> RaggedBlocks:
+    """What the kernel chooses for a "ragged" call on a chip: of the tables, or the heuristic's."""
+    with target(chip):
+        return ragged_blocks.tuned_or_default_blocks(
+            call.key,
+            _sizes(call, return_lse=False),
+            pages_per_seq=call.pages_per_seq,
+            vmem_bytes=find_chip(chip).vmem_mib * 2**20,
+        )
+
+
 def _few_of_decode(blocks: Blocks, _: Blocks) -> bool:
     assert isinstance(blocks, DecodeBlocks)
     return (blocks.kv_tokens, blocks.lanes, blocks.depth) in FEW_OF_DECODE
 
 
 def _few_of_ragged(blocks: Blocks, first: Blocks) -> bool:
-    """Whether block sizes differ from the first ones by half or twice as many tokens of one kind."""
-    return sum(getattr(blocks, name) != getattr(first, name) for name in vars(first)) == 1 and (
-        blocks.depth == first.depth
-    )
+    """Whether block sizes differ from the first ones by twice the queries, or by half the tokens."""
+    assert isinstance(blocks, RaggedBlocks)
+    assert isinstance(first, RaggedBlocks)
+    more_queries = replace(first, q_tokens=2 * first.q_tokens)
+    return blocks in (more_queries, replace(first, kv_tokens=first.kv_tokens // 2))
 
 
 def _of_decode(call: Call, chip: str, vmem_bytes: int) -> list[Blocks]:
@@ -109,15 +123,7 @@ def _of_decode(call: Call, chip: str, vmem_bytes: int) -> list[Blocks]:
 
 
 def _of_ragged(call: Call, vmem_bytes: int) -> list[Blocks]:
-    sizes = ragged_blocks.Sizes(
-        call.num_q_heads,
-        call.num_kv_heads,
-        call.head_dim,
-        call.page_size,
-        np.dtype(call.query_dtype).itemsize,
-        np.dtype(call.kv_dtype).itemsize,
-        return_lse=True,  # so that what is found serves calls that want it
-    )
+    sizes = _sizes(call, return_lse=True)  # so that what is found serves calls that want it
     default = ragged_blocks.default_blocks(sizes, pages_per_seq=call.pages_per_seq, vmem_bytes=vmem_bytes)
     found: list[Blocks] = [default]
     for q_times, kv_times, depth in product((1, 2, 0.5), (1, 2, 0.5), (default.depth, 2, 3)):
@@ -134,3 +140,15 @@ def _of_ragged(call: Call, vmem_bytes: int) -> list[Blocks]:
         if blocks.scratch_bytes(sizes) + blocks.step_bytes(sizes) <= vmem_bytes * 7 // 8:
             found.append(blocks)
     return found
+
+
+def _sizes(call: Call, *, return_lse: bool) -> ragged_blocks.Sizes:
+    return ragged_blocks.Sizes(
+        call.num_q_heads,
+        call.num_kv_heads,
+        call.head_dim,
+        call.page_size,
+        jnp.dtype(call.query_dtype).itemsize,
+        jnp.dtype(call.kv_dtype).itemsize,
+        return_lse,
+    )

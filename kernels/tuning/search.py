@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import pairwise
 from math import exp, fsum, log
-from typing import Any, cast
+from typing import Any
 
-from ..block_sizes import Entry, Key
-from ..block_sizes.table import TunedKernel
+from ..block_sizes import Entry
 from .calls import Batch, Call
 from .candidates import Blocks, candidates, workloads
 from .chips import find_chip
@@ -61,19 +60,6 @@ class Search:
     contexts: tuple[int, ...]
     pending: tuple[tuple[Blocks, Future[list[Prediction]]], ...]
 
-    @property
-    def key(self) -> Key:
-        call = self.call
-        return Key(
-            cast(TunedKernel, call.kernel),
-            call.query_dtype,
-            call.kv_dtype,
-            call.num_q_heads,
-            call.num_kv_heads,
-            call.head_dim,
-            call.page_size,
-        )
-
     def finish(self, at: int, timer: Timer | None = None) -> Trial:
         """What became of candidate number `at`; waits for it.
 
@@ -103,9 +89,9 @@ class Search:
         """
         possible = [trial for trial in trials if trial.refused is None]
         if not possible:
-            raise ValueError(f"{self.key}: every candidate was refused, the first: {trials[0].refused}")
+            raise ValueError(f"{self.call.key}: every candidate was refused, the first: {trials[0].refused}")
         return [
-            Entry(self.key, more_than, up_to, *self._winner(possible, at))
+            Entry(self.call.key, more_than, up_to, *self._winner(possible, at))
             for at, (more_than, up_to) in enumerate(pairwise((0, *self.contexts)))
         ]
 

@@ -28,31 +28,53 @@ def matrix_product(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Flo
 
 
 def row_products(
-    queries: Float[Array, "rows head_dim"],
-    keys: Float[Array, "tokens head_dim"],
-    values: Float[Array, "tokens head_dim"],
-) -> Float[Array, "rows head_dim"]:
-    """The two products of attention, with queries as rows: scores, and scores times values."""
+    queries: Float[Array, "num_heads rows head_dim"],
+    keys: Float[Array, "num_heads tokens head_dim"],
+    values: Float[Array, "num_heads tokens head_dim"],
+) -> Float[Array, "num_heads rows head_dim"]:
+    """The two products of attention, with queries as rows: scores, and scores times values.
 
-    def kernel(queries: Any, keys: Any, values: Any, out: Any) -> None:
-        scores = _dot(queries[...], keys[...], (1, 1))
-        out[...] = _dot(scores.astype(values.dtype), values[...], (1, 0))
+    Heads are independent, so that one head's products can fill the waits of another's.
+    """
 
-    return _in_vmem(kernel, queries.shape, queries, keys, values)
+    def scores(queries: Any, keys: Any) -> Any:
+        return _dot(queries, keys, (1, 1))
+
+    def weighted(scores: Any, values: Any) -> Any:
+        return _dot(scores, values, (1, 0))
+
+    return _attention(scores, weighted, queries.shape, queries, keys, values)
 
 
 def column_products(
-    queries: Float[Array, "columns head_dim"],
-    keys: Float[Array, "tokens head_dim"],
-    values: Float[Array, "tokens head_dim"],
-) -> Float[Array, "head_dim columns"]:
+    queries: Float[Array, "num_heads columns head_dim"],
+    keys: Float[Array, "num_heads tokens head_dim"],
+    values: Float[Array, "num_heads tokens head_dim"],
+) -> Float[Array, "num_heads head_dim columns"]:
     """As `row_products`, with queries as columns."""
 
-    def kernel(queries: Any, keys: Any, values: Any, out: Any) -> None:
-        scores = _dot(keys[...], queries[...], (1, 1))
-        out[...] = _dot(values[...], scores.astype(values.dtype), (0, 0))
+    def scores(queries: Any, keys: Any) -> Any:
+        return _dot(keys, queries, (1, 1))
 
-    return _in_vmem(kernel, queries.shape[::-1], queries, keys, values)
+    def weighted(scores: Any, values: Any) -> Any:
+        return _dot(values, scores, (0, 0))
+
+    num_heads, columns, head_dim = queries.shape
+    return _attention(scores, weighted, (num_heads, head_dim, columns), queries, keys, values)
+
+
+def _attention(
+    scores: Callable[..., Any], weighted: Callable[..., Any], shape: tuple[int, ...], *operands: Array
+) -> Array:
+    def kernel(queries: Any, keys: Any, values: Any, out: Any) -> None:
+        coming = scores(queries[0], keys[0])
+        for head in range(shape[0]):
+            now = coming.astype(values.dtype)
+            if head + 1 < shape[0]:
+                coming = scores(queries[head + 1], keys[head + 1])
+            out[head] = weighted(now, values[head])
+
+    return _in_vmem(kernel, shape, *operands)
 
 
 def product_cycles(schedule: Schedule, flops: int) -> float:

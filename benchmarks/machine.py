@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "vsurge")
+PACKAGES = ("jax", "jaxlib", "libtpu", "numpy", "torch", "transformers", "vsurge")
 
 
 def describe_machine() -> dict[str, Any]:

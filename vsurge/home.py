@@ -7,21 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
-from pathlib import Path
+
+from .kernels.home import home_path
 
 logger = logging.getLogger("vsurge")
-
-
-def home_path() -> Path:
-    """`VSURGE_HOME`, or `vsurge` in the platform's cache folder. It need not exist yet."""
-    if chosen := os.environ.get("VSURGE_HOME"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/vsurge").expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return Path(cache, "vsurge") if cache else Path("~/.cache/vsurge").expanduser()
 
 
 def keep_compiled_programs() -> None:

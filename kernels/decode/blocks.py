@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..tpu.shapes import LANES
+from ..block_sizes import Key, tuned_blocks
+from ..tpu.shapes import LANES, SUBLANES
 
-MOST_TOKENS, MOST_STEPS = 1024, 16
+# A step that has more tokens than these hides no more of what each step costs.
+UNIT_TOKENS, MOST_LANES, MOST_HEAD_TOKENS = 512, 8, 16384
+LEAST_STEPS, MOST_STEPS = 4, 16
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,70 @@ class DecodeBlocks:
 def default_blocks(
     *,
     page_size: int,
+    num_kv_heads: int,
     pages_per_seq: int,
     most_seqs: int,
     token_bytes: int,
     seq_bytes: int,
     vmem_bytes: int,
 ) -> DecodeBlocks:
-    """Block sizes that fit half of the vector memory, the largest units first, then as many steps.
+    """Block sizes that fit half of the vector memory, first long units, then many of them, then many steps.
 
     Args:
         page_size, token_bytes, vmem_bytes: as in `DecodeBlocks.check`.
+        num_kv_heads: that a unit has.
         pages_per_seq: pages of the longest sequence, which a unit need not exceed.
         most_seqs: sequences of a group at most, which `lanes` times `depth` must not exceed.
         seq_bytes: of vector memory that a sequence of a group takes besides, of which a quarter is used.
     """
-    kv_tokens = math.lcm(LANES, page_size)
-    while (
-        2 * kv_tokens <= MOST_TOKENS
-        and kv_tokens < page_size * pages_per_seq
-        and 4 * 2 * kv_tokens * token_bytes <= vmem_bytes // 2
-    ):
+    most_seqs = min(most_seqs, vmem_bytes // 4 // seq_bytes)
+
+    def fits(kv_tokens: int, lanes: int) -> bool:
+        step_bytes = lanes * kv_tokens * token_bytes
+        return LEAST_STEPS * step_bytes <= vmem_bytes // 2 and LEAST_STEPS * lanes <= most_seqs
+
+    kv_tokens, lanes = math.lcm(LANES, page_size), 1
+    while 2 * kv_tokens <= UNIT_TOKENS and kv_tokens < page_size * pages_per_seq and fits(2 * kv_tokens, 1):
         kv_tokens *= 2
-    depth = min(vmem_bytes // 2 // (kv_tokens * token_bytes), vmem_bytes // 4 // seq_bytes)
-    return DecodeBlocks(kv_tokens, lanes=1, depth=max(2, min(MOST_STEPS, most_seqs, depth)))
+    while (
+        2 * lanes <= MOST_LANES
+        and 2 * lanes * kv_tokens * num_kv_heads <= MOST_HEAD_TOKENS
+        and fits(kv_tokens, 2 * lanes)
+    ):
+        lanes *= 2
+    depth = min(vmem_bytes // 2 // (lanes * kv_tokens * token_bytes), most_seqs // lanes, MOST_STEPS)
+    return DecodeBlocks(kv_tokens, lanes, max(2, depth))
+
+
+def tuned_or_default_blocks(
+    key: Key | None,
+    *,
+    page_size: int,
+    num_kv_heads: int,
+    pages_per_seq: int,
+    most_seqs: int,
+    token_bytes: int,
+    seq_bytes: int,
+    vmem_bytes: int,
+) -> DecodeBlocks:
+    """The block sizes that the tables hold for a call, else those of `default_blocks`; see there.
+
+    Args:
+        key: None for a call that the tables do not hold.
+    """
+
+    def check(blocks: DecodeBlocks) -> None:
+        blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem_bytes)
+        if blocks.lanes * blocks.depth > max(most_seqs, SUBLANES):
+            raise ValueError(f"scalar memory holds the pages of {most_seqs} sequences of {pages_per_seq=}")
+
+    found = None if key is None else tuned_blocks(key, pages_per_seq * page_size, DecodeBlocks, check)
+    return found or default_blocks(
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        pages_per_seq=pages_per_seq,
+        most_seqs=most_seqs,
+        token_bytes=token_bytes,
+        seq_bytes=seq_bytes,
+        vmem_bytes=vmem_bytes,
+    )

@@ -15,13 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ..block_sizes import Key
 from ..blockwise import MASKED, product_dtype
 from ..kv_pages import KVPages, encode
 from ..tpu.launch import check_pages, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.streams import Products
 from ..tpu.units import TABLE_TILE, Units, fetcher_scratch, in_hbm, most_seqs, vmem_bytes_per_token
-from .blocks import DecodeBlocks, default_blocks
+from .blocks import DecodeBlocks, tuned_or_default_blocks
 from .kernel import Copied, Inputs, Outputs, kernel
 from .new_rows import new_rows_scratch
 from .rows import by_kv_head, by_query, seq_bytes
@@ -105,8 +106,10 @@ def _attend(
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
     rows, group = num_queries * num_q_heads, num_queries * num_q_heads // num_kv_heads
     token_bytes, vmem = vmem_bytes_per_token(kv_pages), vmem_bytes()
-    blocks = block_sizes or default_blocks(
+    blocks = block_sizes or tuned_or_default_blocks(
+        Key.of("decode", queries[:, 0], kv_pages) if num_queries == 1 else None,
         page_size=page_size,
+        num_kv_heads=num_kv_heads,
         pages_per_seq=pages_per_seq,
         most_seqs=most_seqs(pages_per_seq, num_seqs * (1 + new_tokens)),
         token_bytes=token_bytes,

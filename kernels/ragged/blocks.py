@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..block_sizes import Key, tuned_blocks
 from ..tpu.shapes import LANES, SUBLANES, padded
 
 COLUMNS, MOST_TOKENS, LEAST_QUERIES = 512, 2048, 16
@@ -119,3 +120,14 @@ def default_blocks(sizes: Sizes, *, pages_per_seq: int, vmem_bytes: int) -> Ragg
     while depth < MOST_DEPTH and fits(RaggedBlocks(q_tokens, kv_tokens, depth + 1)):
         depth += 1
     return RaggedBlocks(q_tokens, kv_tokens, depth)
+
+
+def tuned_or_default_blocks(key: Key, sizes: Sizes, *, pages_per_seq: int, vmem_bytes: int) -> RaggedBlocks:
+    """The block sizes that the tables hold for a call, else those of `default_blocks`; see there."""
+    found = tuned_blocks(
+        key,
+        pages_per_seq * sizes.page_size,
+        RaggedBlocks,
+        lambda blocks: blocks.check(sizes, vmem_bytes),
+    )
+    return found or default_blocks(sizes, pages_per_seq=pages_per_seq, vmem_bytes=vmem_bytes)

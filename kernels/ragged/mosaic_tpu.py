@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ..block_sizes import Key
 from ..blockwise import MASKED, product_dtype
 from ..decode.mosaic_tpu import paged_decode_attention
 from ..kv_pages import KVPages
@@ -39,7 +40,7 @@ from ..tpu.units import (
     in_hbm,
     vmem_bytes_per_token,
 )
-from .blocks import RaggedBlocks, Sizes, default_blocks
+from .blocks import RaggedBlocks, Sizes, tuned_or_default_blocks
 from .columns import LOG2_E, Attention, Softmax, attend
 from .query_blocks import QueryBlocks, RaggedRows, cut_queries
 
@@ -275,7 +276,12 @@ def ragged_paged_attention(
         vmem_bytes_per_token(kv_pages),
         return_lse,
     )
-    blocks = block_sizes or default_blocks(sizes, pages_per_seq=pages_per_seq, vmem_bytes=vmem_bytes())
+    blocks = block_sizes or tuned_or_default_blocks(
+        Key.of("ragged", queries, kv_pages),
+        sizes,
+        pages_per_seq=pages_per_seq,
+        vmem_bytes=vmem_bytes(),
+    )
     blocks.check(sizes, vmem_bytes())
     units = Units(
         seqs=BLOCKS_PER_GROUP,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..append import append_kv
+from ..block_sizes import Key
+from ..block_sizes.table import TunedKernel
 from ..decode import DecodeBlocks, paged_decode_attention
 from ..kv_pages import KVPages, bytes_per_token, empty_kv_pages
 from ..ragged import RaggedBlocks, ragged_paged_attention
@@ -76,6 +78,19 @@ class Call:
         return self.max_seqs * self.pages_per_seq
 
     @property
+    def key(self) -> Key:
+        """Of the tables of block sizes, for "decode" and "ragged"."""
+        return Key(
+            cast(TunedKernel, self.kernel),
+            self.query_dtype,
+            self.kv_dtype,
+            self.num_q_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.page_size,
+        )
+
+    @property
     def donate_argnums(self) -> tuple[int, ...]:
         return (0,) if self.kernel == "append" else ()
 
@@ -118,16 +133,16 @@ class Call:
         table = shape(self.max_seqs, self.pages_per_seq)
         if self.kernel == "append":
             new = shape(rows, self.num_kv_heads, self.head_dim, dtype=self.query_dtype)
-            return self._cache(), new, new, shape(rows)
+            return self.cache(), new, new, shape(rows)
         if self.kernel == "decode":
-            return queries, self._cache(), shape(rows), table
-        cache: Any = self._cache()
+            return queries, self.cache(), shape(rows), table
+        cache: Any = self.cache()
         if self.kernel == "jax_ragged":
             sizes = (self.num_pages, self.page_size, 2 * self.num_kv_heads, self.head_dim)
             cache = shape(*sizes, dtype=self.kv_dtype)
         return queries, cache, shape(self.max_seqs), table, shape(self.max_seqs + 1), shape(1)
 
-    def _cache(self) -> KVPages:
+    def cache(self) -> KVPages:
         """The cache, as a TPU stores it."""
         make = partial(
             empty_kv_pages,
@@ -158,7 +173,7 @@ class Call:
         table = rng.permutation(self.num_pages).reshape(self.max_seqs, -1).astype(np.int32)
         kv_lens = np.zeros(self.max_seqs, np.int32)
         kv_lens[: len(batch.kv_lens)] = batch.kv_lens
-        cache = [None] * len(jax.tree.leaves(self._cache()))
+        cache = [None] * len(jax.tree.leaves(self.cache()))
         if self.kernel == "decode":
             return None, *cache, kv_lens, table
         starts = np.zeros(self.max_seqs + 1, np.int32)

@@ -18,7 +18,7 @@ class Chip:
         gbytes_per_s: of HBM, in 10^9 bytes.
         tflops: of bfloat16 products, in 10^12.
         clock_ghz: bundles issued per nanosecond.
-        device_kind: how `jax.Device.device_kind` begins on this chip.
+        vmem_mib: vector memory, in 2^20 bytes.
     """
 
     topology: str
@@ -26,15 +26,15 @@ class Chip:
     gbytes_per_s: float
     tflops: float
     clock_ghz: float
-    device_kind: str
+    vmem_mib: int
 
 
 CHIPS = {
-    "v4": Chip("v4:2x2x1", 2, 615.0, 137.5, 1.05, "TPU v4"),
-    "v5e": Chip("v5e:2x2", 1, 820.0, 197.0, 1.5, "TPU v5 lite"),
-    "v5p": Chip("v5p:2x2x1", 2, 1230.0, 229.5, 1.75, "TPU v5p"),
-    "v6e": Chip("v6e:2x2", 1, 1640.0, 920.0, 1.75, "TPU v6 lite"),
-    "7x": Chip("tpu7x:2x2x1", 2, 3700.0, 1155.0, 2.2, "TPU7x"),
+    "v4": Chip("v4:2x2x1", 2, 615.0, 137.5, 1.05, 16),
+    "v5e": Chip("v5e:2x2", 1, 820.0, 197.0, 1.5, 128),
+    "v5p": Chip("v5p:2x2x1", 2, 1230.0, 229.5, 1.75, 64),
+    "v6e": Chip("v6e:2x2", 1, 1640.0, 920.0, 1.75, 128),
+    "7x": Chip("tpu7x:2x2x1", 2, 3700.0, 1155.0, 2.2, 64),
 }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, cast
@@ -44,15 +45,24 @@ def trace_for(
     chip: str, function: Callable[..., Any], *arguments: Any, donate_argnums: tuple[int, ...] = ()
 ) -> jax.stages.Traced:
     """Traces a function for one core of a TPU; parameters and errors are those of `compile_for`."""
-    mesh = _mesh(find_chip(chip).topology)
-    sharding = NamedSharding(mesh, PartitionSpec())
+    sharding = NamedSharding(_mesh(find_chip(chip).topology), PartitionSpec())
 
     def placed(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    with jax.set_mesh(mesh):  # by which kernels know what they are traced for
+    with target(chip):
         jitted = jax.jit(function, out_shardings=sharding, donate_argnums=donate_argnums)
         return jitted.trace(*jax.tree.map(placed, arguments))
+
+
+def target(chip: str) -> AbstractContextManager[object]:
+    """Within it, kernels know that they are traced for a TPU.
+
+    Raises:
+        ValueError: an unknown chip.
+        RuntimeError: libtpu is not installed.
+    """
+    return jax.set_mesh(_mesh(find_chip(chip).topology))
 
 
 @cache

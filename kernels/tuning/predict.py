@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -98,7 +98,7 @@ class Prediction:
 
     @property
     def compute_us(self) -> float:
-        return self._us(sum(run.replay.issued for run in self.runs))
+        return self._us(float(sum(run.replay.issued for run in self.runs)))
 
     @property
     def memory_us(self) -> float:
@@ -159,7 +159,25 @@ class Compilers:
             jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
             ScheduleError: the compiler's dumps are not in the known format.
         """
-        return self._pool.submit(_schedules, call, chip)
+        return self.schedules_of(call.function(), call.arguments(), chip, donate_argnums=call.donate_argnums)
+
+    def schedules_of(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        chip: str,
+        *,
+        donate_argnums: tuple[int, ...] = (),
+    ) -> Future[list[Schedule]]:
+        """The schedules of the Pallas kernels in a function.
+
+        Args:
+            function: of a module, or a `functools.partial` of one: a process is sent its name.
+            arguments, chip, donate_argnums: as for `compile_for`.
+
+        Raises (from the future): as `schedules`.
+        """
+        return self._pool.submit(_schedules, function, arguments, chip, donate_argnums)
 
     def predict(
         self,
@@ -216,11 +234,16 @@ def _prepare() -> None:
 _folder: list[tempfile.TemporaryDirectory[str]] = []  # of this process; removed when it ends
 
 
-def _schedules(call: Call, chip: str) -> list[Schedule]:
+def _schedules(
+    function: Callable[..., Any], arguments: Sequence[Any], chip: str, donate_argnums: tuple[int, ...]
+) -> list[Schedule]:
+    return _compile(trace_for(chip, function, *arguments, donate_argnums=donate_argnums), chip)
+
+
+def _compile(traced: jax.stages.Traced, chip: str) -> list[Schedule]:
     folder = Path(_folder[0].name)
     for old in folder.iterdir():
         old.unlink()
-    traced = trace_for(chip, call.function(), *call.arguments(), donate_argnums=call.donate_argnums)
     traced.lower().compile()
     return read_schedules(folder, chip)
 
@@ -228,8 +251,8 @@ def _schedules(call: Call, chip: str) -> list[Schedule]:
 def _predict(
     call: Call, batches: Sequence[Batch], chip: str, assumptions: Sequence[Assumptions]
 ) -> list[Prediction]:
-    schedules = {_plain(schedule.kernel): schedule for schedule in _schedules(call, chip)}
     traced = trace_for(chip, call.function(), *call.arguments(), donate_argnums=call.donate_argnums)
+    schedules = {_plain(schedule.kernel): schedule for schedule in _compile(traced, chip)}
     predictions = list[Prediction]()
     for batch in batches:
         given = kernel_operands(traced.jaxpr, call.metadata(batch))

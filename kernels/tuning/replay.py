@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from .schedule import DELAY_SLOTS, Schedule, ScheduleError
+from .schedule import DELAY_SLOTS, GRANULE, Schedule, ScheduleError
 from .translate import FIRST_ALLOCATION, HELPERS, UNKNOWN, ReplayError, Translator, number_and_place
 
-GRANULE = {"v4": 512, "v5e": 32, "v5p": 32, "v6e": 32, "7x": 32}  # bytes, in which copies count
 CORE_ID = "#allocation0"  # where chips with two cores that work as one keep it; the first core is replayed
 MOST_PIECES = 10**7  # straight pieces of program after which a kernel is taken to hang
 
@@ -78,6 +77,18 @@ def replay(schedule: Schedule, operands: Sequence[np.ndarray | None], memory: Me
     return core.replay
 
 
+def in_tiles(array: np.ndarray) -> np.ndarray:
+    """An integer array's numbers as they lie in memory: those of a matrix in tiles of up to 8 x 128."""
+    if array.ndim < 2:
+        return array.reshape(-1)
+    rows, columns = array.shape[-2:]
+    tile = min(8, 1 << (rows - 1).bit_length())
+    padding = [(0, 0)] * (array.ndim - 2) + [(0, -rows % tile), (0, -columns % 128)]
+    padded = np.pad(array, padding)
+    tiles = padded.reshape(-1, padded.shape[-2] // tile, tile, padded.shape[-1] // 128, 128)
+    return tiles.swapaxes(2, 3).reshape(-1)
+
+
 class _Core:
     """The state of a TensorCore's scalar unit.
 
@@ -88,7 +99,7 @@ class _Core:
     def __init__(self, schedule: Schedule, operands: Sequence[np.ndarray | None], memory: Memory) -> None:
         self.schedule, self.memory, self.replay = schedule, memory, Replay()
         self.granule, self.delay = GRANULE[schedule.chip], DELAY_SLOTS[schedule.chip]
-        self.operands = operands
+        self.operands = [None if operand is None else in_tiles(operand) for operand in operands]
         self.translator = Translator()
         self.scalars: dict[int, int] = {}  # scalar memory by address, and the values that wait to be popped
         self.served = 0.0  # until when the memory is busy
@@ -128,7 +139,7 @@ class _Core:
         array = self.operands[index]
         if array is None:
             raise ReplayError(f"operand {index} decides where the program goes, but is not given")
-        return int(array.reshape(-1)[0])
+        return int(array[0])
 
     def copy(self, now: float, kind: str, *, source: int, granules: int, target: int, flag: int) -> None:
         """Starts a copy; `kind` names its ends."""
@@ -151,7 +162,7 @@ class _Core:
         if array is None:
             raise ReplayError(f"operand {operand} is copied to scalar memory, but is not given")
         begin = place * self.granule // 4
-        for i, value in enumerate(array.reshape(-1)[begin : begin + count].tolist()):
+        for i, value in enumerate(array[begin : begin + count].tolist()):
             self.scalars[target + i] = value
 
     def wait(self, now: float, flag: int, granules: int) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 # Bundles behind a branch that are executed whether it is taken or not, as the schedules show.
 DELAY_SLOTS = {"v4": 1, "v5e": 4, "v5p": 4, "v6e": 4, "7x": 6}
+GRANULE = {"v4": 512, "v5e": 32, "v5p": 32, "v6e": 32, "7x": 32}  # bytes, in which copies count
 
 BUNDLE = re.compile(
     r"^ *(?:0x[0-9a-f]+|0) +(?:(?:LH|LB|LE|PB|PF|CT) *)?: *(?:> *)*\{(.*?)\} *$", re.MULTILINE | re.DOTALL
@@ -63,14 +64,14 @@ class Loop:
         first, last: bundles, the branch's delay slots included.
         depth: loops around it.
         slots: slots used by each unit in all its bundles, see `Schedule.capacity`.
-        copies: instructions that start a copy.
+        copies: bytes of each instruction that starts a copy; None where they are computed.
     """
 
     first: int
     last: int
     depth: int
     slots: dict[str, int]
-    copies: int
+    copies: tuple[int | None, ...]
 
     @property
     def bundles(self) -> int:
@@ -104,6 +105,16 @@ class Schedule:
         rows = self.used[first : last + 1]
         return dict(zip(self.capacity, (sum(column) for column in zip(*rows, strict=True)), strict=True))
 
+    def copies(self, first: int, last: int) -> tuple[int | None, ...]:
+        """Bytes of each instruction from bundle `first` to `last` that starts a copy; None if computed."""
+        sizes = (
+            instruction.operands[1]
+            for bundle in self.bundles[first : last + 1]
+            for instruction in bundle
+            if is_copy(instruction)
+        )
+        return tuple(int(size) * GRANULE[self.chip] if size.isdecimal() else None for size in sizes)
+
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """All loops, in the order of their first bundles."""
@@ -115,11 +126,7 @@ class Schedule:
                 last,
                 sum(a <= first and last <= b for a, b in spans) - 1,
                 self.slots(first, last),
-                sum(
-                    is_copy(instruction)
-                    for bundle in self.bundles[first : last + 1]
-                    for instruction in bundle
-                ),
+                self.copies(first, last),
             )
             for first, last in spans
         )

@@ -55,7 +55,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory of an accelerator, like 80GB or 16GiB (default: of the one here)")  # fmt: skip
     _add_dtype(info)
     _add_cache(info)
+
+    tune = add("tune", "Choose block sizes of a model's attention kernels for a TPU, which need not be here.")
+    _add_tuning(tune)
     return parser
+
+
+def _add_tuning(tune: argparse.ArgumentParser) -> None:
+    add = tune.add_argument
+    add("--chip", required=True, metavar="CHIP", help="v4, v5e, v5p, v6e or 7x")
+    add("--model", required=True, metavar="MODEL",
+        help="folder, hub id or published name like 8B; only its shape is read")  # fmt: skip
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--tp", type=int, default=1, metavar="N", help="devices that share the heads (default: 1)")
+    add("--kernel", choices=("decode", "ragged", "all"), default="all",
+        help="single new tokens, prompts, or both (default)")  # fmt: skip
+    add("--kv-dtype", metavar="DTYPE", default="bfloat16", help="of the cache (default: bfloat16)")
+    add("--page-size", type=int, default=128, metavar="TOKENS", help="tokens per page (default: 128)")
+    add("--contexts", default="128,512,2048,8192,32768", metavar="TOKENS,…",
+        help="ends of the ranges of contexts that get their own sizes (default: %(default)s)")  # fmt: skip
+    add("--few", action="store_true", help="try a handful of candidates only")
+    add("--out", metavar="FILE",
+        help="table to write (default: the chip's in VSURGE_HOME, which the kernels read)")  # fmt: skip
+    add("--plot", metavar="PNG", help="roofline to draw (default: beside the table)")
+    add("--no-plot", action="store_true", help="draw none, which needs no matplotlib")
+    add("--json", action="store_true", help="print one JSON object with every candidate")
 
 
 def _debug() -> argparse.ArgumentParser:

@@ -1,0 +1,85 @@
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+"""The entry for a call that is being traced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from .table import Entry, Key, read_table, table_path, user_table_path
+
+Blocks = TypeVar("Blocks")
+
+logger = logging.getLogger("vsurge.kernels")
+
+
+def tuned_blocks(
+    key: Key, context: int, kind: Callable[..., Blocks], check: Callable[[Blocks], None]
+) -> Blocks | None:
+    """The block sizes that the tables hold for a call, for the TPU that is traced for.
+
+    An entry whose range holds the context is taken, the user's (`user_table_path`) before the committed one;
+    else the one whose range ends last before the context. An entry that does not fit the call (a larger page
+    table may need more scalar memory than what was tuned, say) is passed over with a warning.
+
+    Args:
+        key: of the call.
+        context: tokens of the longest sequence that the call has room for.
+        kind: makes block sizes of an entry's `blocks`.
+        check: raises ValueError for block sizes that do not fit the call.
+
+    Returns:
+        None if there is no entry that fits, which is logged once per key and context; or no TPU.
+
+    Raises:
+        ValueError: a table's file is corrupt.
+    """
+    from jax.experimental.pallas import tpu as pltpu  # importing Pallas takes longer than all else here
+
+    if not pltpu.is_tpu_device():
+        return None
+    chip = str(pltpu.get_tpu_info().chip_version)
+    for path, entry in _in_order(chip, key, context):
+        try:
+            blocks = kind(**entry.blocks)
+        except TypeError as error:
+            raise ValueError(f"{path}: {dict(entry.blocks)} of {key}: {error}") from error
+        try:
+            check(blocks)
+        except ValueError as error:
+            _log_once(logging.WARNING, f"{path}: not for a call with {key}, {context=}: {error}")
+            continue
+        return blocks
+    _log_once(logging.INFO, f"{chip}: no tuned block sizes, a heuristic chooses them for {key}, {context=}")
+    return None
+
+
+def _in_order(chip: str, key: Key, context: int) -> list[tuple[Path, Entry]]:
+    """The entries for a call, the best one first."""
+    paths = (user_table_path(chip), table_path(chip))
+    known = [(path, entry) for path in paths for entry in _entries(path) if entry.key == key]
+    holding = [(path, entry) for path, entry in known if entry.more_than < context <= entry.up_to]
+    shorter = [(path, entry) for path, entry in known if entry.up_to < context]
+    return holding + sorted(shorter, key=lambda found: -found[1].up_to)
+
+
+def _entries(path: Path) -> tuple[Entry, ...]:
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        return ()
+    return _read(path, changed)
+
+
+@cache
+def _read(path: Path, changed: int) -> tuple[Entry, ...]:  # noqa: ARG001  (a key of the cache)
+    return read_table(path)
+
+
+@cache
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, message)

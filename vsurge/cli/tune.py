@@ -1,0 +1,172 @@
+"""`vsurge tune`: block sizes of a model's attention kernels for a TPU; predicted, or timed if it is here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..kernels.block_sizes import Entry, read_table, user_table_path, write_table
+from ..kernels.block_sizes.table import merged
+from ..kernels.tuning import Call, Compilers
+from ..kernels.tuning.chips import find_chip
+from ..kernels.tuning.search import Search, Trial, start_search
+from ..kernels.tuning.timing import chip_here, time_call
+from ..model.progress import progress_bar
+from .info import find_config
+
+Found = tuple[Search, list[Trial], list[Entry]]
+
+
+def run(args: argparse.Namespace) -> None:
+    find_chip(args.chip)
+    contexts = parse_contexts(args.contexts)
+    check_plot(args)
+    calls = kernel_calls(args)
+    is_here = chip_here() == args.chip
+    found = list[Found]()
+    with Compilers() as compilers:
+        searches = [start_search(call, contexts, args.chip, compilers, few=args.few) for call in calls]
+        steps = [(search, at) for search in searches for at in range(len(search.pending))]
+        trials: dict[int, list[Trial]] = {id(search): [] for search in searches}
+        for search, at in progress_bar(steps, "tuning", show=True, unit="candidate"):
+            trials[id(search)].append(search.finish(at, time_call if is_here else None))
+        found = [(search, trials[id(search)], search.winners(trials[id(search)])) for search in searches]
+    table = Path(args.out).expanduser() if args.out else user_table_path(args.chip)
+    write_table(table, merged(read_table(table), [entry for *_, entries in found for entry in entries]))
+    written = [table]
+    if not args.no_plot:
+        from .roofline import draw_roofline
+
+        written.append(plot_path(args, table))
+        draw_roofline(written[-1], args.chip, f"{args.model} over {args.tp}", found)
+    if args.json:
+        print(json.dumps(as_json(found, written), indent=1))
+        return
+    for search, tried, entries in found:
+        print("\n".join(describe(search, tried, entries)) + "\n")
+    print("written to " + " and ".join(map(str, written)))
+
+
+def parse_contexts(text: str) -> list[int]:
+    """Numbers of tokens from "128,512".
+
+    Raises:
+        ValueError: they are none.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--contexts {text!r}: must be numbers of tokens with commas between, like 512,2048")
+    return sorted({int(part) for part in parts})
+
+
+def check_plot(args: argparse.Namespace) -> None:
+    """Checks, before anything is compiled, that the roofline can be drawn.
+
+    Raises:
+        ValueError: a plot is both wanted and not.
+        ImportError: matplotlib is missing.
+    """
+    if args.no_plot and args.plot:
+        raise ValueError(f"--plot {args.plot}: has no effect beside --no-plot; give one of them")
+    if not args.no_plot and find_spec("matplotlib") is None:
+        raise ImportError(
+            "the roofline needs matplotlib: pip install 'vsurge[bench]', or tune with --no-plot"
+        )
+
+
+def plot_path(args: argparse.Namespace, table: Path) -> Path:
+    if args.plot:
+        return Path(args.plot).expanduser()
+    name = Path(args.model).name.lower()
+    return table.parent / f"{args.chip}-{name}-tp{args.tp}-{args.kv_dtype}.png"
+
+
+def kernel_calls(args: argparse.Namespace) -> list[Call]:
+    """The kernel calls of one of the devices that share a model.
+
+    Raises:
+        ValueError: the heads cannot be shared so.
+    """
+    config, _ = find_config(args.model, args.revision)
+    heads = {"query": config.num_q_heads, "key/value": config.num_kv_heads}
+    for kind, number in heads.items():
+        if args.tp < 1 or number % args.tp:
+            raise ValueError(f"--tp {args.tp}: must divide the {number} {kind} heads of {args.model}")
+    kernels = ("decode", "ragged") if args.kernel == "all" else (args.kernel,)
+    return [
+        Call(
+            kernel=kernel,
+            num_q_heads=config.num_q_heads // args.tp,
+            num_kv_heads=config.num_kv_heads // args.tp,
+            head_dim=config.head_dim,
+            page_size=args.page_size,
+            query_dtype=config.dtype.name,
+            kv_dtype=args.kv_dtype,
+        )
+        for kernel in kernels
+    ]
+
+
+def describe(search: Search, trials: Sequence[Trial], entries: Sequence[Entry]) -> list[str]:
+    """The table of candidates: a column per context, the winner of each with a star."""
+    call, kind = search.call, entries[0].provenance["by"]
+    latency, copy_ns = entries[0].provenance["latency_us"], entries[0].provenance["copy_ns"]
+    lines = [
+        f"{call.kernel} on {search.chip}: {call.num_q_heads} query and {call.num_kv_heads} KV heads, "
+        f"head_dim {call.head_dim}, {call.query_dtype} queries, {call.kv_dtype} cache, "
+        f"pages of {call.page_size}",
+        f"microseconds, {kind} ({latency:g} us latency, {copy_ns:g} ns per copy); mean of equal lengths and "
+        "of lengths drawn log-uniform",
+        "up to this context" + " " * 22 + "".join(f"{entry.up_to:>11,}" for entry in entries),
+    ]
+    for trial in trials:
+        name = " ".join(f"{name}={value}" for name, value in asdict(trial.blocks).items())
+        if trial.refused is not None:
+            lines.append(f"{name:40}refused: {trial.refused}")
+            continue
+        wins = (asdict(trial.blocks) == entry.blocks for entry in entries)
+        cells = (f"{trial.time_us(at):10.1f}{'*' if best else ' '}" for at, best in enumerate(wins))
+        lines.append(f"{name:40}{''.join(cells)}".rstrip())
+    best = [winner(trials, entry) for entry in entries]
+    for label, share in (("MBU", "mbu"), ("MFU", "mfu")):
+        cells = (f"{getattr(trial.predicted[at][0], share):10.1%} " for at, trial in enumerate(best))
+        lines.append(f"{f'{label} of the winner, equal lengths':40}{''.join(cells)}".rstrip())
+    bounds = (f"{trial.predicted[at][0].bound:>10} " for at, trial in enumerate(best))
+    lines.append(f"{'bound by':40}{''.join(bounds)}".rstrip())
+    margins = (f"{entry.provenance['margin']:10.2%} " for entry in entries)
+    return [*lines, f"{'margin over the runner-up':40}{''.join(margins)}".rstrip()]
+
+
+def winner(trials: Sequence[Trial], entry: Entry) -> Trial:
+    """The trial that an entry is of."""
+    return next(trial for trial in trials if asdict(trial.blocks) == entry.blocks and not trial.refused)
+
+
+def as_json(found: Sequence[Found], written: Sequence[Path]) -> dict[str, Any]:
+    """Everything that was tried, and the entries that were written."""
+    return {
+        "searches": [
+            {
+                "chip": search.chip,
+                "call": asdict(search.call),
+                "contexts": search.contexts,
+                "candidates": [
+                    {
+                        "blocks": asdict(trial.blocks),
+                        "refused": trial.refused,
+                        "predicted_us": [[p.time_us for p in each] for each in trial.predicted],
+                        "measured_us": trial.measured_us,
+                    }
+                    for trial in trials
+                ],
+                "entries": [asdict(entry) for entry in entries],
+            }
+            for search, trials, entries in found
+        ],
+        "written": list(map(str, written)),
+    }

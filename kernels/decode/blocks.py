@@ -11,6 +11,7 @@ from ..tpu.shapes import LANES, SUBLANES
 # A step that has more tokens than these hides no more of what each step costs.
 UNIT_TOKENS, MOST_LANES, MOST_HEAD_TOKENS = 512, 8, 16384
 LEAST_STEPS, MOST_STEPS = 4, 16
+UNDER_WAY = 8 * 2**20  # bytes: more than any chip's memory delivers in 2 us
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ def default_blocks(
         and fits(kv_tokens, 2 * lanes)
     ):
         lanes *= 2
-    depth = min(vmem_bytes // 2 // (lanes * kv_tokens * token_bytes), most_seqs // lanes, MOST_STEPS)
-    return DecodeBlocks(kv_tokens, lanes, max(2, depth))
+    step_bytes = lanes * kv_tokens * token_bytes
+    wanted = max(LEAST_STEPS, 1 - -UNDER_WAY // step_bytes)
+    most = min(vmem_bytes // 2 // step_bytes, most_seqs // lanes, MOST_STEPS)
+    return DecodeBlocks(kv_tokens, lanes, max(2, min(wanted, most)))
 
 
 def tuned_or_default_blocks(

@@ -17,7 +17,7 @@ from ..append import append_kv
 from ..block_sizes import Key
 from ..block_sizes.table import TunedKernel
 from ..decode import DecodeBlocks, paged_decode_attention
-from ..kv_pages import KVPages, bytes_per_token, empty_kv_pages
+from ..kv_pages import KVPages, bytes_per_token, empty_kv_pages, scale_tokens
 from ..ragged import RaggedBlocks, ragged_paged_attention
 
 Kernel = Literal["decode", "ragged", "append", "jax_ragged"]
@@ -154,7 +154,11 @@ class Call:
         )
         cache = jax.eval_shape(make)
         data: Any = jax.ShapeDtypeStruct(cache.data.shape, cache.dtype)
-        return KVPages(data, cache.scales, cache.dtype, cache.page_size)
+        scales: Any = None
+        if cache.scales is not None:
+            places = scale_tokens(self.page_size, "tpu")
+            scales = jax.ShapeDtypeStruct((*cache.scales.shape[:3], places), jnp.float32)
+        return KVPages(data, scales, cache.dtype, cache.page_size)
 
     def metadata(self, batch: Batch) -> tuple[np.ndarray | None, ...]:
         """The integers among the leaves of `arguments`, and None for the others.

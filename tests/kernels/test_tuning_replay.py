@@ -116,6 +116,7 @@ def test_integers_reach_scalar_memory_by_copies_and_by_stores() -> None:
 def test_an_unknown_number_is_an_error_only_where_it_decides() -> None:
     unknown = "%s3_s3 = sld [smem:[#nobody]] ;; %p1_p1 = scmp.eq.s32.totalorder %s3_s3, 1"
     computed = "%s4_s4 = sadd.s32 %s3_s3, 1 ;; %s5_s5 = smin.s32 %s4_s4, 7 ;; %s6_s6 = smov (%p1_p1), 3"
+    computed += " ;; %s7_s7 = scalar_select %p1_p1, 1, 2"
     assert run(unknown, computed).cycles == 2
     for decided in (BRANCH.format("%p1_p1", 0), "%8 = vsyncpa (%p1_p1), [#flag], 0"):
         with pytest.raises(ReplayError, match="never written decides"):

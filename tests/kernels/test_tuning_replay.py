@@ -125,6 +125,18 @@ def test_an_unknown_number_is_an_error_only_where_it_decides() -> None:
         run(LENGTH, given=(None,))
 
 
+def test_what_only_another_way_writes_is_read_from_its_register() -> None:
+    bundles = [LENGTH, "%p9_p9 = scmp.gt.s32.totalorder %s1_s1, 0", BRANCH.format("%p9_p9", 8), *[""] * 4,
+        "%s3_s3 = smov 5", "%s4_s4 = sadd.s32 %s3_s3, 1"]  # fmt: skip
+    for length in (0, 1):  # value 3 is written, or is not
+        assert run(*bundles, given=([length],)).cycles == 9 - length
+    decides = [*bundles, "%p5_p5 = scmp.gt.s32.totalorder %s4_s4, 0", "%60 = shalt.err (%p5_p5)"]
+    with pytest.raises(ReplayError, match="never written decides"):
+        run(*decides, given=([1],))
+    with pytest.raises(ReplayError, match="stops with an error"):
+        run("%s2_s3 = smov 5", *[b.replace("= 8", "= 9") for b in decides], given=([1],))
+
+
 def test_a_wait_that_nothing_arrives_for_is_an_error() -> None:
     with pytest.raises(ReplayError, match=r"stands at 16 and nothing is under way to it: waiting for 17"):
         run(HBM, COPY.format(16), WAIT.format(17, 17), given=(None, None))

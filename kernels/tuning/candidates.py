@@ -90,11 +90,10 @@ def _few_of_decode(blocks: Blocks, _: Blocks) -> bool:
 
 
 def _few_of_ragged(blocks: Blocks, first: Blocks) -> bool:
-    """Whether block sizes differ from the first ones by twice the queries, or by half the tokens."""
+    """Whether block sizes differ from the first ones by twice the queries, and nothing else."""
     assert isinstance(blocks, RaggedBlocks)
     assert isinstance(first, RaggedBlocks)
-    more_queries = replace(first, q_tokens=2 * first.q_tokens)
-    return blocks in (more_queries, replace(first, kv_tokens=first.kv_tokens // 2))
+    return blocks == replace(first, q_tokens=2 * first.q_tokens)
 
 
 def _of_decode(call: Call, chip: str, vmem_bytes: int) -> list[Blocks]:

@@ -1,8 +1,8 @@
 """Makes the committed tables of block sizes anew: `python -m vsurge.benchmarks.tpu.tables`.
 
-For the heads of Qwen3-0.6B, 8B and 32B and their shards over 2, 4 and 8 chips. Block sizes of prompts depend
-little on the page size and take long to compile, so they are searched for at one page size and entered for
-all. Prints every entry whose block sizes change.
+For the heads of Qwen3-0.6B, 8B and 32B and their shards over 2, 4 and 8 chips. The page size decides little
+but for the number of copies, so what is found at one page size is entered for similar ones too; `provenance`
+says so. Prints every entry whose block sizes change.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ...model.progress import progress_bar
 
 MODELS = ((16, 8), (32, 8), (64, 8))  # query and KV heads of Qwen3-0.6B, 8B and 32B
 SHARDS = (1, 2, 4, 8)
-PAGES = (128, 64, 16)
-PAGE_OF_PROMPTS = 64
+# Kernel -> page size that is searched -> page sizes that get what is found.
+PAGES = {"decode": {64: (128, 64), 16: (16,)}, "ragged": {64: (128, 64, 16)}}
 CONTEXTS = (128, 512, 2048, 8192)  # longer ones take what the last of these gets
 CONTEXTS_OF_PROMPTS = (512, 2048, 8192)
 
@@ -64,10 +64,8 @@ def all_calls(
     """The calls that get block sizes."""
     for (q, kv), dtype in product(heads, kv_dtypes):
         call = Call(kernel="decode", num_q_heads=q, num_kv_heads=kv, kv_dtype=dtype)
-        if "decode" in (kernels or ("decode",)):
-            yield from (replace(call, page_size=page_size) for page_size in PAGES)
-        if "ragged" in (kernels or ("ragged",)):
-            yield replace(call, kernel="ragged", page_size=PAGE_OF_PROMPTS)
+        for kernel in kernels or PAGES:
+            yield from (replace(call, kernel=kernel, page_size=page_size) for page_size in PAGES[kernel])
 
 
 def changes(old: Iterable[Entry], new: Iterable[Entry]) -> list[str]:
@@ -93,17 +91,16 @@ def _start(call: Call, chip: str, compilers: Compilers) -> Search:
 
 
 def _finish(search: Search) -> list[Entry]:
-    """The winners; those of prompts for every page size."""
+    """The winners, for every page size that gets them."""
     entries = search.winners([search.finish(at) for at in range(len(search.pending))])
-    if search.call.kernel == "decode":
-        return entries
+    searched = search.call.page_size
     return [
         replace(
             entry,
             key=replace(entry.key, page_size=page_size),
-            provenance={**entry.provenance, "page_size": PAGE_OF_PROMPTS},
+            provenance={**entry.provenance, "page_size": searched},
         )
-        for entry, page_size in product(entries, PAGES)
+        for entry, page_size in product(entries, PAGES[search.call.kernel][searched])
     ]
 
 

@@ -89,6 +89,17 @@ def in_tiles(array: np.ndarray) -> np.ndarray:
     return tiles.swapaxes(2, 3).reshape(-1)
 
 
+class _Values(dict[str, Any]):
+    """Values by name, and registers by theirs.
+
+    Schedules also read ahead what another way through the program writes: whatever is in its register then.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        _, separator, register = name.rpartition("_")
+        return self[register] if separator else UNKNOWN
+
+
 class _Core:
     """The state of a TensorCore's scalar unit.
 
@@ -105,7 +116,7 @@ class _Core:
         self.served = 0.0  # until when the memory is busy
         self.arrived: defaultdict[int, int] = defaultdict(int)  # semaphores by address
         self.arriving: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
-        self.values: dict[str, Any] = {}
+        self.values = _Values()
         self.scalars[self.translator.allocation(CORE_ID)] = 0
         self.names = {"v": self.values, "mem": self.scalars, "core": self, **HELPERS}
 

@@ -116,12 +116,25 @@ def test_integers_reach_scalar_memory_by_copies_and_by_stores() -> None:
 def test_an_unknown_number_is_an_error_only_where_it_decides() -> None:
     unknown = "%s3_s3 = sld [smem:[#nobody]] ;; %p1_p1 = scmp.eq.s32.totalorder %s3_s3, 1"
     computed = "%s4_s4 = sadd.s32 %s3_s3, 1 ;; %s5_s5 = smin.s32 %s4_s4, 7 ;; %s6_s6 = smov (%p1_p1), 3"
+    computed += " ;; %s7_s7 = scalar_select %p1_p1, 1, 2"
     assert run(unknown, computed).cycles == 2
     for decided in (BRANCH.format("%p1_p1", 0), "%8 = vsyncpa (%p1_p1), [#flag], 0"):
         with pytest.raises(ReplayError, match="never written decides"):
             run(unknown, computed, decided, *[""] * 4)
     with pytest.raises(ReplayError, match="operand 0 decides where the program goes, but is not given"):
         run(LENGTH, given=(None,))
+
+
+def test_what_only_another_way_writes_is_read_from_its_register() -> None:
+    bundles = [LENGTH, "%p9_p9 = scmp.gt.s32.totalorder %s1_s1, 0", BRANCH.format("%p9_p9", 8), *[""] * 4,
+        "%s3_s3 = smov 5", "%s4_s4 = sadd.s32 %s3_s3, 1"]  # fmt: skip
+    for length in (0, 1):  # value 3 is written, or is not
+        assert run(*bundles, given=([length],)).cycles == 9 - length
+    decides = [*bundles, "%p5_p5 = scmp.gt.s32.totalorder %s4_s4, 0", "%60 = shalt.err (%p5_p5)"]
+    with pytest.raises(ReplayError, match="never written decides"):
+        run(*decides, given=([1],))
+    with pytest.raises(ReplayError, match="stops with an error"):
+        run("%s2_s3 = smov 5", *[b.replace("= 8", "= 9") for b in decides], given=([1],))
 
 
 def test_a_wait_that_nothing_arrives_for_is_an_error() -> None:

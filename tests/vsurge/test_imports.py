@@ -34,6 +34,7 @@ def loaded_after(code: str) -> set[str]:
         "import vsurge; vsurge.demo_model_path(); vsurge.__version__; dir(vsurge)",
         "from vsurge.cli import main; main(['--help'])",
         "from vsurge.cli import main; main(['generate', '--help'])",
+        "from vsurge.cli import main; main(['tune', '--help'])",
         "from vsurge.cli import main; main(['chat', '--no-such-option'])",
         "from vsurge.cli import main; main([])",
     ],

@@ -25,6 +25,7 @@ from ..tpu.control import for_each
 from ..tpu.products import dot
 from ..tpu.shapes import SUBLANES
 from ..tpu.units import REST, TOKENS, Fetcher
+from .heads import Heads
 
 LOG2_E = math.log2(math.e)
 CHUNK = 512  # tokens whose scores make one product, at most
@@ -36,23 +37,16 @@ class Attention:
     """What the kernel computes, besides the cutting.
 
     Attributes:
-        num_kv_heads, group: KV heads, and query heads of each.
-        q_tokens: query tokens in a block, at most; a KV head has group * q_tokens columns.
+        heads: which columns there are.
         scale, soft_cap, sliding_window: as in `vsurge.kernels.ragged_paged_attention`.
         dtype: of the factors of products, bfloat16 or float32.
     """
 
-    num_kv_heads: int
-    group: int
-    q_tokens: int
+    heads: Heads
     scale: float
     soft_cap: float | None
     sliding_window: int | None
     dtype: Any
-
-    @property
-    def columns(self) -> int:
-        return self.group * self.q_tokens
 
 
 @dataclass(frozen=True)
@@ -68,11 +62,25 @@ class Softmax:
     total: Any
     weighted: Any
 
-    def reset(self, sinks: Any) -> None:
-        """Begins with the sinks, scores without a value; MASKED is none."""
-        self.highest[...] = sinks[...]
-        self.total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0).astype(jnp.float32)
+    def reset(self) -> None:
+        """Begins a block. What is in `weighted` counts nothing beside the first score, see `add`."""
+        self.highest[...] = jnp.full(self.highest.shape, MASKED, jnp.float32)
+        self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
+
+    def clear(self) -> None:
+        """For a block without scores."""
         self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
+
+    def with_sinks(self, head: Any, sinks: Any) -> tuple[Any, Any, Any]:
+        """The highest score and the sum of a head's columns with its sink, and what `weighted` then counts.
+
+        Args:
+            sinks: [num_kv_heads, 1, columns], scores without a value; MASKED for none.
+        """
+        old, sink = self.highest[head], sinks[head]
+        new = jnp.maximum(old, sink)
+        keep = jnp.exp2(old - new)
+        return new, self.total[head] * keep + jnp.where(sink > MASKED, jnp.exp2(sink - new), 0.0), keep
 
     def raise_to(self, head: Any, highest: Any) -> tuple[Any, Any]:
         """The highest score of a head's columns with `highest`, and what the sums so far then count."""
@@ -85,7 +93,8 @@ class Softmax:
         """Adds [head_dim + SUBLANES, columns]: weighted values, and below them the weights' sums."""
         head_dim = self.weighted.shape[1]
         self.total[head] = self.total[head] * keep + sums[head_dim : head_dim + 1]
-        self.weighted[head] = self.weighted[head] * keep + sums[:head_dim]
+        kept = jnp.where(keep > 0, self.weighted[head] * keep, 0.0)  # 0 times another block's NaN is NaN
+        self.weighted[head] = kept + sums[:head_dim]
 
 
 def attend(
@@ -103,7 +112,7 @@ def attend(
 
     Args:
         attention, kv_pages: static.
-        queries: [num_kv_heads, columns, head_dim].
+        queries: the block's, `Heads.scratch`.
         count: query tokens of the block.
         slot: of the unit.
         width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
@@ -116,7 +125,8 @@ def attend(
         return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
 
     def scores(head: Any, part: slice) -> Any:
-        found = dot(loaded(KEYS, head, part), queries[head], contract=(1, 1))
+        columns = attention.heads.columns_of(head, queries).astype(attention.dtype)
+        found = dot(loaded(KEYS, head, part), columns, contract=(1, 1))
         if attention.soft_cap is None:
             found *= attention.scale * LOG2_E
         else:
@@ -124,8 +134,8 @@ def attend(
         if part.stop <= seen_by_all:
             return found
         token = lax.broadcasted_iota(jnp.int32, found.shape, 0) + part.start
-        column = lax.broadcasted_iota(jnp.int32, (1, attention.columns), 1)
-        beyond = unit[REST] - count + 1 + lax.rem(column, attention.q_tokens)  # the first unseen token
+        column = lax.broadcasted_iota(jnp.int32, (1, attention.heads.columns), 1)
+        beyond = unit[REST] - count + 1 + attention.heads.token(column)  # the first unseen token
         seen = token < beyond
         if attention.sliding_window is not None:
             seen &= token >= beyond - attention.sliding_window
@@ -162,8 +172,8 @@ def attend(
 
             add(head, these, begin_next)
 
-    heads = attention.num_kv_heads
-    together = heads if seen_by_all >= width else math.gcd(heads, MASKED_HEADS)
+    heads = attention.heads.num_kv_heads
+    together = heads
     if together == heads:
         run(range(heads))
     else:

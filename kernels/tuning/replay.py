@@ -94,7 +94,7 @@ class _Core:
         self.served = 0.0  # until when the memory is busy
         self.arrived: defaultdict[int, int] = defaultdict(int)  # semaphores by address
         self.arriving: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
-        self.values: dict[str, Any] = {}
+        self.values: defaultdict[str, Any] = defaultdict(lambda: UNKNOWN)  # of names and registers
         self.scalars[self.translator.allocation(CORE_ID)] = 0
         self.names = {"v": self.values, "mem": self.scalars, "core": self, **HELPERS}
 

@@ -21,9 +21,9 @@ from jax import lax
 
 from ..blockwise import MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
-from ..tpu.control import for_each
+from ..tpu.control import for_each, largest
 from ..tpu.products import dot
-from ..tpu.shapes import SUBLANES
+from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.units import REST, TOKENS, Fetcher
 from .heads import Heads
 
@@ -71,16 +71,16 @@ class Softmax:
         """For a block without scores."""
         self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
 
-    def with_sinks(self, head: Any, sinks: Any) -> tuple[Any, Any, Any]:
-        """The highest score and the sum of a head's columns with its sink, and what `weighted` then counts.
+    def with_sinks(self, head: int, part: slice, sinks: Any) -> tuple[Any, Any, Any]:
+        """The highest score and the sum of some columns with their sinks, and what `weighted` then counts.
 
         Args:
             sinks: [num_kv_heads, 1, columns], scores without a value; MASKED for none.
         """
-        old, sink = self.highest[head], sinks[head]
+        old, sink = self.highest[head, :, part], sinks[head, :, part]
         new = jnp.maximum(old, sink)
         keep = jnp.exp2(old - new)
-        return new, self.total[head] * keep + jnp.where(sink > MASKED, jnp.exp2(sink - new), 0.0), keep
+        return new, self.total[head, :, part] * keep + jnp.where(sink > MASKED, jnp.exp2(sink - new), 0.0), keep
 
     def raise_to(self, head: Any, highest: Any) -> tuple[Any, Any]:
         """The highest score of a head's columns with `highest`, and what the sums so far then count."""
@@ -118,8 +118,8 @@ def attend(
         width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
     """
     unit, block = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0]
-    chunk = width // -(-width // CHUNK)
-    parts = [slice(begin, begin + chunk) for begin in range(0, width, chunk)]
+    size = padded(-(-width // -(-width // CHUNK)))
+    parts = [slice(begin, min(begin + size, width)) for begin in range(0, width, size)]
 
     def loaded(kind: int, head: Any, part: slice) -> Any:
         return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
@@ -133,26 +133,31 @@ def attend(
             found = attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
         if part.stop <= seen_by_all:
             return found
-        token = lax.broadcasted_iota(jnp.int32, found.shape, 0) + part.start
+        first = max(0, min(seen_by_all, part.stop - LANES) // LANES * LANES - part.start)
+        last = found[first:]
+        token = lax.broadcasted_iota(jnp.int32, last.shape, 0) + (part.start + first)
         column = lax.broadcasted_iota(jnp.int32, (1, attention.heads.columns), 1)
         beyond = unit[REST] - count + 1 + attention.heads.token(column)  # the first unseen token
         seen = token < beyond
         if attention.sliding_window is not None:
             seen &= token >= beyond - attention.sliding_window
-        return jnp.where(seen, found, MASKED)
+        last = jnp.where(seen, last, MASKED)
+        return jnp.concatenate([found[:first], last]) if first else last
 
     def values_and_ones(head: Any, part: slice) -> Any:
         values = loaded(VALUES, head, part)
         if part.stop > seen_by_all:  # what lies behind the tokens may be NaN, as is 0 times that
-            held = lax.broadcasted_iota(jnp.int32, values.shape, 0) + part.start < unit[TOKENS]
-            values = jnp.where(held, values, jnp.zeros_like(values))
-        return jnp.concatenate([values.T, jnp.ones((SUBLANES, chunk), attention.dtype)])
+            first = max(0, min(seen_by_all, part.stop - LANES) // LANES * LANES - part.start)
+            last = values[first:]
+            held = lax.broadcasted_iota(jnp.int32, last.shape, 0) + (part.start + first) < unit[TOKENS]
+            last = jnp.where(held, last, jnp.zeros_like(last))
+            values = jnp.concatenate([values[:first], last]) if first else last
+        return jnp.concatenate([values.T, jnp.ones((SUBLANES, values.shape[0]), attention.dtype)])
 
     def add(head: Any, these: list[Any], begin_next: Callable[[slice], None]) -> None:
-        most = these[0]
-        for others in these[1:]:
-            most = jnp.maximum(most, others)
-        highest, keep = softmax.raise_to(head, jnp.max(most, axis=0, keepdims=True))
+        highest, keep = softmax.raise_to(
+            head, largest([jnp.max(found, axis=0, keepdims=True) for found in these])
+        )
         sums: Any = 0.0
         for part, part_scores in zip(parts, these, strict=True):
             begin_next(part)

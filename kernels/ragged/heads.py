@@ -24,7 +24,7 @@ from ..tpu.shapes import SUBLANES, padded
 
 @dataclass(frozen=True)
 class Heads:
-    """The order of a KV head's columns: [group / packed, 2, q_tokens / 2, packed].
+    """The order of a KV head's columns: [2, group / packed, q_tokens / 2, packed].
 
     Tokens of even places come before those of odd ones.
 
@@ -65,14 +65,14 @@ class Heads:
 
     def token(self, column: Any) -> Any:
         """The place in the block of a column's token."""
-        place = lax.rem(column, self.q_tokens * self.packed) // self.packed
-        half = self.q_tokens // 2
-        return jnp.where(place < half, 2 * place, 2 * (place - half) + 1)
+        odd = jnp.where(column < self.columns // 2, 0, 1)
+        return lax.rem(column, self.q_tokens // 2 * self.packed) // self.packed * 2 + odd
 
     def by_column(self, numbers: Any) -> Any:
         """[num_q_heads] -> [num_kv_heads, 1, columns]."""
-        pairs = numbers.reshape(self.num_kv_heads, self.group // self.packed, 1, self.packed)
-        spread = jnp.broadcast_to(pairs, (*pairs.shape[:2], self.q_tokens, self.packed))
+        of_head = self.group // self.packed
+        pairs = numbers.reshape(self.num_kv_heads, 1, of_head, 1, self.packed)
+        spread = jnp.broadcast_to(pairs, (self.num_kv_heads, 2, of_head, self.q_tokens // 2, self.packed))
         return spread.reshape(self.num_kv_heads, 1, self.columns)
 
     def take(self, rows: Any, words: Any) -> None:
@@ -85,41 +85,42 @@ class Heads:
 
     def columns_of(self, head: int, words: Any) -> Any:
         """[columns, numbers] of a KV head, from words."""
-        found = [words[place] for place in self._columns(head)]
+        found = [words[place] for odd in (0, 1) for place in self._columns(head, odd)]
         found = [pltpu.bitcast(piece, jnp.bfloat16) for piece in found] if self.packed == 2 else found
         return jnp.concatenate(found)
 
-    def put(self, columns: Callable[[int], Any], words: Any, rows: Any) -> None:
+    def put(self, columns: Callable[[int, slice], Any], words: Any, rows: Any) -> None:
         """Turns columns back into rows.
 
         Args:
-            columns: gives a KV head's [columns, numbers].
+            columns: gives some of a KV head's columns, [these, numbers].
             words: to work in.
             rows: [q_tokens, num_q_heads, numbers] in VMEM.
         """
-        for head in range(self.num_kv_heads):
-            numbers, places = columns(head), self._columns(head)
-            size = self.columns // len(places)
-            for i, place in enumerate(places):
-                piece = numbers[i * size : (i + 1) * size]
-                words[place] = pltpu.bitcast(piece, jnp.uint32) if self.packed == 2 else piece
-        for token in range(self.q_tokens):
-            row = jnp.concatenate([words[place] for _, place in self._row(token)])
-            row = pltpu.bitcast(row, jnp.bfloat16) if self.packed == 2 else row
-            rows[token] = row.astype(rows.dtype)
+        half = self.columns // 2
+        for odd in (0, 1):  # the rows of even tokens are written beside the columns of odd ones
+            for head in range(self.num_kv_heads):
+                numbers, places = columns(head, slice(odd * half, (odd + 1) * half)), self._columns(head, odd)
+                size = half // len(places)
+                for i, place in enumerate(places):
+                    piece = numbers[i * size : (i + 1) * size]
+                    words[place] = pltpu.bitcast(piece, jnp.uint32) if self.packed == 2 else piece
+            for token in range(odd, self.q_tokens, 2):
+                row = jnp.concatenate([words[place] for _, place in self._row(token)])
+                row = pltpu.bitcast(row, jnp.bfloat16) if self.packed == 2 else row
+                rows[token] = row.astype(rows.dtype)
 
     def unpacked(self, numbers: Any, pairs: Any) -> Any:
-        """[columns, numbers] float32 in the order of columns without words that are shared.
+        """Half a KV head's columns, [columns / 2, numbers] float32, in the order without shared words.
 
         Args:
-            pairs: [columns, numbers] float32 in VMEM, to work in.
+            pairs: as many in VMEM, to work in.
         """
         if self.packed == 1:
             return numbers
         pairs[...] = numbers
-        size = self.q_tokens * self.packed
-        starts = [i * size + half for i in range(self.group // self.packed) for half in range(self.packed)]
-        return jnp.concatenate([pairs[pl.ds(start, self.q_tokens, stride=self.packed)] for start in starts])
+        starts = [i * self.q_tokens + half for i in range(self.group // 2) for half in (0, 1)]
+        return jnp.concatenate([pairs[pl.ds(start, self.q_tokens // 2, stride=2)] for start in starts])
 
     def _row(self, token: int) -> list[tuple[int, Any]]:
         """The first words of pieces of a token's row, and where in the words they lie."""
@@ -129,16 +130,12 @@ class Heads:
             for first in firsts
         ]
 
-    def _columns(self, head: int) -> list[Any]:
-        """Where a KV head's words lie, in the order of its columns."""
+    def _columns(self, head: int, odd: int) -> list[Any]:
+        """Where a KV head's words of the even or odd tokens lie, in the order of its columns."""
         of_head = self.group // self.packed
         words = range(head * of_head, (head + 1) * of_head)
         stride = 2 * self.words + 1
-        return [
-            pl.ds(self._place(odd, word), self.q_tokens // 2, stride=stride)
-            for word in words
-            for odd in (0, 1)
-        ]
+        return [pl.ds(self._place(odd, word), self.q_tokens // 2, stride=stride) for word in words]
 
     def _place(self, token: int, word: int) -> int:
         return token // 2 * (2 * self.words + 1) + 2 * word + token % 2

@@ -32,7 +32,7 @@ from ..tpu.units import FULL, TABLE_TILE, TOKENS, WHOLE, Fetcher, Units, fetcher
 from .blocks import RaggedBlocks, Sizes, default_blocks
 from .columns import LOG2_E, Attention, Softmax, attend
 from .heads import Heads
-from .query_blocks import QueryBlocks, RaggedRows, cut_queries
+from .query_blocks import QueryBlocks, RaggedRows, cut_queries, most_blocks
 
 BLOCKS_PER_GROUP = 8
 
@@ -46,7 +46,7 @@ class _Block:
         blocks: in scalar memory.
         rows_in, rows_out, lse_out: the block's queries, its output, and its log-sum-exp if wanted.
         words: `Heads.scratch` of head_dim numbers: the queries of the block in use, then its output.
-        lse_scratch: `Heads.scratch` of LANES numbers without shared words, and [columns, LANES] float32.
+        lse_scratch: `Heads.scratch` of LANES numbers without shared words, and [columns / 2, LANES] float32.
         sinks: [num_kv_heads, 1, columns] float32 in VMEM.
         softmax: of the block in use.
     """
@@ -83,8 +83,8 @@ class _Block:
             words, pairs = self.lse_scratch
             has_tokens = self.blocks.kv_lens[block] > 0
 
-            def log_sum_exp(head: int) -> Any:
-                return heads.unpacked(self._log_sum_exp(head, has_tokens), pairs)
+            def log_sum_exp(head: int, part: slice) -> Any:
+                return heads.unpacked(self._log_sum_exp(head, part, has_tokens), pairs)
 
             replace(heads, packed=1).put(log_sum_exp, words, self.lse_out.buffers.at[slot])
         for out in outs:
@@ -99,15 +99,15 @@ class _Block:
         for out in outs:
             out.wait(*self.place(block))
 
-    def _output(self, head: int) -> Any:
-        """[columns, head_dim] of a KV head."""
-        _, total, keep = self.softmax.with_sinks(head, self.sinks)
+    def _output(self, head: int, part: slice) -> Any:
+        """[columns, head_dim] of some of a KV head's columns."""
+        _, total, keep = self.softmax.with_sinks(head, part, self.sinks)
         factor = jnp.where(total > 0, keep / total, 0.0)
-        return (self.softmax.weighted[head] * factor).astype(self.rows_out.buffers.dtype).T
+        return (self.softmax.weighted[head, :, part] * factor).astype(self.rows_out.buffers.dtype).T
 
-    def _log_sum_exp(self, head: int, has_tokens: Any) -> Any:
-        """[columns, LANES] of a KV head."""
-        highest, total, _ = self.softmax.with_sinks(head, self.sinks)
+    def _log_sum_exp(self, head: int, part: slice, has_tokens: Any) -> Any:
+        """[columns, LANES] of some of a KV head's columns."""
+        highest, total, _ = self.softmax.with_sinks(head, part, self.sinks)
         found = jnp.where(has_tokens, (highest + jnp.log2(total)) / LOG2_E, -jnp.inf)
         return jnp.broadcast_to(found, (LANES, found.shape[1])).T
 
@@ -215,8 +215,7 @@ def _attend_block(block_io: _Block, fetcher: Fetcher, attend_to: Callable[..., N
             tokens, narrower = fetcher.units_in[slot, 0, TOKENS], 0
             for width in _widths(units.tokens):
                 fits = (tokens > narrower) & (tokens <= width)
-                seen_by_all = narrower + 2 - units.queries if units.sliding_window is None else 0
-                pl.when(fits)(partial(attend_to, count, slot, width, seen_by_all))
+                pl.when(fits)(partial(attend_to, count, slot, width, _seen_by_all(units, narrower)))
                 narrower = width
 
         everything = partial(attend_to, count, slot, units.tokens, units.tokens)
@@ -225,6 +224,15 @@ def _attend_block(block_io: _Block, fetcher: Fetcher, attend_to: Callable[..., N
 
     for_each(0, steps, step)
     pl.when(count > 0)(lambda: block_io.end(block))
+
+
+def _seen_by_all(units: Units, tokens: int) -> int:
+    """Of a unit of more than `tokens`, those of which it is known that all of a block's queries see them."""
+    if units.sliding_window is not None:
+        return 0
+    if LANES % units.queries == 0 or units.tokens % units.queries == 0:  # cuts are multiples in units, too
+        return tokens // units.queries * units.queries
+    return max(0, tokens + 2 - units.queries)
 
 
 def _widths(tokens: int) -> list[int]:
@@ -274,7 +282,7 @@ def ragged_paged_attention(
     blocks.check(sizes, vmem_bytes())
     units = Units(
         seqs=BLOCKS_PER_GROUP,
-        num_groups=-(-(num_tokens // blocks.q_tokens + min(max_seqs, num_tokens)) // BLOCKS_PER_GROUP),
+        num_groups=-(-most_blocks(num_tokens, max_seqs, blocks.q_tokens) // BLOCKS_PER_GROUP),
         table_row=padded(pages_per_seq, TABLE_TILE // math.gcd(TABLE_TILE, BLOCKS_PER_GROUP)),
         lanes=1,
         pages=blocks.kv_tokens // page_size,
@@ -350,7 +358,7 @@ def ragged_paged_attention(
                 turns(LANES, jnp.float32) if return_lse else nothing,
                 pltpu.SemaphoreType.DMA((2,)),
                 replace(heads, packed=1).scratch(LANES) if return_lse else nothing,
-                pltpu.VMEM((heads.columns, LANES), jnp.float32) if return_lse else nothing,
+                pltpu.VMEM((heads.columns // 2, LANES), jnp.float32) if return_lse else nothing,
                 pltpu.SemaphoreType.DMA,
                 by_head(1, heads.columns),
                 by_head(1, heads.columns),

@@ -11,25 +11,25 @@ already makes the next head's scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from ..blockwise import MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
-from ..tpu.control import for_each, largest
+from ..tpu.control import largest
 from ..tpu.products import dot
-from ..tpu.shapes import LANES, SUBLANES, padded
+from ..tpu.shapes import LANES, SUBLANES
 from ..tpu.units import REST, TOKENS, Fetcher
-from .heads import Heads
+from .heads import LANES_AT_ONCE, PIECE, Heads
 
 LOG2_E = math.log2(math.e)
-CHUNK = 512  # tokens whose scores make one product, at most
-MASKED_HEADS = 4  # KV heads in straight-line code where it is compiled for several widths
+CHUNK = 256  # tokens of a piece whose scores make one product
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,20 @@ class Softmax:
     total: Any
     weighted: Any
 
+    def clear(self) -> None:
+        """Once before all blocks."""
+        self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
+
     def reset(self) -> None:
-        """Begins a block. What is in `weighted` counts nothing beside the first score, see `add`."""
+        """Begins a block."""
         self.highest[...] = jnp.full(self.highest.shape, MASKED, jnp.float32)
         self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
 
-    def clear(self) -> None:
-        """For a block without scores."""
-        self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
+    def take(self, head: int, part: slice) -> Any:
+        """The weighted values of some columns, which are zero from now on."""
+        taken = self.weighted[head, :, part]
+        self.weighted[head, :, part] = jnp.zeros(taken.shape, jnp.float32)
+        return taken
 
     def with_sinks(self, head: int, part: slice, sinks: Any) -> tuple[Any, Any, Any]:
         """The highest score and the sum of some columns with their sinks, and what `weighted` then counts.
@@ -80,21 +86,24 @@ class Softmax:
         old, sink = self.highest[head, :, part], sinks[head, :, part]
         new = jnp.maximum(old, sink)
         keep = jnp.exp2(old - new)
-        return new, self.total[head, :, part] * keep + jnp.where(sink > MASKED, jnp.exp2(sink - new), 0.0), keep
+        return (
+            new,
+            self.total[head, :, part] * keep + jnp.where(sink > MASKED, jnp.exp2(sink - new), 0.0),
+            keep,
+        )
 
-    def raise_to(self, head: Any, highest: Any) -> tuple[Any, Any]:
+    def raise_to(self, head: Any, part: slice, highest: Any) -> tuple[Any, Any]:
         """The highest score of a head's columns with `highest`, and what the sums so far then count."""
-        old = self.highest[head]
+        old = self.highest[head, :, part]
         new = jnp.maximum(old, highest)
-        self.highest[head] = new
+        self.highest[head, :, part] = new
         return new, jnp.exp2(old - new)
 
-    def add(self, head: Any, keep: Any, sums: Any) -> None:
+    def add(self, head: Any, part: slice, keep: Any, sums: Any) -> None:
         """Adds [head_dim + SUBLANES, columns]: weighted values, and below them the weights' sums."""
         head_dim = self.weighted.shape[1]
-        self.total[head] = self.total[head] * keep + sums[head_dim : head_dim + 1]
-        kept = jnp.where(keep > 0, self.weighted[head] * keep, 0.0)  # 0 times another block's NaN is NaN
-        self.weighted[head] = kept + sums[:head_dim]
+        self.total[head, :, part] = self.total[head, :, part] * keep + sums[head_dim : head_dim + 1]
+        self.weighted[head, :, part] = self.weighted[head, :, part] * keep + sums[:head_dim]
 
 
 def attend(
@@ -105,81 +114,130 @@ def attend(
     softmax: Softmax,
     count: Any,
     slot: Any,
+    start: Any,
     width: int,
     seen_by_all: int,
 ) -> None:
-    """Adds the first `width` tokens of a slot's unit to the softmax of a block.
+    """Adds `width` tokens of a slot's unit to the softmax of a block.
 
     Args:
         attention, kv_pages: static.
         queries: the block's, `Heads.scratch`.
         count: query tokens of the block.
         slot: of the unit.
+        start: the first token, a multiple of PIECE.
         width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
     """
-    unit, block = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0]
-    size = padded(-(-width // -(-width // CHUNK)))
-    parts = [slice(begin, min(begin + size, width)) for begin in range(0, width, size)]
+    unit, block, heads = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0], attention.heads
+    lanes = max(LANES_AT_ONCE, heads.together)
+    lanes = lanes if heads.columns % lanes == 0 else heads.columns
 
-    def loaded(kind: int, head: Any, part: slice) -> Any:
-        return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
+    def loaded(kind: int, head: int, part: slice) -> Any:
+        place = pl.ds(start + part.start, part.stop - part.start)
+        return decode_bits(kv_pages, block[kind, head, place]).astype(attention.dtype)
 
-    def scores(head: Any, part: slice) -> Any:
-        columns = attention.heads.columns_of(head, queries).astype(attention.dtype)
-        found = dot(loaded(KEYS, head, part), columns, contract=(1, 1))
+    def masked_from(part: slice) -> int:
+        """The place in a part where tokens may be unseen."""
+        return max(0, min(seen_by_all, part.stop - LANES) // LANES * LANES - part.start)
+
+    def scores(item: Item, part: slice) -> Any:
+        columns = heads.columns_of(item.head, item.columns, queries)
+        found = dot(loaded(KEYS, item.head, part), columns.astype(attention.dtype), contract=(1, 1))
         if attention.soft_cap is None:
             found *= attention.scale * LOG2_E
         else:
             found = attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
         if part.stop <= seen_by_all:
             return found
-        first = max(0, min(seen_by_all, part.stop - LANES) // LANES * LANES - part.start)
+        first = masked_from(part)
         last = found[first:]
         token = lax.broadcasted_iota(jnp.int32, last.shape, 0) + (part.start + first)
-        column = lax.broadcasted_iota(jnp.int32, (1, attention.heads.columns), 1)
-        beyond = unit[REST] - count + 1 + attention.heads.token(column)  # the first unseen token
+        column = lax.broadcasted_iota(jnp.int32, (1, lanes), 1) + item.columns.start
+        beyond = unit[REST] - start - count + 1 + heads.token(column)  # the first unseen token
         seen = token < beyond
         if attention.sliding_window is not None:
             seen &= token >= beyond - attention.sliding_window
         last = jnp.where(seen, last, MASKED)
         return jnp.concatenate([found[:first], last]) if first else last
 
-    def values_and_ones(head: Any, part: slice) -> Any:
+    def values_and_ones(head: int, part: slice) -> Any:
         values = loaded(VALUES, head, part)
         if part.stop > seen_by_all:  # what lies behind the tokens may be NaN, as is 0 times that
-            first = max(0, min(seen_by_all, part.stop - LANES) // LANES * LANES - part.start)
+            first = masked_from(part)
             last = values[first:]
-            held = lax.broadcasted_iota(jnp.int32, last.shape, 0) + (part.start + first) < unit[TOKENS]
-            last = jnp.where(held, last, jnp.zeros_like(last))
+            held = lax.broadcasted_iota(jnp.int32, last.shape, 0) + (part.start + first)
+            last = jnp.where(held < unit[TOKENS] - start, last, jnp.zeros_like(last))
             values = jnp.concatenate([values[:first], last]) if first else last
         return jnp.concatenate([values.T, jnp.ones((SUBLANES, values.shape[0]), attention.dtype)])
 
-    def add(head: Any, these: list[Any], begin_next: Callable[[slice], None]) -> None:
-        highest, keep = softmax.raise_to(
-            head, largest([jnp.max(found, axis=0, keepdims=True) for found in these])
-        )
+    values = list[Any]()  # of the head and the piece in use
+
+    def add(item: Item, these: list[Any], begin_later: Callable[[int], None]) -> None:
+        if item.columns.start == 0:
+            values[:] = [values_and_ones(item.head, part) for part in item.parts]
+        most = largest([jnp.max(found, axis=0, keepdims=True) for found in these])
+        highest, keep = softmax.raise_to(item.head, item.columns, most)
         sums: Any = 0.0
-        for part, part_scores in zip(parts, these, strict=True):
-            begin_next(part)
-            weights = jnp.exp2(part_scores - highest).astype(attention.dtype)
-            sums += dot(values_and_ones(head, part), weights, contract=(1, 0))
-        softmax.add(head, keep, sums)
+        for i, found in enumerate(these):
+            begin_later(i)
+            weights = jnp.exp2(found - highest).astype(attention.dtype)
+            sums += dot(values[i], weights, contract=(1, 0))
+        softmax.add(item.head, item.columns, keep, sums)
 
-    def run(heads: Sequence[Any]) -> None:
-        """These heads one after the other, each beside the next one's scores."""
-        coming = [scores(heads[0], part) for part in parts]
-        for head, following in zip_longest(heads, heads[1:]):
-            these, coming = coming, list[Any]()
+    items = [
+        Item(head, columns, piece)
+        for piece in _cut(slice(0, width), PIECE)
+        for head in range(heads.num_kv_heads)
+        for columns in _cut(slice(0, heads.columns), lanes)
+    ]
+    _take(items, 2 if width >= PIECE else 4, scores, add)
 
-            def begin_next(part: slice, following: Any = following, coming: list[Any] = coming) -> None:
-                if following is not None:
-                    coming.append(scores(following, part))
 
-            add(head, these, begin_next)
+def _take(
+    items: list[Item],
+    ahead: int,
+    scores: Callable[[Item, slice], Any],
+    add: Callable[[Item, list[Any], Callable[[int], None]], None],
+) -> None:
+    """Takes items one after the other.
 
-    heads = attention.heads.num_kv_heads
-    together = heads
-    if together == heads:
-        run(range(heads))
-    else:
-        for_each(0, heads // together, lambda i: run([together * i + j for j in range(together)]))
+    The compiler keeps the order of products. So an item's scores are made beside the weights of the one that
+    is `ahead` items before it, part by part.
+    """
+    coming = [[scores(item, part) for part in item.parts] for item in items[:ahead]]
+    for item, later in zip_longest(items, items[ahead:]):
+        found = list[Any]()
+
+        def begin_later(i: int, later: Item | None = later, found: list[Any] = found) -> None:
+            if later is not None and i < len(later.parts):
+                found.append(scores(later, later.parts[i]))
+
+        add(item, coming.pop(0), begin_later)
+        for i in range(len(item.parts), len(later.parts) if later else 0):
+            begin_later(i)
+        coming.append(found)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Some columns of a KV head and some tokens: scores that are in registers together.
+
+    Attributes:
+        head: the KV head.
+        columns: its columns.
+        piece: the tokens.
+    """
+
+    head: int
+    columns: slice
+    piece: slice
+
+    @property
+    def parts(self) -> list[slice]:
+        """The tokens of one product each: two where both fill a matrix unit."""
+        whole = self.piece.stop - self.piece.start == PIECE
+        return _cut(self.piece, CHUNK) if whole else [self.piece]
+
+
+def _cut(tokens: slice, size: int) -> list[slice]:
+    return [slice(begin, min(begin + size, tokens.stop)) for begin in range(tokens.start, tokens.stop, size)]

@@ -21,6 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..tpu.shapes import SUBLANES, padded
 
+# What is taken into the softmax at once: a product's result that is not too large for the registers.
+PIECE = 512  # tokens, at most
+LANES_AT_ONCE = 256  # columns, if a KV head has that many or more
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -40,14 +44,19 @@ class Heads:
     packed: int
 
     @classmethod
-    def of(cls, num_kv_heads: int, group: int, q_tokens: int, query_dtype: Any) -> Heads:
-        """For queries and output of a dtype."""
-        return cls(num_kv_heads, group, q_tokens, 2 if query_dtype == jnp.bfloat16 and group % 2 == 0 else 1)
+    def of(cls, num_kv_heads: int, group: int, q_tokens: int, num_bytes: int) -> Heads:
+        """For queries and output whose numbers have 2 or 4 bytes."""
+        return cls(num_kv_heads, group, q_tokens, 2 if num_bytes == 2 and group % 2 == 0 else 1)
 
     @property
     def columns(self) -> int:
         """Of a KV head."""
         return self.group * self.q_tokens
+
+    @property
+    def together(self) -> int:
+        """Columns whose words lie at one distance."""
+        return self.q_tokens // 2 * self.packed
 
     @property
     def words(self) -> int:
@@ -66,7 +75,7 @@ class Heads:
     def token(self, column: Any) -> Any:
         """The place in the block of a column's token."""
         odd = jnp.where(column < self.columns // 2, 0, 1)
-        return lax.rem(column, self.q_tokens // 2 * self.packed) // self.packed * 2 + odd
+        return lax.rem(column, self.together) // self.packed * 2 + odd
 
     def by_column(self, numbers: Any) -> Any:
         """[num_q_heads] -> [num_kv_heads, 1, columns]."""
@@ -83,9 +92,12 @@ class Heads:
             for first, place in self._row(token):
                 words[place] = row[first : first + place.size]
 
-    def columns_of(self, head: int, words: Any) -> Any:
-        """[columns, numbers] of a KV head, from words."""
-        found = [words[place] for odd in (0, 1) for place in self._columns(head, odd)]
+    def columns_of(self, head: int, columns: slice, words: Any) -> Any:
+        """Some of a KV head's columns, [columns, numbers], from words: whole multiples of `together`."""
+        places = self._columns(head, 0) + self._columns(head, 1)
+        found = [
+            words[place] for place in places[columns.start // self.together : columns.stop // self.together]
+        ]
         found = [pltpu.bitcast(piece, jnp.bfloat16) for piece in found] if self.packed == 2 else found
         return jnp.concatenate(found)
 

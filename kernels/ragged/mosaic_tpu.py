@@ -31,7 +31,7 @@ from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.units import FULL, TABLE_TILE, TOKENS, WHOLE, Fetcher, Units, fetcher_scratch
 from .blocks import RaggedBlocks, Sizes, default_blocks
 from .columns import LOG2_E, Attention, Softmax, attend
-from .heads import Heads
+from .heads import PIECE, Heads
 from .query_blocks import QueryBlocks, RaggedRows, cut_queries, most_blocks
 
 BLOCKS_PER_GROUP = 8
@@ -64,13 +64,17 @@ class _Block:
     def place(self, block: Any) -> tuple[Any, Any, Any]:
         return block, self.blocks.starts[block], self.blocks.counts[block]
 
+    def prepare(self) -> None:
+        """Before the first block."""
+        self.rows_in.start(*self.place(0))
+        self.softmax.clear()
+
     def begin(self, block: Any) -> None:
         """Takes the block's queries, and starts the copy of the next one's."""
         self.rows_in.wait(*self.place(block))
         pl.when(block + 1 < self.blocks.used[0])(lambda: self.rows_in.start(*self.place(block + 1)))
         self.attention.heads.take(self.rows_in.buffers.at[lax.rem(block, 2)], self.words)
         self.softmax.reset()
-        pl.when(self.blocks.kv_lens[block] == 0)(self.softmax.clear)
 
     def end(self, block: Any) -> None:
         """Writes the block's output."""
@@ -103,7 +107,7 @@ class _Block:
         """[columns, head_dim] of some of a KV head's columns."""
         _, total, keep = self.softmax.with_sinks(head, part, self.sinks)
         factor = jnp.where(total > 0, keep / total, 0.0)
-        return (self.softmax.weighted[head, :, part] * factor).astype(self.rows_out.buffers.dtype).T
+        return (self.softmax.take(head, part) * factor).astype(self.rows_out.buffers.dtype).T
 
     def _log_sum_exp(self, head: int, part: slice, has_tokens: Any) -> Any:
         """[columns, LANES] of some of a KV head's columns."""
@@ -136,7 +140,7 @@ def _kernel(
 
     Args:
         attention, units, kv_pages, return_lse: static; of `kv_pages` only what it says of its data.
-        kv_lens, starts, counts, used: see `QueryBlocks`, in scalar memory.
+        kv_lens, starts, counts, used: see `QueryBlocks`, in scalar memory; used[1] are the sequences.
         decoding: [max_seqs] int32 in scalar memory, the row of a sequence's single new token, or -1.
         queries_hbm, output_hbm: [num_tokens, num_q_heads, head_dim].
         decoded_hbm, decoded_lse_hbm: [max_seqs, num_q_heads, head_dim | LANES], what the rows of `decoding`
@@ -173,7 +177,7 @@ def _kernel(
                     ends = source.at[pl.ds(sequence, 1)], target.at[pl.ds(decoding[sequence], 1)]
                     act(pltpu.make_async_copy(*ends, decoded_sem))
 
-        for_each(0, decoding.shape[0], row)
+        for_each(0, used[1], row)
 
     @pl.when(group == 0)
     def _() -> None:
@@ -181,8 +185,7 @@ def _kernel(
 
         @pl.when(used[0] > 0)
         def _() -> None:
-            block_io.rows_in.start(*block_io.place(0))
-            fetcher.begin()
+            fetcher.begin(meanwhile=block_io.prepare)
 
     @pl.when(group < fetcher.num_groups)
     def _() -> None:
@@ -212,13 +215,17 @@ def _attend_block(block_io: _Block, fetcher: Fetcher, attend_to: Callable[..., N
         if_then_else(waiting, lambda: fetcher.wait_whole(slot), lambda: fetcher.wait(slot))
 
         def edge() -> None:
-            tokens, narrower = fetcher.units_in[slot, 0, TOKENS], 0
-            for width in _widths(units.tokens):
-                fits = (tokens > narrower) & (tokens <= width)
-                pl.when(fits)(partial(attend_to, count, slot, width, _seen_by_all(units, narrower)))
+            tokens, start, narrower = fetcher.units_in[slot, 0, TOKENS], 0, 0
+            if _even(units) and units.tokens > PIECE:
+                pieces = jnp.maximum(tokens - 1, 0) // PIECE  # which all queries see
+                for_each(0, pieces, lambda i: attend_to(count, slot, _piece(i), PIECE, PIECE))
+                start = _piece(pieces)
+            for width in _widths(min(units.tokens, PIECE) if _even(units) else units.tokens):
+                fits = (tokens - start > narrower) & (tokens - start <= width)
+                pl.when(fits)(partial(attend_to, count, slot, start, width, _seen_by_all(units, narrower)))
                 narrower = width
 
-        everything = partial(attend_to, count, slot, units.tokens, units.tokens)
+        everything = partial(attend_to, count, slot, 0, units.tokens, units.tokens)
         if_then_else(fetcher.step_in[slot, FULL] == 1, everything, edge)
         fetcher.describe()
 
@@ -226,13 +233,22 @@ def _attend_block(block_io: _Block, fetcher: Fetcher, attend_to: Callable[..., N
     pl.when(count > 0)(lambda: block_io.end(block))
 
 
+def _even(units: Units) -> bool:
+    """Whether the places in a unit where query blocks are cut are multiples of their size."""
+    divides = LANES % units.queries == 0 or units.tokens % units.queries == 0
+    pieces = units.tokens <= PIECE or (units.tokens % PIECE == 0 and PIECE % units.queries == 0)
+    return divides and pieces and units.sliding_window is None
+
+
+def _piece(i: Any) -> Any:
+    return pl.multiple_of(i * PIECE, PIECE)
+
+
 def _seen_by_all(units: Units, tokens: int) -> int:
     """Of a unit of more than `tokens`, those of which it is known that all of a block's queries see them."""
     if units.sliding_window is not None:
         return 0
-    if LANES % units.queries == 0 or units.tokens % units.queries == 0:  # cuts are multiples in units, too
-        return tokens // units.queries * units.queries
-    return max(0, tokens + 2 - units.queries)
+    return tokens // units.queries * units.queries if _even(units) else max(0, tokens + 2 - units.queries)
 
 
 def _widths(tokens: int) -> list[int]:
@@ -293,7 +309,7 @@ def ragged_paged_attention(
     )
     units.check()
     both_bfloat16 = queries.dtype == kv_pages.dtype == jnp.bfloat16
-    heads = Heads.of(num_kv_heads, num_q_heads // num_kv_heads, blocks.q_tokens, queries.dtype)
+    heads = Heads.of(num_kv_heads, num_q_heads // num_kv_heads, blocks.q_tokens, queries.dtype.itemsize)
     attention = Attention(
         heads,
         scale,
@@ -376,7 +392,7 @@ def ragged_paged_attention(
         cut.kv_lens,
         cut.starts,
         cut.counts,
-        cut.used,
+        jnp.concatenate([cut.used, num_seqs]),
         jnp.where(decodes, query_starts[:-1], -1),
         queries,
         decoded,

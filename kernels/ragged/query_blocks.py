@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from ..tpu.control import for_each
+
 
 @dataclass(frozen=True)
 class QueryBlocks:
@@ -87,13 +89,20 @@ class RaggedRows:
         self._pieces(block, start, count, lambda copy: copy.wait())
 
     def _pieces(self, block: Any, start: Any, count: Any, act: Callable[[Any], None]) -> None:
-        slot = lax.rem(block, 2)
-        size = self.buffers.shape[1]
-        while size:
-            if size <= self.hbm.shape[0]:
-                before = count & -(2 * size)
-                pl.when((count & size) != 0)(partial(self._piece, slot, start, before, size, act))
-            size //= 2
+        slot, most = lax.rem(block, 2), self.buffers.shape[1]
+
+        def digits(_: Any) -> None:
+            size = most // 2
+            while size:
+                if size <= self.hbm.shape[0]:
+                    before = count & -(2 * size)
+                    pl.when((count & size) != 0)(partial(self._piece, slot, start, before, size, act))
+                size //= 2
+
+        if most <= self.hbm.shape[0]:
+            pl.when(count == most)(partial(self._piece, slot, start, 0, most, act))
+        # a loop is jumped over, whereas small branches are executed and their effects left out
+        for_each(0, (count < most).astype(jnp.int32), digits)
 
     def _piece(self, slot: Any, start: Any, before: Any, size: int, act: Callable[[Any], None]) -> None:
         hbm = self.hbm.at[pl.ds(start + before, size)]

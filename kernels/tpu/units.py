@@ -139,15 +139,15 @@ class Fetcher:
     units_in: Any
     step_in: Any
 
-    def begin(self) -> None:
-        """Describes the first `depth` steps, and starts the copies of all but the last of them."""
-        for group in range(min(TABLES - 1, self.units.num_groups)):
+    def begin(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Describes the first `depth` steps, and starts the copies of all but the last of them.
 
-            @pl.when(group < self.num_groups)
-            def _(group: int = group) -> None:
-                self._copy_table(group).start()
-                self._copy_table(group).wait()
-
+        Args:
+            meanwhile: called while the page table is under way.
+        """
+        self._first_tables(lambda copy: copy.start())
+        meanwhile()
+        self._first_tables(lambda copy: copy.wait())
         self.cursor[SEQUENCE] = 0
         self.cursor[PAGE] = self.units.first_page(self.kv_lens[0])
         self.cursor[GROUP] = 0
@@ -155,6 +155,10 @@ class Fetcher:
         self.cursor[USED_SLOT] = 0
         for_each(0, self.units.depth - 1, lambda _: self.start(self.describe()))
         self.describe()
+
+    def _first_tables(self, act: Callable[[Any], None]) -> None:
+        for group in range(min(TABLES - 1, self.units.num_groups)):
+            pl.when(group < self.num_groups)(lambda group=group: act(self._copy_table(group)))
 
     def begin_group(self) -> None:
         """Starts the copy of a later group's rows of the page table, and waits for the one before."""

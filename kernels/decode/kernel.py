@@ -161,7 +161,7 @@ def kernel(
             for copy in lengths:
                 copy.start()
             start_group(0)
-            fetcher.begin(*lengths)
+            fetcher.begin(meanwhile=lambda: [copy.wait() for copy in lengths])
 
     pl.when(group + 1 < used)(lambda: start_group(group + 1))
     softmax.begin_group()

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from ..block_sizes import Key, tuned_blocks
 from ..tpu.shapes import LANES, SUBLANES, padded
+from .heads import LANES_AT_ONCE, PIECE, Heads
 
-COLUMNS, MOST_TOKENS, LEAST_QUERIES = 512, 2048, 16
+MOST_ROWS = 4096  # of queries in a block: more take longer to begin and end, and hide no more
+LEAST_QUERIES, MOST_QUERIES = 16, 256  # the latter as the diagonal's unseen half is computed, too
+MOST_TOKENS = 1024
 MOST_HEAD_TOKENS = 4096  # of all KV heads in a piece of the cache: more do not lower the cost per token
 MOST_DEPTH = 4
 
@@ -81,15 +84,24 @@ class RaggedBlocks:
         """Bytes of vector memory for what outlives a step: rows, softmax and pieces of the cache."""
         head_dim = padded(sizes.head_dim)
         rows = self.q_tokens * sizes.num_q_heads
-        blocks = (2 + 1 + 2) * rows * head_dim * sizes.query_bytes  # coming, in use, going
-        log_sum_exp = 2 * rows * LANES * 4 if sizes.return_lse else 0
+        coming_and_going = 2 * 2 * rows * head_dim * sizes.query_bytes
+        words = self._words(sizes, sizes.query_bytes) * head_dim * 4
+        log_sum_exp = 2 * rows + self._words(sizes, 4) + rows // sizes.num_kv_heads // 2
+        log_sum_exp = log_sum_exp * LANES * 4 if sizes.return_lse else 0
         softmax = rows * (2 * SUBLANES + padded(sizes.head_dim, SUBLANES)) * 4
-        return blocks + log_sum_exp + softmax + self.depth * self.kv_tokens * sizes.token_bytes
+        piece = self.kv_tokens * sizes.token_bytes
+        return coming_and_going + words + log_sum_exp + softmax + self.depth * piece
+
+    def _words(self, sizes: Sizes, num_bytes: int) -> int:
+        heads = Heads.of(
+            sizes.num_kv_heads, sizes.num_q_heads // sizes.num_kv_heads, self.q_tokens, num_bytes
+        )
+        return heads.scratch_rows
 
     def step_bytes(self, sizes: Sizes) -> int:
-        """About the bytes of vector memory that a step's own numbers take: two heads' scores and weights."""
-        columns = self.q_tokens * sizes.num_q_heads // sizes.num_kv_heads
-        return 2 * self.kv_tokens * columns * (4 + sizes.query_bytes)
+        """About the bytes of vector memory that a step's own numbers take: some items' scores and weights."""
+        columns = min(LANES_AT_ONCE, self.q_tokens * sizes.num_q_heads // sizes.num_kv_heads)
+        return 4 * min(self.kv_tokens, PIECE) * columns * (4 + sizes.query_bytes)
 
 
 def default_blocks(sizes: Sizes, *, pages_per_seq: int, vmem_bytes: int) -> RaggedBlocks:
@@ -105,8 +117,8 @@ def default_blocks(sizes: Sizes, *, pages_per_seq: int, vmem_bytes: int) -> Ragg
         return blocks.scratch_bytes(sizes) + blocks.step_bytes(sizes) <= vmem_bytes * 3 // 4
 
     least = math.lcm(LANES, sizes.page_size)
-    group = sizes.num_q_heads // sizes.num_kv_heads
-    q_tokens = 1 << (max(COLUMNS // group, LEAST_QUERIES).bit_length() - 1)
+    q_tokens = max(LEAST_QUERIES, min(MOST_QUERIES, MOST_ROWS // sizes.num_q_heads))
+    q_tokens = 1 << (q_tokens.bit_length() - 1)
     while q_tokens > LEAST_QUERIES and not fits(RaggedBlocks(q_tokens, least)):
         q_tokens //= 2
     kv_tokens = least

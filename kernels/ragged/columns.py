@@ -14,24 +14,25 @@ weights are multiplied with a head's column of them, and the weights are summed 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from ..blockwise import MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
-from ..tpu.control import for_each
+from ..tpu.control import largest
 from ..tpu.products import dot
-from ..tpu.shapes import SUBLANES
+from ..tpu.shapes import LANES, SUBLANES
 from ..tpu.units import REST, TOKENS, Fetcher
+from .heads import LANES_AT_ONCE, PIECE, Heads
 
 LOG2_E = math.log2(math.e)
-CHUNK = 512  # tokens whose scores make one product, at most
-MASKED_HEADS = 4  # KV heads in straight-line code where it is compiled for several widths
+CHUNK = 256  # tokens of a piece whose scores make one product
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,16 @@ class Attention:
     """What the kernel computes, besides the cutting.
 
     Attributes:
-        num_kv_heads, group: KV heads, and query heads of each.
-        q_tokens: query tokens in a block, at most; a KV head has group * q_tokens columns.
+        heads: which columns there are.
         scale, soft_cap, sliding_window: as in `vsurge.kernels.ragged_paged_attention`.
         dtype: of the factors of products, bfloat16 or float32.
     """
 
-    num_kv_heads: int
-    group: int
-    q_tokens: int
+    heads: Heads
     scale: float
     soft_cap: float | None
     sliding_window: int | None
     dtype: Any
-
-    @property
-    def columns(self) -> int:
-        return self.group * self.q_tokens
 
 
 @dataclass(frozen=True)
@@ -71,32 +65,53 @@ class Softmax:
     total: Any
     weighted: Any
 
-    def reset(self, sinks: Any) -> None:
-        """Begins with the sinks, scores without a value; MASKED is none."""
-        self.highest[...] = sinks[...]
-        self.total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0).astype(jnp.float32)
+    def clear(self) -> None:
+        """Once before all blocks."""
         self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)
 
-    def raise_to(self, head: Any, highest: Any) -> tuple[Any, Any]:
+    def reset(self) -> None:
+        """Begins a block."""
+        self.highest[...] = jnp.full(self.highest.shape, MASKED, jnp.float32)
+        self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
+
+    def take(self, head: int, part: slice) -> Any:
+        """The weighted values of some columns, which are zero from now on."""
+        taken = self.weighted[head, :, part]
+        self.weighted[head, :, part] = jnp.zeros(taken.shape, jnp.float32)
+        return taken
+
+    def with_sinks(self, head: int, part: slice, sinks: Any) -> tuple[Any, Any, Any]:
+        """The highest score and the sum of some columns with their sinks, and what `weighted` then counts.
+
+        Args:
+            sinks: [num_kv_heads, 1, columns], scores without a value; MASKED for none.
+        """
+        old, sink = self.highest[head, :, part], sinks[head, :, part]
+        new = jnp.maximum(old, sink)
+        keep = jnp.exp2(old - new)
+        return (
+            new,
+            self.total[head, :, part] * keep + jnp.where(sink > MASKED, jnp.exp2(sink - new), 0.0),
+            keep,
+        )
+
+    def raise_to(self, head: Any, part: slice, highest: Any) -> tuple[Any, Any]:
         """The highest score of a head's columns with `highest`, and what the sums so far then count."""
-        old = self.highest[head]
+        old = self.highest[head, :, part]
         new = jnp.maximum(old, highest)
-        self.highest[head] = new
+        self.highest[head, :, part] = new
         return new, jnp.exp2(old - new)
 
-    def add(self, head: Any, keep: Any, sums: Any) -> None:
+    def add(self, head: Any, part: slice, keep: Any, sums: Any) -> None:
         """Adds [head_dim + SUBLANES, columns]: weighted values, and below them the weights' sums."""
         head_dim = self.weighted.shape[1]
-        self.total[head] = self.total[head] * keep + sums[head_dim : head_dim + 1]
-        self.weighted[head] = self.weighted[head] * keep + sums[:head_dim]
+        self.total[head, :, part] = self.total[head, :, part] * keep + sums[head_dim : head_dim + 1]
+        self.weighted[head, :, part] = self.weighted[head, :, part] * keep + sums[:head_dim]
 
 
-def column_of(columns: Any, head: Any) -> Any:
-    """A head's column [tokens, 1] of [tokens, num_kv_heads], which may hold NaN elsewhere."""
-    if isinstance(head, int):
-        return columns[:, head : head + 1]
-    here = lax.broadcasted_iota(jnp.int32, columns.shape, 1) == head
-    return jnp.sum(jnp.where(here, columns, 0.0), axis=1, keepdims=True)
+def column_of(columns: Any, head: int) -> Any:
+    """A head's column [tokens, 1] of [tokens, num_kv_heads]."""
+    return columns[:, head : head + 1]
 
 
 def zero_behind(rows: Any, count: Any) -> Any:
@@ -109,15 +124,14 @@ def weighted_sums(values: Any, scales: Any, weights: Any) -> Any:
     """Sums over tokens [head_dim + SUBLANES, columns]: weighted values, and below them the weights alone.
 
     Args:
-        values: [tokens, head_dim].
+        values: [head_dim, tokens] if there are scales, else [head_dim + SUBLANES, tokens], ones at the end.
         scales: of the values, [tokens, 1] float32, or None.
         weights: [tokens, columns] float32.
     """
     if scales is None:
-        ones = jnp.ones((SUBLANES, values.shape[0]), values.dtype)
-        return dot(jnp.concatenate([values.T, ones]), weights.astype(values.dtype), contract=(1, 0))
+        return dot(values, weights.astype(values.dtype), contract=(1, 0))
     total = jnp.sum(weights, axis=0, keepdims=True)
-    weighted = dot(values.T, (weights * scales).astype(values.dtype), contract=(1, 0))
+    weighted = dot(values, (weights * scales).astype(values.dtype), contract=(1, 0))
     return jnp.concatenate([weighted, jnp.broadcast_to(total, (SUBLANES, total.shape[1]))])
 
 
@@ -129,79 +143,141 @@ def attend(
     softmax: Softmax,
     count: Any,
     slot: Any,
+    start: Any,
     width: int,
     seen_by_all: int,
 ) -> None:
-    """Adds the first `width` tokens of a slot's unit to the softmax of a block.
+    """Adds `width` tokens of a slot's unit to the softmax of a block.
 
     Args:
         attention, kv_pages: static.
-        queries: [num_kv_heads, columns, head_dim].
+        queries: the block's, `Heads.scratch`.
         count: query tokens of the block.
         slot: of the unit.
+        start: the first token, a multiple of PIECE.
         width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
     """
-    unit, block = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0]
-    chunk = width // -(-width // CHUNK)
-    parts = [slice(begin, begin + chunk) for begin in range(0, width, chunk)]
+    unit, block, heads = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0], attention.heads
+    lanes = max(LANES_AT_ONCE, heads.together)
+    lanes = lanes if heads.columns % lanes == 0 else heads.columns
     quantized = fetcher.scales is not None
-    scales = [fetcher.scales_of(slot, 0, kind, width).T for kind in (KEYS, VALUES)] if quantized else []
+    scales = (
+        [fetcher.scales_of(slot, 0, kind, width, start).T for kind in (KEYS, VALUES)] if quantized else []
+    )
 
-    def loaded(kind: int, head: Any, part: slice) -> Any:
-        return decode_bits(kv_pages, block[kind, head, part]).astype(attention.dtype)
+    def loaded(kind: int, head: int, part: slice) -> Any:
+        place = pl.ds(start + part.start, part.stop - part.start)
+        return decode_bits(kv_pages, block[kind, head, place]).astype(attention.dtype)
 
-    def scores(head: Any, part: slice) -> Any:
-        found = dot(loaded(KEYS, head, part), queries[head], contract=(1, 1))
+    def masked_from(part: slice) -> int:
+        """The place in a part where tokens may be unseen."""
+        return max(0, min(seen_by_all, part.stop - LANES) // LANES * LANES - part.start)
+
+    def scores(item: Item, part: slice) -> Any:
+        columns = heads.columns_of(item.head, item.columns, queries)
+        found = dot(loaded(KEYS, item.head, part), columns.astype(attention.dtype), contract=(1, 1))
         if quantized:
-            found *= column_of(scales[KEYS][part], head)
+            found *= column_of(scales[KEYS][part], item.head)
         if attention.soft_cap is None:
             found *= attention.scale * LOG2_E
         else:
             found = attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
         if part.stop <= seen_by_all:
             return found
-        token = lax.broadcasted_iota(jnp.int32, found.shape, 0) + part.start
-        column = lax.broadcasted_iota(jnp.int32, (1, attention.columns), 1)
-        beyond = unit[REST] - count + 1 + lax.rem(column, attention.q_tokens)  # the first unseen token
+        first = masked_from(part)
+        last = found[first:]
+        token = lax.broadcasted_iota(jnp.int32, last.shape, 0) + (part.start + first)
+        column = lax.broadcasted_iota(jnp.int32, (1, lanes), 1) + item.columns.start
+        beyond = unit[REST] - start - count + 1 + heads.token(column)  # the first unseen token
         seen = token < beyond
         if attention.sliding_window is not None:
             seen &= token >= beyond - attention.sliding_window
-        return jnp.where(seen, found, MASKED)
+        last = jnp.where(seen, last, MASKED)
+        return jnp.concatenate([found[:first], last]) if first else last
 
-    def sums_of(head: Any, part: slice, weights: Any) -> Any:
-        values = loaded(VALUES, head, part)
-        value_scales = column_of(scales[VALUES][part], head) if quantized else None
-        if part.stop > seen_by_all:
-            values = zero_behind(values, unit[TOKENS] - part.start)
-            value_scales = zero_behind(value_scales, unit[TOKENS] - part.start) if quantized else None
-        return weighted_sums(values, value_scales, weights)
+    def held(rows: Any, part: slice) -> Any:
+        """Rows of a part; what lies behind the tokens, which may be NaN, as zeros: 0 times NaN is NaN."""
+        if part.stop <= seen_by_all:
+            return rows
+        first = masked_from(part)
+        last = zero_behind(rows[first:], unit[TOKENS] - start - (part.start + first))
+        return jnp.concatenate([rows[:first], last]) if first else last
 
-    def add(head: Any, these: list[Any], begin_next: Callable[[slice], None]) -> None:
-        most = these[0]
-        for others in these[1:]:
-            most = jnp.maximum(most, others)
-        highest, keep = softmax.raise_to(head, jnp.max(most, axis=0, keepdims=True))
+    def operands(head: int, part: slice) -> tuple[Any, Any]:
+        """The first two arguments of `weighted_sums`."""
+        values = held(loaded(VALUES, head, part), part).T
+        if quantized:
+            return values, held(column_of(scales[VALUES][part], head), part)
+        return jnp.concatenate([values, jnp.ones((SUBLANES, values.shape[1]), values.dtype)]), None
+
+    values = list[tuple[Any, Any]]()  # of the head and the piece in use
+
+    def add(item: Item, these: list[Any], begin_later: Callable[[int], None]) -> None:
+        if item.columns.start == 0:
+            values[:] = [operands(item.head, part) for part in item.parts]
+        most = largest([jnp.max(found, axis=0, keepdims=True) for found in these])
+        highest, keep = softmax.raise_to(item.head, item.columns, most)
         sums: Any = 0.0
-        for part, part_scores in zip(parts, these, strict=True):
-            begin_next(part)
-            sums += sums_of(head, part, jnp.exp2(part_scores - highest))
-        softmax.add(head, keep, sums)
+        for i, found in enumerate(these):
+            begin_later(i)
+            operand, value_scales = values[i]
+            sums += weighted_sums(operand, value_scales, jnp.exp2(found - highest))
+        softmax.add(item.head, item.columns, keep, sums)
 
-    def run(heads: Sequence[Any]) -> None:
-        """These heads one after the other, each beside the next one's scores."""
-        coming = [scores(heads[0], part) for part in parts]
-        for head, following in zip_longest(heads, heads[1:]):
-            these, coming = coming, list[Any]()
+    items = [
+        Item(head, columns, piece)
+        for piece in _cut(slice(0, width), PIECE)
+        for head in range(heads.num_kv_heads)
+        for columns in _cut(slice(0, heads.columns), lanes)
+    ]
+    _take(items, 2 if width >= PIECE else 4, scores, add)
 
-            def begin_next(part: slice, following: Any = following, coming: list[Any] = coming) -> None:
-                if following is not None:
-                    coming.append(scores(following, part))
 
-            add(head, these, begin_next)
+def _take(
+    items: list[Item],
+    ahead: int,
+    scores: Callable[[Item, slice], Any],
+    add: Callable[[Item, list[Any], Callable[[int], None]], None],
+) -> None:
+    """Takes items one after the other.
 
-    heads = attention.num_kv_heads
-    together = heads if seen_by_all >= width else math.gcd(heads, MASKED_HEADS)
-    if together == heads:
-        run(range(heads))
-    else:
-        for_each(0, heads // together, lambda i: run([together * i + j for j in range(together)]))
+    The compiler keeps the order of products. So an item's scores are made beside the weights of the one that
+    is `ahead` items before it, part by part.
+    """
+    coming = [[scores(item, part) for part in item.parts] for item in items[:ahead]]
+    for item, later in zip_longest(items, items[ahead:]):
+        found = list[Any]()
+
+        def begin_later(i: int, later: Item | None = later, found: list[Any] = found) -> None:
+            if later is not None and i < len(later.parts):
+                found.append(scores(later, later.parts[i]))
+
+        add(item, coming.pop(0), begin_later)
+        for i in range(len(item.parts), len(later.parts) if later else 0):
+            begin_later(i)
+        coming.append(found)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Some columns of a KV head and some tokens: scores that are in registers together.
+
+    Attributes:
+        head: the KV head.
+        columns: its columns.
+        piece: the tokens.
+    """
+
+    head: int
+    columns: slice
+    piece: slice
+
+    @property
+    def parts(self) -> list[slice]:
+        """The tokens of one product each: two where both fill a matrix unit."""
+        whole = self.piece.stop - self.piece.start == PIECE
+        return _cut(self.piece, CHUNK) if whole else [self.piece]
+
+
+def _cut(tokens: slice, size: int) -> list[slice]:
+    return [slice(begin, min(begin + size, tokens.stop)) for begin in range(tokens.start, tokens.stop, size)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -42,7 +42,8 @@ from ..tpu.units import (
 )
 from .blocks import RaggedBlocks, Sizes, tuned_or_default_blocks
 from .columns import LOG2_E, Attention, Softmax, attend
-from .query_blocks import QueryBlocks, RaggedRows, cut_queries
+from .heads import PIECE, Heads
+from .query_blocks import QueryBlocks, RaggedRows, cut_queries, most_blocks
 
 BLOCKS_PER_GROUP = 8
 
@@ -55,7 +56,8 @@ class _Block:
         attention: static.
         blocks: in scalar memory.
         rows_in, rows_out, lse_out: the block's queries, its output, and its log-sum-exp if wanted.
-        queries: [num_kv_heads, columns, head_dim] in VMEM, of the block in use.
+        words: `Heads.scratch` of head_dim numbers: the queries of the block in use, then its output.
+        lse_scratch: `Heads.scratch` of LANES numbers without shared words, and [columns / 2, LANES] float32.
         sinks: [num_kv_heads, 1, columns] float32 in VMEM.
         softmax: of the block in use.
     """
@@ -65,35 +67,41 @@ class _Block:
     rows_in: RaggedRows
     rows_out: RaggedRows
     lse_out: RaggedRows | None
-    queries: Any
+    words: Any
+    lse_scratch: tuple[Any, Any]
     sinks: Any
     softmax: Softmax
 
     def place(self, block: Any) -> tuple[Any, Any, Any]:
         return block, self.blocks.starts[block], self.blocks.counts[block]
 
+    def prepare(self) -> None:
+        """Before the first block."""
+        self.rows_in.start(*self.place(0))
+        self.softmax.clear()
+
     def begin(self, block: Any) -> None:
         """Takes the block's queries, and starts the copy of the next one's."""
         self.rows_in.wait(*self.place(block))
         pl.when(block + 1 < self.blocks.used[0])(lambda: self.rows_in.start(*self.place(block + 1)))
-        rows = jnp.swapaxes(self.rows_in.buffers[lax.rem(block, 2)], 0, 1)
-        self.queries[...] = rows.reshape(self.queries.shape).astype(self.attention.dtype)
-        self.softmax.reset(self.sinks)
+        self.attention.heads.take(self.rows_in.buffers.at[lax.rem(block, 2)], self.words)
+        self.softmax.reset()
 
     def end(self, block: Any) -> None:
         """Writes the block's output."""
         outs = [self.rows_out] + ([self.lse_out] if self.lse_out else [])
         pl.when(block >= 2)(lambda: self._wait(outs, block - 2))
         slot = lax.rem(block, 2)
-        highest, total = self.softmax.highest[...], self.softmax.total[...]
-        factor = jnp.where(total > 0, 1.0 / total, 0.0)
-        output = (self.softmax.weighted[...] * factor).astype(self.rows_out.buffers.dtype)
-        self.rows_out.buffers[slot] = self._by_token(output)
+        heads = self.attention.heads
+        heads.put(self._output, self.words, self.rows_out.buffers.at[slot])
         if self.lse_out is not None:
-            log_sum_exp = (highest + jnp.log2(total)) / LOG2_E
-            log_sum_exp = jnp.where(self.blocks.kv_lens[block] > 0, log_sum_exp, -jnp.inf)
-            lanes = jnp.broadcast_to(log_sum_exp, (self.attention.num_kv_heads, LANES, log_sum_exp.shape[2]))
-            self.lse_out.buffers[slot] = self._by_token(lanes)
+            words, pairs = self.lse_scratch
+            has_tokens = self.blocks.kv_lens[block] > 0
+
+            def log_sum_exp(head: int, part: slice) -> Any:
+                return heads.unpacked(self._log_sum_exp(head, part, has_tokens), pairs)
+
+            replace(heads, packed=1).put(log_sum_exp, words, self.lse_out.buffers.at[slot])
         for out in outs:
             out.start(*self.place(block))
 
@@ -106,15 +114,17 @@ class _Block:
         for out in outs:
             out.wait(*self.place(block))
 
-    def _by_token(self, columns: Any) -> Any:
-        """[num_kv_heads, numbers, columns] -> [q_tokens, num_q_heads, numbers]."""
-        heads, group, q_tokens = (
-            self.attention.num_kv_heads,
-            self.attention.group,
-            self.attention.q_tokens,
-        )
-        rows = jnp.swapaxes(columns, 1, 2).reshape(heads * group, q_tokens, columns.shape[1])
-        return jnp.swapaxes(rows, 0, 1)
+    def _output(self, head: int, part: slice) -> Any:
+        """[columns, head_dim] of some of a KV head's columns."""
+        _, total, keep = self.softmax.with_sinks(head, part, self.sinks)
+        factor = jnp.where(total > 0, keep / total, 0.0)
+        return (self.softmax.take(head, part) * factor).astype(self.rows_out.buffers.dtype).T
+
+    def _log_sum_exp(self, head: int, part: slice, has_tokens: Any) -> Any:
+        """[columns, LANES] of some of a KV head's columns."""
+        highest, total, _ = self.softmax.with_sinks(head, part, self.sinks)
+        found = jnp.where(has_tokens, (highest + jnp.log2(total)) / LOG2_E, -jnp.inf)
+        return jnp.broadcast_to(found, (LANES, found.shape[1])).T
 
 
 def _kernel(
@@ -141,7 +151,7 @@ def _kernel(
 
     Args:
         attention, units, kv_pages, return_lse: static; of `kv_pages` only what it says of its data.
-        kv_lens, starts, counts, used: see `QueryBlocks`, in scalar memory.
+        kv_lens, starts, counts, used: see `QueryBlocks`, in scalar memory; used[1] are the sequences.
         decoding: [max_seqs] int32 in scalar memory, the row of a sequence's single new token, or -1.
         queries_hbm, output_hbm: [num_tokens, num_q_heads, head_dim].
         decoded_hbm, decoded_lse_hbm: [max_seqs, num_q_heads, head_dim | LANES], what the rows of `decoding`
@@ -151,9 +161,8 @@ def _kernel(
         lse_hbm: [num_tokens, num_q_heads, LANES] float32, the same number in all lanes; any size if unwanted.
         scratch: see the call.
     """
-    rows_in, rows_sem, rows, out, out_sem, lse, lse_sem, decoded_sem, highest, total, weighted, *rest = (
-        scratch
-    )
+    rows_in, rows_sem, words, out, out_sem, lse, lse_sem, lse_words, lse_pairs, *rest = scratch
+    decoded_sem, highest, total, weighted, *rest = rest
     fetcher = Fetcher(units, (used[0] + units.seqs - 1) // units.seqs, kv_lens, table_hbm, kv_hbm, *rest)
     block_io = _Block(
         attention,
@@ -161,7 +170,8 @@ def _kernel(
         RaggedRows(queries_hbm, rows_in, rows_sem, write=False),
         RaggedRows(output_hbm, out, out_sem, write=True),
         RaggedRows(lse_hbm, lse, lse_sem, write=True) if return_lse else None,
-        rows,
+        words,
+        (lse_words, lse_pairs),
         sinks,
         Softmax(highest, total, weighted),
     )
@@ -178,7 +188,7 @@ def _kernel(
                     ends = source.at[pl.ds(sequence, 1)], target.at[pl.ds(decoding[sequence], 1)]
                     act(pltpu.make_async_copy(*ends, decoded_sem))
 
-        for_each(0, decoding.shape[0], row)
+        for_each(0, used[1], row)
 
     @pl.when(group == 0)
     def _() -> None:
@@ -186,13 +196,12 @@ def _kernel(
 
         @pl.when(used[0] > 0)
         def _() -> None:
-            block_io.rows_in.start(*block_io.place(0))
-            fetcher.begin()
+            fetcher.begin(meanwhile=block_io.prepare)
 
     @pl.when(group < fetcher.num_groups)
     def _() -> None:
         fetcher.begin_group()
-        attend_to = partial(attend, attention, kv_pages, fetcher, rows, block_io.softmax)
+        attend_to = partial(attend, attention, kv_pages, fetcher, words, block_io.softmax)
         for_each(
             0, units.seqs, lambda row: _attend_block(block_io, fetcher, attend_to, group * units.seqs + row)
         )
@@ -217,19 +226,42 @@ def _attend_block(block_io: _Block, fetcher: Fetcher, attend_to: Callable[..., N
         if_then_else(waiting, lambda: fetcher.wait_whole(slot), lambda: fetcher.wait(slot))
 
         def edge() -> None:
-            tokens, narrower = fetcher.units_in[slot, 0, TOKENS], 0
-            for width in _widths(units.tokens):
-                fits = (tokens > narrower) & (tokens <= width)
-                seen_by_all = narrower + 2 - units.queries if units.sliding_window is None else 0
-                pl.when(fits)(partial(attend_to, count, slot, width, seen_by_all))
+            tokens, start, narrower = fetcher.units_in[slot, 0, TOKENS], 0, 0
+            if _even(units) and units.tokens > PIECE:
+                pieces = jnp.maximum(tokens - 1, 0) // PIECE  # which all queries see
+                for_each(0, pieces, lambda i: attend_to(count, slot, _piece(i), PIECE, PIECE))
+                start = _piece(pieces)
+            for width in _widths(min(units.tokens, PIECE) if _even(units) else units.tokens):
+                fits = (tokens - start > narrower) & (tokens - start <= width)
+                pl.when(fits)(partial(attend_to, count, slot, start, width, _seen_by_all(units, narrower)))
                 narrower = width
 
-        everything = partial(attend_to, count, slot, units.tokens, units.tokens)
+        everything = partial(attend_to, count, slot, 0, units.tokens, units.tokens)
         if_then_else(fetcher.step_in[slot, FULL] == 1, everything, edge)
         fetcher.describe()
 
     for_each(0, steps, step)
     pl.when(count > 0)(lambda: block_io.end(block))
+
+
+def _even(units: Units) -> bool:
+    """Whether the places in a unit where query blocks are cut are multiples of their size."""
+    divides = LANES % units.queries == 0 or units.tokens % units.queries == 0
+    pieces = units.tokens <= PIECE or (
+        units.tokens % PIECE == 0 and PIECE % units.queries == 0 and PIECE % units.page_size == 0
+    )
+    return divides and pieces and units.sliding_window is None
+
+
+def _piece(i: Any) -> Any:
+    return pl.multiple_of(i * PIECE, PIECE)
+
+
+def _seen_by_all(units: Units, tokens: int) -> int:
+    """Of a unit of more than `tokens`, those of which it is known that all of a block's queries see them."""
+    if units.sliding_window is not None:
+        return 0
+    return tokens // units.queries * units.queries if _even(units) else max(0, tokens + 2 - units.queries)
 
 
 def _widths(tokens: int) -> list[int]:
@@ -266,7 +298,6 @@ def ragged_paged_attention(
         return queries, jnp.zeros((0, num_q_heads), jnp.float32)
     check_pages(kv_pages)
     num_kv_heads, page_size = kv_pages.num_kv_heads, kv_pages.page_size
-    group = num_q_heads // num_kv_heads
     sizes = Sizes(
         num_q_heads,
         num_kv_heads,
@@ -285,7 +316,7 @@ def ragged_paged_attention(
     blocks.check(sizes, vmem_bytes())
     units = Units(
         seqs=BLOCKS_PER_GROUP,
-        num_groups=-(-(num_tokens // blocks.q_tokens + min(max_seqs, num_tokens)) // BLOCKS_PER_GROUP),
+        num_groups=-(-most_blocks(num_tokens, max_seqs, blocks.q_tokens) // BLOCKS_PER_GROUP),
         table_row=padded(pages_per_seq, TABLE_TILE // math.gcd(TABLE_TILE, BLOCKS_PER_GROUP)),
         lanes=1,
         pages=blocks.kv_tokens // page_size,
@@ -295,10 +326,9 @@ def ragged_paged_attention(
         queries=blocks.q_tokens,
     )
     units.check()
+    heads = Heads.of(num_kv_heads, num_q_heads // num_kv_heads, blocks.q_tokens, queries.dtype.itemsize)
     attention = Attention(
-        num_kv_heads,
-        group,
-        blocks.q_tokens,
+        heads,
         scale,
         soft_cap,
         sliding_window,
@@ -329,16 +359,18 @@ def ragged_paged_attention(
     )
     table = jnp.pad(page_table, ((0, 0), (0, units.table_row - pages_per_seq)))[sequences]
     start = jnp.full(num_q_heads, MASKED) if sinks is None else sinks.astype(jnp.float32) * LOG2_E
-    start = jnp.repeat(start.astype(jnp.float32), blocks.q_tokens).reshape(num_kv_heads, 1, attention.columns)
+    start = heads.by_column(start.astype(jnp.float32))
     lse_shape = (num_tokens if return_lse else 1, num_q_heads, LANES)
     decoded_lse = decoded_lse if return_lse else decoded_lse[:1]
     decoded_lse = jnp.broadcast_to(decoded_lse[:, :, None], (*decoded_lse.shape, LANES))
 
+    nothing = pltpu.VMEM((1, 1, SUBLANES, LANES), jnp.float32)
+
     def turns(numbers: int, dtype: Any) -> Any:
         return pltpu.VMEM((2, blocks.q_tokens, num_q_heads, numbers), dtype)
 
-    def by_head(*sizes: int, dtype: Any = jnp.float32) -> Any:
-        return pltpu.VMEM((num_kv_heads, *sizes), dtype)
+    def by_head(*sizes: int) -> Any:
+        return pltpu.VMEM((num_kv_heads, *sizes), jnp.float32)
 
     output, log_sum_exp = tpu_call(
         partial(_kernel, attention, units, jax.eval_shape(lambda: kv_pages), return_lse),
@@ -355,15 +387,17 @@ def ragged_paged_attention(
             scratch_shapes=[
                 turns(head_dim, queries.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
-                by_head(attention.columns, head_dim, dtype=attention.dtype),
+                heads.scratch(head_dim),
                 turns(head_dim, queries.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
-                turns(LANES, jnp.float32) if return_lse else pltpu.VMEM((1, 1, SUBLANES, LANES), jnp.float32),
+                turns(LANES, jnp.float32) if return_lse else nothing,
                 pltpu.SemaphoreType.DMA((2,)),
+                replace(heads, packed=1).scratch(LANES) if return_lse else nothing,
+                pltpu.VMEM((heads.columns // 2, LANES), jnp.float32) if return_lse else nothing,
                 pltpu.SemaphoreType.DMA,
-                by_head(1, attention.columns),
-                by_head(1, attention.columns),
-                by_head(head_dim, attention.columns),
+                by_head(1, heads.columns),
+                by_head(1, heads.columns),
+                by_head(head_dim, heads.columns),
                 *fetcher_scratch(units, kv_pages),
             ],
         ),
@@ -377,7 +411,7 @@ def ragged_paged_attention(
         cut.kv_lens,
         cut.starts,
         cut.counts,
-        cut.used,
+        jnp.concatenate([cut.used, num_seqs]),
         jnp.where(decodes, query_starts[:-1], -1),
         queries,
         decoded,

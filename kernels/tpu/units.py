@@ -157,21 +157,15 @@ class Fetcher:
     scales: Any = None
     scales_arrived: Any = None
 
-    def begin(self, *lengths: Any) -> None:
+    def begin(self, meanwhile: Callable[[], Any]) -> None:
         """Describes the first `depth` steps, and starts the copies of all but the last of them.
 
         Args:
-            lengths: copies to wait for before `kv_lens` is read.
+            meanwhile: called while the page table is under way.
         """
-
-        def each_table(act: Callable[[Any], None]) -> None:
-            for group in range(min(TABLES - 1, self.units.num_groups)):
-                pl.when(group < self.num_groups)(partial(act, group))
-
-        each_table(lambda group: self._copy_table(group).start())
-        for copy in lengths:
-            copy.wait()
-        each_table(lambda group: self._copy_table(group).wait())
+        self._first_tables(lambda copy: copy.start())
+        meanwhile()
+        self._first_tables(lambda copy: copy.wait())
         self.cursor[SEQUENCE] = 0
         self.cursor[PAGE] = self.units.first_page(self.kv_lens[0])
         self.cursor[GROUP] = 0
@@ -180,6 +174,10 @@ class Fetcher:
         self.cursor[USED_SLOT] = 0
         for_each(0, self.units.depth - 1, lambda _: self.start(self.describe()))
         self.describe()
+
+    def _first_tables(self, act: Callable[[Any], None]) -> None:
+        for group in range(min(TABLES - 1, self.units.num_groups)):
+            pl.when(group < self.num_groups)(partial(act, self._copy_table(group)))
 
     def begin_group(self) -> None:
         """Starts the copy of a later group's rows of the page table, and waits for the one before."""
@@ -306,10 +304,17 @@ class Fetcher:
         buffers = [(self.buffer, self.arrived)]
         return buffers if self.scales is None else [*buffers, (self.scales, self.scales_arrived)]
 
-    def scales_of(self, slot: Any, lane: int, kind: int, width: int) -> Any:
-        """The scales of a unit's first `width` keys or values, [num_kv_heads, width]; some may be NaN."""
+    def scales_of(self, slot: Any, lane: int, kind: int, width: int, start: Any = 0) -> Any:
+        """The scales of `width` of a unit's keys or values, [num_kv_heads, width]; some may be NaN.
+
+        Args:
+            start: the first one, a page's first.
+        """
         page_size = self.units.page_size
-        pages = [self.scales[slot, lane, i, kind][:, :page_size] for i in range(-(-width // page_size))]
+        first = quotient(jnp.int32(start), page_size)
+        pages = [
+            self.scales[slot, lane, first + i, kind][:, :page_size] for i in range(-(-width // page_size))
+        ]
         return jnp.concatenate(pages, axis=1)[:, :width]
 
     def _pages(self, slot: Any, lane: int) -> Any:

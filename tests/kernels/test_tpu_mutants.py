@@ -122,8 +122,8 @@ def stale_buffer(patch: Patch) -> None:
         return f(*before, 1 - slot, width, **options)
 
     def ragged(f: Any, *arguments: Any) -> Any:
-        *before, slot, width, seen_by_all = arguments
-        return f(*before, 1 - slot, width, seen_by_all)
+        *before, slot, start, width, seen_by_all = arguments
+        return f(*before, 1 - slot, start, width, seen_by_all)
 
     changed(patch, kernel, "compute", decode)
     changed(patch, ragged_tpu, "attend", ragged)
@@ -146,8 +146,8 @@ def one_token_too_few(patch: Patch) -> None:
 
 def _other_count(patch: Patch, more: int) -> None:
     def attend(f: Any, *arguments: Any) -> Any:
-        *before, count, slot, width, seen_by_all = arguments
-        return f(*before, count + more, slot, width, seen_by_all)
+        *before, count, slot, start, width, seen_by_all = arguments
+        return f(*before, count + more, slot, start, width, seen_by_all)
 
     changed(patch, ragged_tpu, "attend", attend)
 
@@ -166,14 +166,19 @@ def earlier_units_not_rescaled(patch: Patch) -> None:
         patch,
         ragged_tpu.Softmax,
         "add",
-        lambda f, self, head, keep, sums: f(self, head, jnp.ones_like(keep), sums),
+        lambda f, self, head, part, keep, sums: f(self, head, part, jnp.ones_like(keep), sums),
     )
 
 
 def sinks_ignored(patch: Patch) -> None:
     nothing = jnp.full_like
     changed(patch, kernel.Softmax, "write", lambda f, self, s, *o: f(self, nothing(s[...], -1e30), *o))
-    changed(patch, ragged_tpu.Softmax, "reset", lambda f, self, s: f(self, nothing(s[...], -1e30)))
+    changed(
+        patch,
+        ragged_tpu.Softmax,
+        "with_sinks",
+        lambda f, self, head, part, s: f(self, head, part, nothing(s[...], -1e30)),
+    )
 
 
 def all_units_begin(begins: bool) -> Callable[[Patch], None]:
@@ -192,7 +197,12 @@ def heads_swapped(patch: Patch) -> None:
         return first_two(f(*arguments), axis=-2)
 
     changed(patch, streams.Products, "weighted", swapped)
-    changed(patch, ragged_tpu._Block, "_by_token", swapped)
+    changed(
+        patch,
+        ragged_tpu._Block,
+        "_output",
+        lambda f, self, head, part: f(self, head ^ 1 if head < 2 else head, part),
+    )
 
 
 def products_in_bfloat16(patch: Patch) -> None:

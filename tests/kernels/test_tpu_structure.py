@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from vsurge.kernels import (
     DecodeBlocks,
@@ -16,7 +19,8 @@ from vsurge.kernels import (
     ragged_paged_attention,
 )
 from vsurge.kernels.ragged.blocks import Sizes, default_blocks
-from vsurge.kernels.ragged.mosaic_tpu import cut_queries
+from vsurge.kernels.ragged.heads import Heads
+from vsurge.kernels.ragged.query_blocks import cut_queries, most_blocks
 
 from .jaxprs import equations
 
@@ -100,13 +104,47 @@ def test_default_block_sizes_fit_and_serve_the_context(heads: tuple[int, int], v
     assert default_blocks(sizes, pages_per_seq=2, vmem_bytes=vmem_bytes).kv_tokens == 128
 
 
-def test_queries_are_cut_at_the_ends_of_sequences() -> None:
+def test_queries_are_cut_at_the_ends_of_sequences_and_at_multiples_of_a_block() -> None:
     new, lens, starts = (
         jnp.asarray(a, jnp.int32) for a in ([0, 33, 16, 0, 5], [9, 40, 16, 0, 0], [0, 0, 33, 49, 49])
     )
     blocks, sequences = cut_queries(new, lens, starts, 16, 8)
     assert blocks.used.tolist() == [5]
-    assert blocks.counts.tolist() == [16, 16, 1, 16, 5, 0, 0, 0]
-    assert blocks.starts.tolist() == [0, 16, 32, 33, 49, 0, 0, 0]
-    assert blocks.kv_lens.tolist() == [23, 39, 40, 16, 0, 0, 0, 0]
+    assert blocks.counts.tolist() == [9, 16, 8, 16, 5, 0, 0, 0]
+    assert blocks.starts.tolist() == [0, 9, 25, 33, 49, 0, 0, 0]
+    assert blocks.kv_lens.tolist() == [16, 32, 40, 16, 0, 0, 0, 0]
     assert sequences.tolist()[:5] == [1, 1, 1, 2, 4]
+
+
+@pytest.mark.parametrize("place", range(16))
+def test_there_are_no_more_blocks_than_most_blocks(place: int) -> None:
+    new = jnp.asarray([2, 17, 18, 3], jnp.int32)
+    blocks, _ = cut_queries(new, new + place, jnp.asarray([0, 2, 19, 37, 40], jnp.int32), 16, 20)
+    assert blocks.used[0] <= most_blocks(40, 4, 16)
+    assert int(blocks.counts.sum()) == 40
+
+
+@pytest.mark.parametrize("packed", [1, 2])
+def test_a_column_holds_the_token_that_it_says(packed: int) -> None:
+    heads = Heads(num_kv_heads=3, group=4, q_tokens=16, packed=packed)
+    dtype = jnp.bfloat16 if packed == 2 else jnp.float32
+    rows = jnp.arange(16.0 * 12).reshape(16, 12, 1) * jnp.ones((1, 1, 128))
+
+    def kernel(rows: Any, columns: Any, back: Any, words: Any) -> None:
+        heads.take(rows, words)
+        everything = slice(0, heads.columns)
+        for head in range(3):
+            columns[head] = heads.columns_of(head, everything, words)
+        heads.put(lambda head, part: columns[head, part], words, back)
+
+    columns, back = pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct((3, 64, 128), dtype), jax.ShapeDtypeStruct(rows.shape, dtype)],
+        scratch_shapes=[heads.scratch(128)],
+        interpret=pltpu.InterpretParams(),
+    )(rows.astype(dtype))
+    np.testing.assert_array_equal(back.astype(jnp.float32), rows)
+    numbers = np.asarray(columns[:, :, 0].astype(jnp.int32))
+    np.testing.assert_array_equal(numbers // 12, np.tile(heads.token(jnp.arange(64)), (3, 1)))
+    by_head = np.asarray(heads.by_column(jnp.arange(12)))[:, 0]
+    np.testing.assert_array_equal(numbers % 12, by_head)

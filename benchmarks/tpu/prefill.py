@@ -52,7 +52,7 @@ def prefill_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
             flops = _tile_flops(sizes, heads)
             cycles = min(product_cycles(future.result()[0], flops) for future in bare[sizes, heads])
             ceiling = flops * known.clock_ghz / cycles / 1e3 / known.tflops
-            together = "one head's bare products" if heads == 1 else f"those of {heads} heads together"
+            together = "one head's bare products" if heads == 1 else f"{heads} heads' bare products together"
             yield Row(chip, f"prefill of {NEW:,} tokens{before}: MFU over that of {together}, {ceiling:.1%}",
                 "%", prediction.mfu / ceiling, their.mfu / ceiling, at_least=target,
                 raw={"mfu": prediction.mfu, "bare_products": ceiling, "block_sizes": vars(sizes),

@@ -56,4 +56,4 @@ def _number(value: float | None, unit: str) -> str:
         return ""
     if unit == "%":
         return f"{value:.1%}"
-    return f"{value:.4g} {unit}"
+    return f"{value:.4g} {unit}".rstrip()

@@ -29,7 +29,7 @@ from ..tpu.control import largest
 from ..tpu.products import dot
 from ..tpu.shapes import LANES, SUBLANES
 from ..tpu.units import REST, TOKENS, Fetcher
-from .heads import LANES_AT_ONCE, PIECE, Heads
+from .heads import PIECE, Heads
 
 LOG2_E = math.log2(math.e)
 CHUNK = 256  # tokens of a piece whose scores make one product
@@ -158,8 +158,7 @@ def attend(
         width, seen_by_all: static; of the first `seen_by_all` tokens it is known that all queries see them.
     """
     unit, block, heads = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0], attention.heads
-    lanes = max(LANES_AT_ONCE, heads.together)
-    lanes = lanes if heads.columns % lanes == 0 else heads.columns
+    lanes = heads.at_once
     quantized = fetcher.scales is not None
     scales = (
         [fetcher.scales_of(slot, 0, kind, width, start).T for kind in (KEYS, VALUES)] if quantized else []

@@ -59,6 +59,12 @@ class Heads:
         return self.q_tokens // 2 * self.packed
 
     @property
+    def at_once(self) -> int:
+        """Columns that are taken into the softmax at once: whole multiples of `together`."""
+        columns = max(LANES_AT_ONCE, self.together)
+        return columns if self.columns % columns == 0 else self.columns
+
+    @property
     def words(self) -> int:
         """Of a token."""
         return self.num_kv_heads * self.group // self.packed

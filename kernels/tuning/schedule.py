@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .vmem import VectorMemory, read_vector_memory
+
 # Bundles behind a branch that are executed whether it is taken or not, as the schedules show.
 DELAY_SLOTS = {"v4": 1, "v5e": 4, "v5p": 4, "v6e": 4, "7x": 6}
 GRANULE = {"v4": 512, "v5e": 32, "v5p": 32, "v6e": 32, "7x": 32}  # bytes, in which copies count
@@ -91,6 +93,7 @@ class Schedule:
         capacity: slots of each unit in a bundle; "VLOAD:FILL" and "VSTORE:SPILL" count those loads and
             stores that spill registers.
         used: per bundle, the slots used, in the order of `capacity`.
+        vector_memory: what the compiler allots to the kernel; None if it does not say.
     """
 
     kernel: str
@@ -99,6 +102,7 @@ class Schedule:
     empty: tuple[bool, ...]
     capacity: dict[str, int]
     used: tuple[tuple[int, ...], ...]
+    vector_memory: VectorMemory | None = None
 
     def slots(self, first: int, last: int) -> dict[str, int]:
         """Slots used by each unit from bundle `first` to `last`."""
@@ -150,7 +154,7 @@ def read_schedules(folder: Path, chip: str) -> list[Schedule]:
     Raises:
         ScheduleError: a dump is not in the known format.
     """
-    found = list[Schedule]()
+    found, memory = list[Schedule](), read_vector_memory(folder)
     for path in sorted(folder.glob("*-packed-bundles-post-ra.txt")):
         stem = re.fullmatch(r"(\d+-(.+?)(?:\.\d+)?)-\d+-packed-bundles-post-ra", path.stem)
         if "schedule-analysis" in path.name or stem is None or stem[2] == "TLP" or "<" in stem[2]:
@@ -165,7 +169,7 @@ def read_schedules(folder: Path, chip: str) -> list[Schedule]:
         if len(used) != len(bodies):
             raise ScheduleError(f"{path.name}: {len(bodies)} bundles, but utilization of {len(used)}")
         bundles, empty = tuple(map(_bundle, bodies)), tuple(not body.strip() for body in bodies)
-        found.append(Schedule(stem[2], chip, bundles, empty, capacity, used))
+        found.append(Schedule(stem[2], chip, bundles, empty, capacity, used, memory.get(stem[2])))
     return found
 
 

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tpu.shapes import SUBLANES, padded
+from ..tpu.shapes import LANES, SUBLANES, padded
 
 # What is taken into the softmax at once: a product's result that is not too large for the registers.
 PIECE = 512  # tokens, at most
@@ -75,8 +75,11 @@ class Heads:
         return padded(self.q_tokens // 2 * (2 * self.words + 1), SUBLANES)
 
     def scratch(self, numbers: int) -> Any:
-        """Memory for a block's words, of which each method here that has `words` uses all."""
-        return pltpu.VMEM((self.scratch_rows, numbers), jnp.uint32 if self.packed == 2 else jnp.float32)
+        """Memory for a block's words; numbers in parts of at most LANES, as only those have a stride."""
+        parts = -(-numbers // LANES)
+        return pltpu.VMEM(
+            (parts, self.scratch_rows, numbers // parts), jnp.uint32 if self.packed == 2 else jnp.float32
+        )
 
     def token(self, column: Any) -> Any:
         """The place in the block of a column's token."""
@@ -96,14 +99,13 @@ class Heads:
             row = rows[token]
             row = pltpu.bitcast(row, jnp.uint32) if self.packed == 2 else row.astype(jnp.float32)
             for first, place in self._row(token):
-                words[place] = row[first : first + place.size]
+                _write(words, place, row[first : first + place.size])
 
     def columns_of(self, head: int, columns: slice, words: Any) -> Any:
         """Some of a KV head's columns, [columns, numbers], from words: whole multiples of `together`."""
         places = self._columns(head, 0) + self._columns(head, 1)
-        found = [
-            words[place] for place in places[columns.start // self.together : columns.stop // self.together]
-        ]
+        places = places[columns.start // self.together : columns.stop // self.together]
+        found = [_read(words, place) for place in places]
         found = [pltpu.bitcast(piece, jnp.bfloat16) for piece in found] if self.packed == 2 else found
         return jnp.concatenate(found)
 
@@ -122,9 +124,10 @@ class Heads:
                 size = half // len(places)
                 for i, place in enumerate(places):
                     piece = numbers[i * size : (i + 1) * size]
-                    words[place] = pltpu.bitcast(piece, jnp.uint32) if self.packed == 2 else piece
+                    piece = pltpu.bitcast(piece, jnp.uint32) if self.packed == 2 else piece
+                    _write(words, place, piece.astype(words.dtype))
             for token in range(odd, self.q_tokens, 2):
-                row = jnp.concatenate([words[place] for _, place in self._row(token)])
+                row = jnp.concatenate([_read(words, place) for _, place in self._row(token)])
                 row = pltpu.bitcast(row, jnp.bfloat16) if self.packed == 2 else row
                 rows[token] = row.astype(rows.dtype)
 
@@ -157,3 +160,15 @@ class Heads:
 
     def _place(self, token: int, word: int) -> int:
         return token // 2 * (2 * self.words + 1) + 2 * word + token % 2
+
+
+def _read(words: Any, place: Any) -> Any:
+    """Rows of `Heads.scratch`, [rows, numbers]."""
+    return jnp.concatenate([words[i, place] for i in range(words.shape[0])], axis=1)
+
+
+def _write(words: Any, place: Any, rows: Any) -> None:
+    """Writes rows of `Heads.scratch`."""
+    parts, _, size = words.shape
+    for i in range(parts):
+        words[i, place] = rows[:, i * size : (i + 1) * size]

@@ -142,7 +142,7 @@ def test_attention_errs_by_what_the_rounding_of_keys_and_values_costs(
     np.testing.assert_array_equal(table, metadata[1])
     rounded = replace(exact, data=jnp.asarray(coarse(np.asarray(exact.data, np.float64), dtype), jnp.float32))
     none = {"sliding_window": None, "soft_cap": None, "sinks": None}
-    by_query = queries[:, None]
+    by_query, scale = queries[:, None], setup.scale
     want, best = (
         decode_reference.paged_decode_attention(by_query, pages, *metadata, scale=setup.scale, **none)[0][
             :, 0

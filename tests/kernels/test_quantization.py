@@ -141,12 +141,9 @@ def test_attention_errs_by_what_the_rounding_of_keys_and_values_costs(
     )
     np.testing.assert_array_equal(table, metadata[1])
     rounded = replace(exact, data=jnp.asarray(coarse(np.asarray(exact.data, np.float64), dtype), jnp.float32))
-    none = {"sliding_window": None, "soft_cap": None, "sinks": None}
-    by_query, scale = queries[:, None], setup.scale
+    options = {"scale": setup.scale, "sliding_window": None, "soft_cap": None, "sinks": None}
     want, best = (
-        decode_reference.paged_decode_attention(by_query, pages, *metadata, scale=setup.scale, **none)[0][
-            :, 0
-        ]
+        decode_reference.paged_decode_attention(queries[:, None], pages, *metadata, **options)[0][:, 0]
         for pages in (exact, rounded)
     )
     got = paged_decode_attention(queries, cache, *metadata, scale=setup.scale, implementation=implementation)

@@ -111,29 +111,34 @@ def _scales_by_row(attention: Attention, fetcher: Fetcher, slot: Any, width: int
     return jnp.concatenate(rows)
 
 
+def _by_row(attention: Attention, numbers: list[Any], width: int) -> Any:
+    """[lanes * rows, width] int32: a number of each unit, for its rows."""
+    return jnp.concatenate([jnp.full((attention.rows, width), number, jnp.int32) for number in numbers])
+
+
 def _held(attention: Attention, units_in: list[Any], width: int) -> Any:
     """[lanes * rows, width]: which of its unit's tokens are there."""
-    column = lax.broadcasted_iota(jnp.int32, (attention.rows, width), 1)
-    return jnp.concatenate([column < unit[TOKENS] for unit in units_in])
+    tokens = _by_row(attention, [unit[TOKENS] for unit in units_in], width)
+    return lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < tokens
 
 
 def _seen(attention: Attention, units_in: list[Any], width: int) -> Any:
     """[lanes * rows, width]: which of its unit's tokens a row sees."""
-    column = lax.broadcasted_iota(jnp.int32, (attention.rows, width), 1)
-    before_end = _before_end(attention, column.shape)
-    seen = list[Any]()
-    for unit in units_in:
-        sees = column < unit[TOKENS]
-        if attention.num_queries > 1:
-            sees &= column <= unit[REST] - before_end
-        if attention.sliding_window is not None:
-            sees &= column > unit[REST] - before_end - attention.sliding_window
-        seen.append(sees)
-    return jnp.concatenate(seen)
+    seen = _held(attention, units_in, width)
+    column = lax.broadcasted_iota(jnp.int32, seen.shape, 1)
+    if attention.num_queries == 1 and attention.sliding_window is None:
+        return seen
+    rest = _by_row(attention, [unit[REST] for unit in units_in], width)
+    own = rest - _before_end(attention, seen.shape)  # the place of the row's own token
+    if attention.num_queries > 1:
+        seen &= column <= own
+    if attention.sliding_window is not None:
+        seen &= column > own - attention.sliding_window
+    return seen
 
 
 def _before_end(attention: Attention, shape: tuple[int, ...]) -> Any:
-    """[rows, width]: the tokens from a row's own one to the end of its sequence."""
+    """[lanes * rows, width]: the tokens from a row's own one to the end of its sequence."""
     if attention.num_queries == 1:
         return 1
     row = lax.broadcasted_iota(jnp.int32, shape, 0)

@@ -26,3 +26,14 @@ def no_type_checker() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def small_units() -> Iterator[None]:
+    """Has the decode kernel for TPU choose small block sizes: larger ones take the interpreter far longer."""
+    from vsurge.kernels.decode import blocks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "UNIT_TOKENS", 128)
+        patch.setattr(blocks, "MOST_LANES", 1)
+        yield

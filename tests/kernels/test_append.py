@@ -26,6 +26,8 @@ from vsurge.kernels.append import reference
 
 from .cases import IMPLEMENTATIONS
 
+pytestmark = pytest.mark.usefixtures("small_units")
+
 NUM_PAGES, HEADS, HEAD_DIM = 5, 2, 16
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("int8", "float8_e4m3fn")

@@ -30,6 +30,8 @@ from .cases import (
     sinks_of,
 )
 
+pytestmark = pytest.mark.usefixtures("small_units")
+
 BATCHES = {
     "one": (77,),
     "around a block": (127, 128, 129),

@@ -21,6 +21,8 @@ from vsurge.kernels import (
 from .cases import Setup, each_implementation_slowly, ragged_batch, sinks_of
 from .fused import check_fused, new_slots, without
 
+pytestmark = pytest.mark.usefixtures("small_units")
+
 BFLOAT16 = Setup(page_size=32, query_dtype="bfloat16", cache_dtype="bfloat16")
 # At the ends of tiles, pages and units, beyond them, and more sequences than writes can be under way.
 LENGTHS = (300, 0, 1, 128, 129, 256, 16, 17, 32, 33, 145, 384)

@@ -38,6 +38,8 @@ from .cases import (
     ragged_batch,
 )
 
+pytestmark = pytest.mark.usefixtures("small_units")
+
 SETUPS = {
     "float32": Setup(),
     "bfloat16": Setup(8, 2, 128, 32, query_dtype="bfloat16", cache_dtype="bfloat16"),

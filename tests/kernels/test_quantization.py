@@ -23,6 +23,8 @@ from vsurge.kernels.quantization import quantize
 
 from .cases import Setup, check_decode, decode_batch, poisoned_cache
 
+pytestmark = pytest.mark.usefixtures("small_units")
+
 DTYPES = {"int8": 127, "float8_e4m3fn": 448}
 HEADS, HEAD_DIM = 2, 32
 

@@ -25,6 +25,8 @@ from .cases import (
     ragged_batch,
 )
 
+pytestmark = pytest.mark.usefixtures("small_units")
+
 MIXES = {  # new tokens and tokens in the cache, per sequence; query blocks and KV blocks have 128 tokens
     "prompts": ((5, 131, 33), (5, 131, 33)),
     "chunks": ((17, 130, 1, 128), (200, 257, 1, 128)),

@@ -20,7 +20,7 @@ from .cases import Setup, check_decode, decode_batch, sinks_of
 from .fused import check_fused
 from .test_tpu_mutants import Patch, changed
 
-pytestmark = pytest.mark.usefixtures("traced_anew")
+pytestmark = pytest.mark.usefixtures("traced_anew", "small_units")
 
 SETUP = Setup(page_size=32)
 OPTIONS: dict[str, Any] = {"sliding_window": 150, "sinks": sinks_of(SETUP)}

@@ -29,7 +29,7 @@ from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch
 from .fused import check_fused
 from .interpreter import DMA_MODES, DmaMode, races_in
 
-pytestmark = pytest.mark.usefixtures("traced_anew")
+pytestmark = pytest.mark.usefixtures("traced_anew", "small_units")
 
 BLOCKS = [DecodeBlocks(128, 1, 2), DecodeBlocks(128, 2, 3), DecodeBlocks(256, 3, 2), DecodeBlocks(256, 1, 5)]
 SMALL_RAGGED = RaggedBlocks(q_tokens=16, kv_tokens=128)

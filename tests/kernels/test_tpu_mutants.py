@@ -22,7 +22,7 @@ from vsurge.kernels.tpu.units import FIRST, Fetcher, Units
 
 from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
 
-pytestmark = pytest.mark.usefixtures("traced_anew")
+pytestmark = pytest.mark.usefixtures("traced_anew", "small_units")
 
 Patch = pytest.MonkeyPatch
 SETUP = Setup(page_size=32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from transformers import PreTrainedTokenizerBase
 
 from vsurge.model import Model
@@ -11,6 +12,8 @@ from vsurge.runtime import vSurge
 
 from .greedy import CAPITAL, GREEDY
 from .scripted import TIMEOUT_S
+
+pytestmark = pytest.mark.usefixtures("small_units")
 
 
 def answer(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -27,6 +27,8 @@ from vsurge.kernels.kv_pages import scale_tokens
 from vsurge.kernels.quantization import LARGEST, is_quantized
 from vsurge.kernels.tuning import CHIPS, compile_for, compiler
 
+pytestmark = pytest.mark.usefixtures("small_units")  # others take longer to compile: see test_tpu_memory.py
+
 NUM_PAGES = 512
 # query heads, KV heads: Qwen3-0.6B, 8B and 32B, and shards of them over 2, 4 and 8 chips
 HEADS = [(16, 8), (32, 8), (64, 8), (16, 4), (8, 2), (8, 1), (4, 1), (2, 1)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 
 from ...kernels import DecodeBlocks
-from ...kernels.tuning import Assumptions, Batch, Call, Compilers, Prediction, Schedule
+from ...kernels.tuning import Assumptions, Batch, Call, Compilers, Prediction, ReplayError, Schedule
 from ...kernels.tuning.candidates import workloads
 from .rows import Row
 
@@ -59,8 +60,17 @@ def per_token_and_sequence(long: int, short: int) -> tuple[float, float]:
     return per_token, short / SEQUENCES - per_token * SHORT.kv_lens[0]
 
 
-def _of_both(future: Future[list[Prediction]]) -> tuple[float, float]:
-    return per_token_and_sequence(*(prediction.bundles for prediction in future.result()))
+def _of(predictions: list[Prediction]) -> tuple[float, float]:
+    return per_token_and_sequence(*(prediction.bundles for prediction in predictions))
+
+
+def unless_it_stops(theirs: Future[list[Prediction]]) -> list[Prediction] | None:
+    """Predictions of jax's kernel; None, and a line that says so, if the replay cannot follow its program."""
+    try:
+        return theirs.result()
+    except ReplayError as error:
+        print(f"jax's kernel is not shown: its program cannot be replayed: {error}", file=sys.stderr)
+        return None
 
 
 def _spills_per_block(schedule: Schedule, predictions: list[Prediction]) -> float:
@@ -82,9 +92,12 @@ def _bundle_rows(
     schedules: Future[list[Schedule]],
 ) -> Iterator[Row]:
     is_v6e = chip == "v6e"  # the chip whose bundles the targets are for
-    found = {key: _of_both(future) for key, future in counted.items()}
+    found = {key: _of(future.result()) for key, future in counted.items()}
     per_token, per_sequence = found[HEADS[0], 64]
-    their_token, their_sequence = _of_both(theirs)
+    their_predictions = unless_it_stops(theirs)
+    their_token, their_sequence = None, None
+    if their_predictions is not None:
+        their_token, their_sequence = _of(their_predictions)
     name = f"decode {HEADS[0]}, block {BLOCK}, page 64: bundles per"
     yield Row(chip, f"{name} token", "", per_token, their_token, at_most=1.1 if is_v6e else None)
     yield Row(chip, f"{name} sequence", "", per_sequence, their_sequence, at_most=200.0 if is_v6e else None)
@@ -120,12 +133,12 @@ def _share_rows(
 ) -> Iterator[Row]:
     names = [*(f"{context:,} tokens" for context in SHARES), "128 to 8,192 tokens"]
     least = [*SHARES.values(), 0.92]
-    their_all = theirs.result()
+    their_all = unless_it_stops(theirs)
     for heads in HEADS:
         found = [future.result() for future in shares[heads, "bfloat16"]]
         for at, name in enumerate(names):
             their = None
-            if heads == HEADS[0]:
+            if heads == HEADS[0] and their_all is not None:
                 their = their_all[at * len(LATENCIES) + HEADLINE].mbu
             by_latency = {str(us): p.mbu for us, p in zip(LATENCIES, found[at], strict=True)}
             yield Row(chip, f"decode {heads}, {name}: MBU at 1 us ({by_latency['0.5']:.1%} at 0.5, "

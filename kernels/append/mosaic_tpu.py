@@ -28,9 +28,8 @@ from jaxtyping import Array, Float, Int
 
 from ..kv_pages import KVPages, bytes_per_token, encode
 from ..tpu.control import for_each
-from ..tpu.launch import check_pages, tpu_call
+from ..tpu.launch import check_pages, in_hbm, tpu_call
 from ..tpu.shapes import LANES, padded
-from ..tpu.units import in_hbm
 
 BUFFERS = 16  # pieces in VMEM
 AHEAD = 8  # of these, pieces whose fetch has been started before they are needed

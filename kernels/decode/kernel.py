@@ -26,7 +26,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..kv_pages import KVPages
 from ..tpu.control import largest
-from ..tpu.units import FULL, LAST, TOKENS, Fetcher, Units
+from ..tpu.fetcher import FULL, LAST, TOKENS, Fetcher
+from ..tpu.units import Units
 from .new_rows import NewRows
 from .softmax import Softmax
 from .step import Attention, compute, widths_of

@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 from ..block_sizes import Key
 from ..blockwise import MASKED, product_dtype
 from ..kv_pages import KVPages, encode
-from ..tpu.launch import check_pages, tpu_call, vmem_bytes
+from ..tpu.fetcher import fetcher_scratch, vmem_bytes_per_token
+from ..tpu.launch import check_pages, in_hbm, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.streams import Products
-from ..tpu.units import TABLE_TILE, Units, fetcher_scratch, in_hbm, most_seqs, vmem_bytes_per_token
+from ..tpu.units import TABLE_TILE, Units, most_seqs
 from .blocks import DecodeBlocks, tuned_or_default_blocks
 from .kernel import Copied, Inputs, Outputs, kernel
 from .new_rows import new_rows_scratch

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..kv_pages import KVPages
 from ..tpu.control import for_each
-from ..tpu.units import REST, ROW, TOKENS, Fetcher
+from ..tpu.fetcher import REST, ROW, TOKENS, Fetcher
 
 WRITES = 8  # under way at once
 

@@ -12,9 +12,9 @@ from jax import lax
 
 from ..blockwise import MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
+from ..tpu.fetcher import BEGINS, REST, ROW, TOKENS, Fetcher
 from ..tpu.shapes import LANES
 from ..tpu.streams import Products
-from ..tpu.units import BEGINS, REST, ROW, TOKENS, Fetcher
 from .softmax import Softmax, spread
 
 

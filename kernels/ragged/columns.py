@@ -26,9 +26,9 @@ from jax.experimental import pallas as pl
 from ..blockwise import MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
 from ..tpu.control import largest
+from ..tpu.fetcher import REST, TOKENS, Fetcher
 from ..tpu.products import dot
 from ..tpu.shapes import LANES, SUBLANES
-from ..tpu.units import REST, TOKENS, Fetcher
 from .heads import PIECE, Heads
 
 LOG2_E = math.log2(math.e)

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -41,3 +42,15 @@ def check_pages(kv_pages: KVPages) -> None:
         raise ValueError(
             f"kv_pages: page_size={kv_pages.page_size}, must be a multiple of {SUBLANES} on a TPU"
         )
+
+
+Tree = TypeVar("Tree")
+
+
+def in_hbm(inputs: Tree) -> Tree:
+    """The specifications of arrays that a kernel copies from, in the form of `inputs`."""
+
+    def anywhere(_: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(memory_space=pl.ANY)
+
+    return cast(Tree, jax.tree.map(anywhere, inputs))

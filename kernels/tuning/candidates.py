@@ -14,8 +14,9 @@ from ..decode import blocks as decode_blocks
 from ..decode.rows import seq_bytes
 from ..ragged import RaggedBlocks
 from ..ragged import blocks as ragged_blocks
+from ..tpu.fetcher import vmem_bytes_per_token
 from ..tpu.shapes import LANES
-from ..tpu.units import most_seqs, vmem_bytes_per_token
+from ..tpu.units import most_seqs
 from .calls import Batch, Call
 from .chips import find_chip
 from .compiler import target

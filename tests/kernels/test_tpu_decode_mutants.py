@@ -14,7 +14,8 @@ from vsurge.kernels import DecodeBlocks
 from vsurge.kernels.decode import kernel, step
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
 from vsurge.kernels.decode.new_rows import NewRows
-from vsurge.kernels.tpu.units import Fetcher, Units
+from vsurge.kernels.tpu.fetcher import Fetcher
+from vsurge.kernels.tpu.units import Units
 
 from .cases import Setup, check_decode, decode_batch, sinks_of
 from .fused import check_fused

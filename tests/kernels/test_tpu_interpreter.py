@@ -23,7 +23,7 @@ from vsurge.kernels import (
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
 from vsurge.kernels.decode.new_rows import WRITES, NewRows
 from vsurge.kernels.ragged.query_blocks import RaggedRows
-from vsurge.kernels.tpu.units import Fetcher
+from vsurge.kernels.tpu.fetcher import Fetcher
 
 from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
 from .fused import check_fused

@@ -16,9 +16,11 @@ from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages
 from vsurge.kernels.append import mosaic_tpu as append_tpu
 from vsurge.kernels.decode import kernel, step
 from vsurge.kernels.ragged import columns
+from vsurge.kernels.ragged import kernel as ragged_kernel
 from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
 from vsurge.kernels.tpu import streams
-from vsurge.kernels.tpu.units import FIRST, Fetcher, Units
+from vsurge.kernels.tpu.fetcher import FIRST, Fetcher
+from vsurge.kernels.tpu.units import Units
 
 from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
 
@@ -99,7 +101,7 @@ def in_attention(**changes: Callable[[Any], Any]) -> Callable[[Patch], None]:
     """Other options in the body of both kernels."""
 
     def fault(patch: Patch) -> None:
-        for module, name in ((kernel, "compute"), (ragged_tpu, "attend")):
+        for module, name in ((kernel, "compute"), (ragged_kernel, "attend")):
 
             def call(f: Any, attention: Any, *rest: Any, **options: Any) -> Any:
                 new = {field: change(getattr(attention, field)) for field, change in changes.items()}
@@ -126,11 +128,11 @@ def stale_buffer(patch: Patch) -> None:
         return f(*before, 1 - slot, start, width, seen_by_all)
 
     changed(patch, kernel, "compute", decode)
-    changed(patch, ragged_tpu, "attend", ragged)
+    changed(patch, ragged_kernel, "attend", ragged)
 
 
 def wide_units_dropped(patch: Patch) -> None:
-    for module, name in ((kernel, "widths_of"), (ragged_tpu, "_widths")):
+    for module, name in ((kernel, "widths_of"), (ragged_kernel, "_widths")):
         changed(patch, module, name, lambda f, tokens: f(tokens)[:-1])
 
 
@@ -149,12 +151,12 @@ def _other_count(patch: Patch, more: int) -> None:
         *before, count, slot, start, width, seen_by_all = arguments
         return f(*before, count + more, slot, start, width, seen_by_all)
 
-    changed(patch, ragged_tpu, "attend", attend)
+    changed(patch, ragged_kernel, "attend", attend)
 
 
 def mask_skipped(patch: Patch) -> None:
     """Where only some queries see some tokens."""
-    changed(patch, ragged_tpu, "attend", lambda f, *arguments: f(*arguments[:-1], arguments[-2]))
+    changed(patch, ragged_kernel, "attend", lambda f, *arguments: f(*arguments[:-1], arguments[-2]))
 
 
 def earlier_units_not_rescaled(patch: Patch) -> None:
@@ -164,7 +166,7 @@ def earlier_units_not_rescaled(patch: Patch) -> None:
     changed(patch, kernel.Softmax, "add", add)
     changed(
         patch,
-        ragged_tpu.Softmax,
+        ragged_kernel.Softmax,
         "add",
         lambda f, self, head, part, keep, sums: f(self, head, part, jnp.ones_like(keep), sums),
     )
@@ -175,7 +177,7 @@ def sinks_ignored(patch: Patch) -> None:
     changed(patch, kernel.Softmax, "write", lambda f, self, s, *o: f(self, nothing(s[...], -1e30), *o))
     changed(
         patch,
-        ragged_tpu.Softmax,
+        ragged_kernel.Softmax,
         "with_sinks",
         lambda f, self, head, part, s: f(self, head, part, nothing(s[...], -1e30)),
     )
@@ -199,7 +201,7 @@ def heads_swapped(patch: Patch) -> None:
     changed(patch, streams.Products, "weighted", swapped)
     changed(
         patch,
-        ragged_tpu._Block,
+        ragged_kernel.BlockIO,
         "_output",
         lambda f, self, head, part: f(self, head ^ 1 if head < 2 else head, part),
     )
@@ -215,14 +217,14 @@ def neighbouring_queries(patch: Patch) -> None:
     def start(f: Any, self: Any, block: Any, row: Any, count: Any) -> None:
         f(self, block, row if self.write else row + 1, count)
 
-    changed(patch, ragged_tpu.RaggedRows, "start", start)
+    changed(patch, ragged_kernel.RaggedRows, "start", start)
 
 
 def output_rows_off_by_one(patch: Patch) -> None:
     def start(f: Any, self: Any, block: Any, row: Any, count: Any) -> None:
         f(self, block, row + 1 if self.write else row, count)
 
-    changed(patch, ragged_tpu.RaggedRows, "start", start)
+    changed(patch, ragged_kernel.RaggedRows, "start", start)
 
 
 def blocks_of_the_next_sequence(patch: Patch) -> None:

@@ -10,10 +10,10 @@ demo: .venv/.core
 	@$(BIN)/vsurge demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -q --durations=10 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m "not slow"
 
 test-slow: .venv/.dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -30,10 +30,13 @@ def no_type_checker() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small_units() -> Iterator[None]:
-    """Has the decode kernel for TPU choose small block sizes: larger ones take the interpreter far longer."""
+    """Has the kernels for TPU choose small block sizes: larger ones take the interpreter far longer."""
     from vsurge.kernels.decode import blocks
+    from vsurge.kernels.ragged import blocks as ragged_blocks
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "UNIT_TOKENS", 128)
         patch.setattr(blocks, "MOST_LANES", 1)
+        patch.setattr(ragged_blocks, "MOST_QUERIES", 64)
+        patch.setattr(ragged_blocks, "MOST_TOKENS", 256)
         yield

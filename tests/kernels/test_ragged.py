@@ -95,12 +95,12 @@ def test_outliers_do_no_harm(setup: Setup, implementation: Implementation) -> No
     check_ragged(mixed_batch(setup, "chunks", outliers=True), implementation)
 
 
-@each_implementation
+@each_implementation_slowly
 def test_a_batch_without_sequences_runs(implementation: Implementation) -> None:
     check_ragged(ragged_batch(Setup(), (), (), num_tokens=5, pages_per_seq=2), implementation)
 
 
-@each_implementation
+@each_implementation_slowly
 def test_a_single_token_runs(implementation: Implementation) -> None:
     setup = Setup(num_q_heads=1, num_kv_heads=1, query_dtype="bfloat16", cache_dtype="bfloat16")
     check_ragged(ragged_batch(setup, (1,), (20,), num_tokens=1, max_seqs=1), implementation)

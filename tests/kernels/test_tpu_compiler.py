@@ -188,7 +188,10 @@ def test_several_queries_compile(chip: str, heads: tuple[int, int], num_queries:
     compile_decode(chip, heads, num_queries=num_queries, sliding_window=1000)
 
 
-@pytest.mark.parametrize("heads", HEADS[::2])
+@pytest.mark.parametrize(
+    "heads",
+    [pytest.param(heads, marks=() if i % 3 == 0 else pytest.mark.slow) for i, heads in enumerate(HEADS)],
+)
 def test_shards_compile(heads: tuple[int, int]) -> None:
     compile_decode("v6e", heads)
     compile_ragged("v6e", heads)
@@ -200,7 +203,7 @@ PAGES = list(itertools.product([16, 256], [64, 128, 256], SUPPORTED_DTYPES))
 
 @pytest.mark.parametrize(
     ("page_size", "head_dim", "dtype"),
-    [pytest.param(*page, marks=() if i % 7 == 0 else pytest.mark.slow) for i, page in enumerate(PAGES)],
+    [pytest.param(*page, marks=() if i % 11 == 0 else pytest.mark.slow) for i, page in enumerate(PAGES)],
     ids=str,
 )
 def test_every_page_compiles(page_size: int, head_dim: int, dtype: Any) -> None:
@@ -240,7 +243,7 @@ def test_options_and_lanes_compile() -> None:
     compile_ragged("7x", (8, 1), sliding_window=1000, soft_cap=30.0, return_lse=True)
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("page_size", [pytest.param(16, marks=pytest.mark.slow), 64])
 def test_the_largest_batch_of_the_longest_context_compiles(page_size: int) -> None:
     """Its page table is larger than the scalar memory."""
     compile_decode("v6e", (8, 1), 128, page_size, num_seqs=256, context=2**17)

@@ -38,6 +38,10 @@ INT8 = Setup(query_dtype="bfloat16", cache_dtype="int8", page_size=32)
 LENGTHS = (520, 0, 3, 256, 384, 1, 1, 700, 128, 0, 260, 33)  # of two groups
 
 
+def slowly(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def attend(blocks: DecodeBlocks, setup: Setup = BFLOAT16, **options: Any) -> None:
     check_decode(decode_batch(setup, LENGTHS), "mosaic_tpu", block_sizes=blocks, **options)
 
@@ -75,21 +79,24 @@ def write(num_tokens: int = 100, dtype: str = "bfloat16", page_size: int = 32) -
         np.testing.assert_array_equal(np.asarray(rows)[kept], np.asarray(right)[kept])
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    "blocks", [BLOCKS[2], *(slowly(blocks) for blocks in BLOCKS[:2] + BLOCKS[3:])], ids=str
+)
 def test_any_block_sizes_match_the_reference(blocks: DecodeBlocks) -> None:
     attend(blocks)
 
 
-@pytest.mark.parametrize("blocks", BLOCKS[:2], ids=str)
+@pytest.mark.parametrize("blocks", [BLOCKS[1], slowly(BLOCKS[0])], ids=str)
 def test_a_window_may_begin_anywhere_in_a_unit(blocks: DecodeBlocks) -> None:
     attend(blocks, Setup(page_size=16), sliding_window=77, sinks=sinks_of(Setup()), soft_cap=3.0)
 
 
 @pytest.mark.parametrize(
     "blocks",
-    [pytest.param(RaggedBlocks(64, 256, 3), marks=pytest.mark.slow), RaggedBlocks(32, 384, 2)],
+    [RaggedBlocks(64, 256, 3), RaggedBlocks(32, 384, 2)],
     ids=str,
 )
+@pytest.mark.slow
 def test_any_block_sizes_match_the_reference_for_prompts(blocks: RaggedBlocks) -> None:
     attend_ragged(blocks, sliding_window=77, sinks=sinks_of(BFLOAT16), soft_cap=3.0)
 
@@ -108,12 +115,13 @@ RUNS: dict[str, Callable[[], None]] = {
     "ragged int8": lambda: attend_ragged(setup=INT8),
     "append int8": lambda: write(dtype="int8", page_size=128),
 }
-SAMPLED = {
-    "decode int8": "on_wait",
-    "append int8": "on_wait",
-    "ragged int8": None,
-    "several": None,
+SAMPLED = {  # modes of a run without the slow tests, where it is not both
+    "ragged": "on_wait",
     "fused": "on_wait",
+    "several": None,
+    "decode int8": None,
+    "ragged int8": None,
+    "append int8": "on_wait",
 }
 
 
@@ -146,7 +154,9 @@ def copied_over_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fetcher, "_copy", copy)
 
 
-@pytest.mark.parametrize("fault", [missing_wait, copied_over_what_is_in_use])
+@pytest.mark.parametrize(
+    "fault", [missing_wait, pytest.param(copied_over_what_is_in_use, marks=pytest.mark.slow)]
+)
 def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
     batch = decode_batch(BFLOAT16, LENGTHS)
@@ -165,11 +175,13 @@ def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest
     assert races_in(run, "eager", monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_tile_whose_write_nobody_waits_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NewRows, "_wait", lambda *_: None)
     assert races_in(attend_fused, "eager", monkeypatch)
 
 
+@pytest.mark.slow
 def test_queries_that_nobody_waits_for_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = RaggedRows.wait
     monkeypatch.setattr(RaggedRows, "wait", lambda rows, *place: right(rows, *place) if rows.write else None)

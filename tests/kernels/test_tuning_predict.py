@@ -43,7 +43,7 @@ def predicted(compilers: Compilers):
 
 
 @pytest.mark.parametrize(
-    "chip", [pytest.param(chip, marks=pytest.mark.slow if chip == "v5p" else ()) for chip in CHIPS]
+    "chip", [pytest.param(chip, marks=pytest.mark.slow if chip in ("v4", "v5p") else ()) for chip in CHIPS]
 )
 def test_every_chip_works_and_what_is_predicted_is_possible(predicted, chip: str) -> None:
     long, short, mixed, *_ = predicted(chip)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
@@ -17,6 +18,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .chips import find_chip
+
+UNREADABLE = "Error reading persistent compilation cache entry"  # as a warning of jax begins
 
 
 def compile_for(
@@ -38,7 +41,11 @@ def compile_for(
         RuntimeError: libtpu is not installed.
         jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
     """
-    return trace_for(chip, function, *arguments, donate_argnums=donate_argnums).lower().compile()
+    lowered = trace_for(chip, function, *arguments, donate_argnums=donate_argnums).lower()
+    with warnings.catch_warnings():
+        # Without a device a program in the compilation cache cannot be loaded: jax says so, and compiles.
+        warnings.filterwarnings("ignore", UNREADABLE, UserWarning)
+        return lowered.compile()
 
 
 def trace_for(

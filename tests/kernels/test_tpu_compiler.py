@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ from vsurge.kernels import (
 from vsurge.kernels.kv_pages import scale_tokens
 from vsurge.kernels.quantization import LARGEST, is_quantized
 from vsurge.kernels.tuning import CHIPS, compile_for, compiler
+
+from ..compilation_cache import cache_reset
 
 pytestmark = pytest.mark.usefixtures("small_units")  # others take longer to compile: see test_tpu_memory.py
 
@@ -297,6 +300,16 @@ def test_every_generation_takes_quantized_caches(chip: str, dtype: Any) -> None:
     compile_ragged(chip, dtype=dtype, block_sizes=None)
     blocks = DecodeBlocks(kv_tokens=256, lanes=2, depth=3)
     compile_decode(chip, (8, 2), dtype=dtype, sliding_window=1000, soft_cap=30.0, block_sizes=blocks)
+
+
+def test_a_program_that_is_in_the_compilation_cache_is_compiled_again(tmp_path: Path) -> None:
+    with cache_reset():
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for _ in range(2):  # the second one without the warning that the first one's program cannot be read
+            jax.clear_caches()
+            compile_for("v6e", jnp.sin, shape(8, 128, dtype="float32"))
+            assert list(tmp_path.iterdir())
 
 
 def test_an_unknown_chip_is_refused_with_the_known_ones() -> None:

@@ -8,27 +8,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from vsurge.cli import main
+
+from ..compilation_cache import cache_reset
 
 
 @pytest.fixture(scope="package")
 def vsurge_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """VSURGE_HOME, one for all tests here, so that they share compiled programs; jax is reset afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     home = tmp_path_factory.mktemp("vsurge_home")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, cache_reset():
         patch.setenv("VSURGE_HOME", str(home))
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        compilation_cache.reset_cache()
         yield home
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @dataclass(frozen=True)

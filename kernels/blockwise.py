@@ -11,6 +11,7 @@ table's width.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from .kv_pages import KEYS, VALUES, KVPages, load_block, load_scales, pages_per_block
 
 MASKED = -1e30  # the score of a key that is not seen; finite, so that a row that sees nothing yields no NaN
+LOG2_E = math.log2(math.e)
 MIN_ROWS = 2  # XLA's CPU backend computes a bfloat16 product with a single row ten times slower than with two
 
 

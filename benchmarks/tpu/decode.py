@@ -12,7 +12,7 @@ from ...kernels.tuning import Assumptions, Batch, Call, Compilers, Prediction, R
 from ...kernels.tuning.candidates import workloads
 from .rows import Row
 
-BLOCK = 1024  # tokens that are computed at once, where bundles are counted
+BLOCK = 1024  # tokens of a unit, where bundles are counted
 HEADS = ((32, 8), (8, 2), (8, 1))
 SEQUENCES = 64
 SHARES = {128: 0.5, 512: 0.85, 2048: 0.95, 8192: 0.95}  # context: the least share of the bandwidth
@@ -29,6 +29,7 @@ def decode_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
         for heads in (HEADS[0], HEADS[-1])
         for page_size in (64, 16)
     }
+    twice = compilers.predict(_blocked(HEADS[0], 64, lanes=2), [LONG, SHORT], chip)
     theirs = compilers.predict(_theirs(HEADS[0], BLOCK), [LONG, SHORT], chip)
     schedules = compilers.schedules(_blocked(HEADS[0], 64), chip)
     shares = {
@@ -37,12 +38,12 @@ def decode_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
         for kv_dtype in ("bfloat16", "int8")
     }
     their_shares = compilers.predict(_theirs(HEADS[0], 512), _batches(), chip, assumed)
-    yield from _bundle_rows(chip, counted, theirs, schedules)
+    yield from _bundle_rows(chip, counted, twice, theirs, schedules)
     yield from _share_rows(chip, shares, their_shares)
 
 
-def _blocked(heads: tuple[int, int], page_size: int) -> Call:
-    blocks = DecodeBlocks(BLOCK, lanes=1, depth=8)
+def _blocked(heads: tuple[int, int], page_size: int, lanes: int = 1) -> Call:
+    blocks = DecodeBlocks(BLOCK, lanes=lanes, depth=8 // lanes)
     return Call(kernel="decode", num_q_heads=heads[0], num_kv_heads=heads[1], page_size=page_size,
         block_sizes=blocks)  # fmt: skip
 
@@ -88,6 +89,7 @@ def _spills_per_block(schedule: Schedule, predictions: list[Prediction]) -> floa
 def _bundle_rows(
     chip: str,
     counted: dict[tuple[tuple[int, int], int], Future[list[Prediction]]],
+    twice: Future[list[Prediction]],
     theirs: Future[list[Prediction]],
     schedules: Future[list[Schedule]],
 ) -> Iterator[Row]:
@@ -101,6 +103,10 @@ def _bundle_rows(
     name = f"decode {HEADS[0]}, block {BLOCK}, page 64: bundles per"
     yield Row(chip, f"{name} token", "", per_token, their_token, at_most=1.1 if is_v6e else None)
     yield Row(chip, f"{name} sequence", "", per_sequence, their_sequence, at_most=200.0 if is_v6e else None)
+    per_token, per_sequence = _of(twice.result())
+    name = "the same, two blocks side by side: bundles per"
+    yield Row(chip, f"{name} token", "", per_token, at_most=1.1 if is_v6e else None)
+    yield Row(chip, f"{name} sequence", "", per_sequence, at_most=200.0 if is_v6e else None)
     spills = _spills_per_block(schedules.result()[0], counted[HEADS[0], 64].result())
     yield Row(chip, f"decode {HEADS[0]}, block {BLOCK}, page 64: spills and fills per block", "", spills,
         at_most=0.0 if is_v6e else None)  # fmt: skip

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--heads", action="append", metavar="Q,KV", help="like 32,8 (default: all)")
     parser.add_argument("--kv-dtype", action="append", help="default: bfloat16")
     parser.add_argument("--kernel", action="append", choices=("decode", "ragged"), help="default: both")
+    parser.add_argument("--page-size", action="append", type=int, help="that are searched (default: 64, 16)")
     parser.add_argument("--out", type=Path, help="folder (default: kernels/block_sizes)")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # a TPU is not looked for
@@ -42,6 +43,7 @@ def main() -> None:
     for chip in arguments.chip or ("v5e", "v6e", "7x"):
         path = arguments.out / f"{chip}.json" if arguments.out else table_path(chip)
         calls = list(all_calls(heads, arguments.kv_dtype or ("bfloat16",), arguments.kernel))
+        calls = [call for call in calls if call.page_size in (arguments.page_size or (call.page_size,))]
         with Compilers() as compilers:
             searches = [_start(call, chip, compilers) for call in calls]
             found = [e for search in progress_bar(searches, chip, show=True) for e in _finish(search)]

@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
         kv_pages: the cache.
         kv_lens, table: [padded num_groups * seqs] and [num_groups * table_group] int32.
         queries: [num_groups * seqs, rows, head_dim].
-        sinks: [rows, LANES] float32, MASKED for none.
+        sinks: [rows, LANES] float32, to the base of 2; MASKED for none.
         slots, new_rows: see `NewRows`, [padded num_groups * seqs] int32 and [num_groups * seqs, 2,
             num_kv_heads, head_dim]; None unless they are to be written.
     """

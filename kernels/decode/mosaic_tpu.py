@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..block_sizes import Key
-from ..blockwise import MASKED, product_dtype
+from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..kv_pages import KVPages, encode
 from ..tpu.fetcher import fetcher_scratch, vmem_bytes_per_token
 from ..tpu.launch import check_pages, in_hbm, tpu_call, vmem_bytes
@@ -149,7 +149,7 @@ def _attend(
     kv_lens = by_sequence(kv_lens)
     last = jnp.max(jnp.where(kv_lens > 0, jnp.arange(1, kv_lens.shape[0] + 1, dtype=jnp.int32), 0))
     used_groups = ((last + seqs - 1) // seqs)[None]
-    sink = jnp.full(num_q_heads, MASKED) if sinks is None else sinks.astype(jnp.float32)
+    sink = jnp.full(num_q_heads, MASKED) if sinks is None else sinks.astype(jnp.float32) * LOG2_E
     sink = by_kv_head(jnp.broadcast_to(sink, (1, num_queries, num_q_heads)), num_kv_heads)[0]
     table = jnp.pad(by_sequence(page_table), ((0, 0), (0, units.table_row - pages_per_seq)))
     inputs = Inputs(

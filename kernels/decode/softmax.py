@@ -8,8 +8,9 @@ begins a sequence, and leaves its own in its sequence's row: the last one's stay
 from the rows, which would make every unit wait for the one before; what passes from step to step lies in one
 place.
 
-All state is float32, and numbers that belong to a row are the same in all LANES of it: a register's lanes can
-be reduced to one, but spreading that one costs as much again.
+Scores are to the base of 2, which the chip's exponential is, too. All state is float32, and numbers that
+belong to a row are the same in all LANES of it: a register's lanes can be reduced to one, but spreading that
+one costs as much again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from ..blockwise import MASKED
+from ..blockwise import LOG2_E, MASKED
 from ..tpu.shapes import LANES
 
 
@@ -27,8 +28,8 @@ class State(NamedTuple):
     """Running softmaxes of rows.
 
     Attributes:
-        highest, total: [..., rows, LANES], the largest score, and the sum of `exp(score - highest)`.
-        weighted: [..., rows, head_dim], the sum of `exp(score - highest) * value`.
+        highest, total: [..., rows, LANES], the largest score, and the sum of `2 ** (score - highest)`.
+        weighted: [..., rows, head_dim], the sum of `2 ** (score - highest) * value`.
     """
 
     highest: Any
@@ -78,7 +79,7 @@ class Softmax(NamedTuple):
             own = jnp.broadcast_to(highest[unit * rows : (unit + 1) * rows], (rows, LANES))
             before = jnp.where(begin, MASKED, before)
             high = jnp.maximum(before, own)
-            keeps.append(jnp.where(begin, 0.0, jnp.exp(before - high)))
+            keeps.append(jnp.where(begin, 0.0, jnp.exp2(before - high)))
             highs.append(high)
             before = high
         return jnp.concatenate(highs), keeps
@@ -108,7 +109,7 @@ class Softmax(NamedTuple):
         """Writes the group's results, to which a sink adds a score without a value.
 
         Args:
-            sinks: [rows, LANES], MASKED for none.
+            sinks: [rows, LANES], to the base of 2; MASKED for none.
             output, log_sum_exp: [seqs, rows, head_dim | LANES].
         """
         seqs, _, head_dim = output.shape
@@ -116,12 +117,12 @@ class Softmax(NamedTuple):
         nothing = highest == MASKED  # is what a row has seen
         sink = sinks[...][None]
         new = jnp.maximum(highest, sink)
-        keep = jnp.exp(highest - new)
-        total = jnp.where(nothing, 0.0, self.sequences.total[:seqs] * keep + jnp.exp(sink - new))
+        keep = jnp.exp2(highest - new)
+        total = jnp.where(nothing, 0.0, self.sequences.total[:seqs] * keep + jnp.exp2(sink - new))
         factor = jnp.where(nothing, 0.0, keep / total)
         weighted = jnp.where(spread(nothing, head_dim), 0.0, self.sequences.weighted[:seqs])
         output[...] = (weighted * spread(factor, head_dim)).astype(output.dtype)
-        log_sum_exp[...] = new + jnp.log(total)
+        log_sum_exp[...] = (new + jnp.log2(total)) / LOG2_E
 
 
 def spread(wide: Any, numbers: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from ..blockwise import MASKED
+from ..blockwise import LOG2_E, MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
 from ..tpu.fetcher import BEGINS, REST, ROW, TOKENS, Fetcher
 from ..tpu.shapes import LANES
@@ -73,16 +73,18 @@ def compute(
             keys.append(key)
             values.append(value)
 
-    scores = attention.products.scores(rows.astype(dtype), keys) * attention.scale
+    cap = attention.soft_cap
+    scores = attention.products.scores(rows.astype(dtype), keys)
+    scores *= attention.scale * LOG2_E if cap is None else attention.scale / cap
     if fetcher.scales is not None:
         scores *= _scales_by_row(attention, fetcher, slot, width, KEYS)
-    if attention.soft_cap is not None:
-        scores = attention.soft_cap * jnp.tanh(scores / attention.soft_cap)
+    if cap is not None:
+        scores = cap * LOG2_E * jnp.tanh(scores)
     if masked:
         scores = jnp.where(_seen(attention, units_in, width), scores, MASKED)
     begins = [unit[BEGINS] == 1 for unit in units_in]
     highest, keeps = softmax.raise_to(jnp.max(scores, axis=1, keepdims=True), begins)
-    weights = jnp.exp(scores - spread(highest, width))
+    weights = jnp.exp2(scores - spread(highest, width))
     scales = None
     if fetcher.scales is not None:
         scales = _scales_by_row(attention, fetcher, slot, width, VALUES)

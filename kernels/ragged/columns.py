@@ -13,7 +13,6 @@ weights are multiplied with a head's column of them, and the weights are summed 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..blockwise import MASKED
+from ..blockwise import LOG2_E, MASKED
 from ..kv_pages import KEYS, VALUES, KVPages, decode_bits
 from ..tpu.control import largest
 from ..tpu.fetcher import REST, TOKENS, Fetcher
@@ -31,7 +30,6 @@ from ..tpu.products import dot
 from ..tpu.shapes import LANES, SUBLANES
 from .heads import PIECE, Heads
 
-LOG2_E = math.log2(math.e)
 CHUNK = 256  # tokens of a piece whose scores make one product
 
 

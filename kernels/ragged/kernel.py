@@ -19,12 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..blockwise import LOG2_E
 from ..kv_pages import KVPages
 from ..tpu.control import for_each, if_then_else
 from ..tpu.fetcher import FULL, TOKENS, WHOLE, Fetcher
 from ..tpu.shapes import LANES
 from ..tpu.units import Units
-from .columns import LOG2_E, Attention, Softmax, attend
+from .columns import Attention, Softmax, attend
 from .heads import PIECE
 from .query_blocks import QueryBlocks, RaggedRows
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..block_sizes import Key
-from ..blockwise import MASKED, product_dtype
+from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..decode.mosaic_tpu import paged_decode_attention
 from ..kv_pages import KVPages
 from ..tpu.fetcher import fetcher_scratch, vmem_bytes_per_token
@@ -30,7 +30,7 @@ from ..tpu.launch import check_pages, in_hbm, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.units import TABLE_TILE, Units
 from .blocks import RaggedBlocks, Sizes, tuned_or_default_blocks
-from .columns import LOG2_E, Attention
+from .columns import Attention
 from .heads import Heads
 from .kernel import kernel
 from .query_blocks import cut_queries, most_blocks

@@ -116,9 +116,8 @@ def paged_decode_attention(
     """Attention of the last token of each sequence, or of its last few, over a paged cache.
 
     The new tokens' keys and values are in the cache already (`append_kv`), or they are given as `new_kv` and
-    written in the same pass. With several queries per sequence
-    (drafted tokens to be verified, say) query j stands at position `kv_len - num_queries + j`, and as
-    everywhere position p sees positions 0 to p.
+    written in the same pass. With several queries per sequence (drafted tokens to be verified, say) query j
+    stands at position `kv_len - num_queries + j`, and as everywhere position p sees positions 0 to p.
 
     Args:
         queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32, or with up to 8 tokens per sequence

@@ -106,8 +106,7 @@ def ragged_paged_attention(
     """Causal attention of new tokens, concatenated over sequences of any lengths, over a paged cache.
 
     The new tokens' keys and values are in the cache already (`append_kv`), or they are given as `new_kv`. A
-    sequence's last query stands at
-    position `kv_len - 1`, and position p sees positions 0 to p.
+    sequence's last query stands at position `kv_len - 1`, and position p sees positions 0 to p.
 
     Args:
         queries: [num_tokens, num_q_heads, head_dim], bfloat16 or float32; all sequences' new tokens.

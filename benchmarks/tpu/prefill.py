@@ -23,6 +23,7 @@ from .rows import Row
 
 NEW = 2048  # tokens
 CONTEXTS = {NEW: 0.75, 30 * 1024 + NEW: 0.8}  # context, the new tokens included: the least share
+V6E_CEILING = 0.44  # of the matrix rate, of bare products with more queries than the kernel has
 HEADS = (32, 8)
 BARE = (row_products, column_products)
 ALONE = (1, HEADS[1])  # heads whose bare products are compiled together
@@ -50,6 +51,8 @@ def prefill_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
         (prediction,) = ours[context].result()
         their = None if their_predictions is None else their_predictions[at]
         before = f", {context - NEW:,} before them" if context > NEW else ""
+        yield Row(chip, f"prefill of {NEW:,} tokens{before}: MFU", "%", prediction.mfu, their and their.mfu,
+            at_least=least * V6E_CEILING if chip == "v6e" else None)  # fmt: skip
         for heads, target in zip(ALONE, (least, None), strict=True):
             flops = _tile_flops(sizes, heads)
             cycles = min(product_cycles(future.result()[0], flops) for future in bare[sizes, heads])

@@ -23,7 +23,7 @@ from .rows import Row
 
 NEW = 2048  # tokens
 CONTEXTS = {NEW: 0.75, 30 * 1024 + NEW: 0.8}  # context, the new tokens included: the least share
-V6E_CEILING = 0.44  # of the matrix rate, of bare products with more queries than the kernel has
+V6E_CEILING = 0.44  # of the matrix rate: one head's bare products with 512 queries and 1,024 tokens
 HEADS = (32, 8)
 BARE = (row_products, column_products)
 ALONE = (1, HEADS[1])  # heads whose bare products are compiled together

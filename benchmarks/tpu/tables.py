@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--heads", action="append", metavar="Q,KV", help="like 32,8 (default: all)")
     parser.add_argument("--kv-dtype", action="append", help="default: bfloat16")
     parser.add_argument("--kernel", action="append", choices=("decode", "ragged"), help="default: both")
-    parser.add_argument("--page-size", action="append", type=int, help="that are searched (default: 64, 16)")
+    parser.add_argument("--page-size", action="append", type=int, choices=(64, 16), help="(default: all)")
     parser.add_argument("--out", type=Path, help="folder (default: kernels/block_sizes)")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # a TPU is not looked for

@@ -91,12 +91,8 @@ def test_a_window_may_begin_anywhere_in_a_unit(blocks: DecodeBlocks) -> None:
     attend(blocks, Setup(page_size=16), sliding_window=77, sinks=sinks_of(Setup()), soft_cap=3.0)
 
 
-@pytest.mark.parametrize(
-    "blocks",
-    [RaggedBlocks(64, 256, 3), RaggedBlocks(32, 384, 2)],
-    ids=str,
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("blocks", [RaggedBlocks(64, 256, 3), RaggedBlocks(32, 384, 2)], ids=str)
 def test_any_block_sizes_match_the_reference_for_prompts(blocks: RaggedBlocks) -> None:
     attend_ragged(blocks, sliding_window=77, sinks=sinks_of(BFLOAT16), soft_cap=3.0)
 
@@ -154,9 +150,7 @@ def copied_over_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fetcher, "_copy", copy)
 
 
-@pytest.mark.parametrize(
-    "fault", [missing_wait, pytest.param(copied_over_what_is_in_use, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("fault", [missing_wait, slowly(copied_over_what_is_in_use)])
 def test_a_planted_race_is_found(fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
     batch = decode_batch(BFLOAT16, LENGTHS)

@@ -193,8 +193,8 @@ def attend_group(fetcher: Fetcher, attend: Callable[..., None], new_rows: NewRow
         @pl.when(full)
         def _() -> None:
             fetcher.wait_whole(slot)
-            fetcher.start_whole(coming)
             attend(slot, units.tokens, masked=False)
+            fetcher.start_whole(coming)  # after the arithmetic, whose last sums it hides
             fetcher.describe()
 
         @pl.when(~full)

@@ -132,8 +132,13 @@ def stale_buffer(patch: Patch) -> None:
 
 
 def wide_units_dropped(patch: Patch) -> None:
-    for module, name in ((kernel, "widths_of"), (ragged_kernel, "_widths")):
-        changed(patch, module, name, lambda f, tokens: f(tokens)[:-1])
+    def decode(f: Any, *arguments: Any, **options: Any) -> None:
+        *_, fetcher, _, _, _, width = arguments
+        if width < fetcher.units.tokens:
+            f(*arguments, **options)
+
+    changed(patch, kernel, "compute", decode)
+    changed(patch, ragged_kernel, "_widths", lambda f, tokens: f(tokens)[:-1])
 
 
 def one_token_too_many(patch: Patch) -> None:

@@ -248,8 +248,8 @@ def written(change: Callable[..., tuple[Any, ...]]) -> Callable[[Patch], None]:
 def other_scales(change: Callable[..., Any]) -> Callable[[Patch], None]:
     """`change` gives the scales of keys or values from the right function and its last arguments."""
 
-    def scales_of(f: Any, self: Fetcher, slot: Any, lane: int, kind: int, width: int) -> Any:
-        return change(lambda kind: f(self, slot, lane, kind, width), kind)
+    def scales_of(f: Any, self: Fetcher, slot: Any, lane: int, kind: int, *which: Any) -> Any:
+        return change(lambda kind: f(self, slot, lane, kind, *which), kind)
 
     return lambda patch: changed(patch, Fetcher, "scales_of", scales_of)
 

@@ -1,7 +1,7 @@
 """The engine: requests, scheduler, page pool, compiled steps, sampling, streaming."""
 
 from .channel import ReturnSample
-from .errors import EngineError, EngineFailed, EngineStopped, OutOfMemory, QueueFull
+from .errors import EngineError, EngineFailed, EngineStopped, OutOfMemory, QueueFull, StepFailed
 from .generation import Generation
 from .sampling_params import SamplingParams
 from .surge import vSurge
@@ -15,5 +15,6 @@ __all__ = [
     "QueueFull",
     "ReturnSample",
     "SamplingParams",
+    "StepFailed",
     "vSurge",
 ]

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import EngineError, EngineFailed
+from .errors import EngineError, EngineFailed, StepFailed
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -35,6 +35,8 @@ class ReturnSample:
         finish_reason: "stop" (an end-of-sequence token, stop token or stop string), "length" (max_tokens or
             max_length), "abort"; None while it goes on.
         num_prompt_tokens: length of the prompt after any truncation.
+        num_cached_tokens: of these, those that were found in the cache.
+        num_preemptions: how often it had to give its pages to others, and its tokens were computed anew.
     """
 
     text: str
@@ -44,6 +46,8 @@ class ReturnSample:
     time_to_first_token_s: float | None
     finish_reason: FinishReason | None
     num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +78,7 @@ class Channel:
         self._samples = initial
         self._version = 0
         self._failure: BaseException | None = None
+        self._failed_as: tuple[type[EngineError], str] = (EngineError, "")
         self._waiters: list[_Waiter] = []
 
     def publish(self, changed: dict[int, ReturnSample]) -> None:
@@ -86,23 +91,34 @@ class Channel:
             self._version += 1
             self._wake()
 
-    def fail(self, failure: BaseException) -> None:
-        """Gives the readers an exception, if they have not got everything already. For the engine."""
+    def fail(self, failure: BaseException, *, in_a_step: bool) -> None:
+        """Gives the readers an exception, if they have not got everything already. For the engine.
+
+        Args:
+            failure: its cause.
+            in_a_step: whether only a step failed, and not the engine.
+        """
         with self._lock:
             if not self._finished():
                 self._failure = failure
+                self._failed_as = (
+                    (StepFailed, "a step of the request failed")
+                    if in_a_step
+                    else (EngineFailed, "the engine's thread failed")
+                )
                 self._wake()
 
     def read(self, seen: int) -> tuple[int, list[ReturnSample]] | None:
         """The current version and samples if newer than version `seen`; None if not.
 
         Raises:
-            EngineFailed: from the exception that ended the engine.
+            EngineFailed, StepFailed: from the exception that ended the engine, or the request.
         """
         with self._lock:
             failure, version, samples = self._failure, self._version, self._samples
         if failure is not None:  # an exception of its own for every reader: raising one changes it
-            raise EngineFailed(f"the engine's thread failed: {failure!r}") from failure
+            kind, message = self._failed_as
+            raise kind(f"{message}: {failure!r}") from failure
         return None if version == seen else (version, samples)
 
     def is_over(self) -> bool:

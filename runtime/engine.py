@@ -45,8 +45,8 @@ class Engine:
 
     The scheduler and the executor belong to the thread; callers leave messages in an inbox that it empties
     between steps. A step is dispatched before the tokens of the one before it are read, so that the device
-    does not wait for Python. An exception in the thread reaches every caller that waits, and every later one
-    until `start` begins anew.
+    does not wait for Python. An exception in a step fails the requests of that step. Any other in the thread
+    reaches every caller that waits, and every later one until `start` begins anew.
 
     `abort` and `abandon` are called by finalizers, which the garbage collector runs in any thread, even one
     that holds the lock. So they take none: they put a message into a `SimpleQueue`, whose `put` is reentrant.
@@ -157,21 +157,53 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            dispatched: tuple[StepPlan, jax.Array] | None = None
-            while self._take_inbox():
-                previous, plan = dispatched, self._scheduler.plan()
-                self._count_waiting()
-                dispatched = None if plan is None else (plan, self._executor.run(plan))
-                if previous is not None:
-                    self._commit(*previous)
-            if dispatched is not None:  # of requests that have ended meanwhile
-                dispatched[1].block_until_ready()
+            self._serve()
             self._scheduler.pool.check_integrity()
         except BaseException as failure:
             logger.exception("the engine's thread failed")
             self._end(failure)
         else:
             self._end(None)
+
+    def _serve(self) -> None:
+        dispatched: tuple[StepPlan, jax.Array] | None = None
+        while self._take_inbox():
+            previous, plan = dispatched, self._scheduler.plan()
+            self._count_waiting()
+            dispatched, broken = self._dispatch(plan)
+            if previous is not None:
+                failure = self._commit(*previous)
+                if failure is not None:  # and with it what was dispatched after it
+                    broken, dispatched = (previous[0], failure), None
+            if broken is not None:
+                self._recover(*broken)
+        if dispatched is not None:  # of requests that have ended meanwhile
+            dispatched[1].block_until_ready()
+
+    def _dispatch(
+        self, plan: StepPlan | None
+    ) -> tuple[tuple[StepPlan, jax.Array] | None, tuple[StepPlan, Exception] | None]:
+        """Begins a step: what runs, and what failed."""
+        if plan is None:
+            return None, None
+        try:
+            return (plan, self._executor.run(plan)), None
+        except Exception as failure:  # noqa: BLE001  (whatever it is, its requests get it)
+            return None, (plan, failure)
+
+    def _recover(self, plan: StepPlan, failure: Exception) -> None:
+        """Fails the requests of a step, and lets the others begin anew: the cache may be lost."""
+        logger.error("a step failed, and with it %d requests", len(plan.chunks), exc_info=failure)
+        channels = {chunk.request.channel for chunk in plan.chunks}
+        for request in self._scheduler.unfinished():
+            if request.channel in channels:
+                self._scheduler.abort(request)
+        for channel in channels & self._open.keys():
+            channel.fail(failure, in_a_step=True)
+            del self._open[channel]
+        self._scheduler.recompute()
+        self._executor.release()
+        self._executor.allocate()
 
     def _take_inbox(self) -> bool:
         """Takes what callers left, and waits for it if there is no work; False when the thread is to end."""
@@ -212,9 +244,14 @@ class Engine:
         with self._lock:
             self._num_waiting = len(self._scheduler.waiting)
 
-    def _commit(self, plan: StepPlan, tokens: jax.Array) -> None:
-        token_ids = np.asarray(tokens)[: len(plan.chunks)].tolist()
-        self._publish(self._scheduler.commit(plan, token_ids))
+    def _commit(self, plan: StepPlan, tokens: jax.Array) -> Exception | None:
+        """Reads a step's tokens and hands them out; the exception if that, or the step itself, fails."""
+        try:
+            token_ids = np.asarray(tokens)[:, : len(plan.chunks)].T.tolist()
+            self._publish(self._scheduler.commit(plan, token_ids))
+        except Exception as failure:  # noqa: BLE001  (as above)
+            return failure
+        return None
 
     def _publish(self, changed: list[Request]) -> None:
         """Hands the samples of changed requests to their channels, one message per channel."""
@@ -245,7 +282,7 @@ class Engine:
             _started.discard(self)
         if failure is not None:  # otherwise everything has ended
             for channel in unanswered:
-                channel.fail(failure)
+                channel.fail(failure, in_a_step=False)
 
 
 _started: set[Engine] = set()

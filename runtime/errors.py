@@ -16,6 +16,10 @@ class EngineFailed(EngineError):
     """An exception ended the engine's thread; `__cause__` holds it. `start()` begins anew."""
 
 
+class StepFailed(EngineError):
+    """An exception in a step that the request was part of; `__cause__` holds it. The engine goes on."""
+
+
 class QueueFull(EngineError):
     """More requests than `max_queued_requests` would wait; try again later, or with fewer prompts."""
 

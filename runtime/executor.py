@@ -23,11 +23,12 @@ from ..model.sharding import cache_sharding
 from .cache_size import page_bytes
 from .errors import OutOfMemory
 from .options import EngineOptions
+from .rows import Rows
 from .scheduler import StepKind, StepPlan
 from .step import StepInputs, step, step_inputs
 
 MAX_PROGRAMS = 16
-SMALLEST_PREFILL = 64  # tokens
+SMALLEST_MIXED = 64  # tokens
 # LLVM's first level of optimization instead of its highest: a quarter less time to compile and, measured on
 # Qwen3-0.6B, steps no slower, for the matrix products are library calls.
 CPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}
@@ -59,11 +60,14 @@ class Executor:
     def __init__(self, model: Model, options: EngineOptions) -> None:
         self._model = model
         self._options = options
-        rows, longest_prefill = options.max_concurrent_decodes, options.max_prefill_length
+        rows, most = options.max_concurrent_decodes, options.max_batched_tokens
         self.decode_buckets = default_buckets(min(2, rows), rows, MAX_PROGRAMS // 2)
-        self.prefill_buckets = options.prefill_lengths or default_buckets(
-            min(SMALLEST_PREFILL, longest_prefill), longest_prefill, MAX_PROGRAMS - len(self.decode_buckets)
-        )
+        if options.prefill_lengths is None:
+            limit = MAX_PROGRAMS - len(self.decode_buckets)
+            self.mixed_buckets = default_buckets(min(SMALLEST_MIXED, most), most, limit)
+        else:
+            self.mixed_buckets = tuple(sorted({*options.prefill_lengths, most}))
+        self._rows = Rows(rows, options.pages_per_seq)
         empty_layer = partial(
             empty_kv_pages,
             options.num_pages,
@@ -114,7 +118,7 @@ class Executor:
         """
         buckets: dict[StepKind, tuple[int, ...]] = {
             "decode": self.decode_buckets,
-            "prefill": self.prefill_buckets,
+            "mixed": self.mixed_buckets,
         }
         wanted: list[tuple[StepKind, int]] = [(k, size) for k, sizes in buckets.items() for size in sizes]
         missing = [key for key in wanted if key not in self._programs]
@@ -134,7 +138,7 @@ class Executor:
         last_tokens = jax.ShapeDtypeStruct((self._options.max_concurrent_decodes,), jnp.int32)
         inputs = jax.eval_shape(partial(self._inputs, StepPlan(kind, ()), size))
         jitted = jax.jit(
-            partial(step, config=self._model.config),
+            partial(step, config=self._model.config, decode_steps=self._options.decode_steps),
             in_shardings=(_shardings(params), cache, self._everywhere, self._everywhere),
             out_shardings=(self._everywhere, cache, self._everywhere),
             donate_argnums=(1, 2),
@@ -146,11 +150,18 @@ class Executor:
         return lowered.compile(CPU_COMPILER_OPTIONS if platform == "cpu" else None)
 
     def run(self, plan: StepPlan) -> jax.Array:
-        """Dispatches a step; the tokens it chooses, on the device, one per chunk and then padding."""
+        """Dispatches a step.
+
+        Returns:
+            The tokens it chooses, [decode_steps or 1, n] int32 on the device, in the order of the chunks and
+            then padding; of a chunk the first `num_outputs` count.
+        """
         if self._last_tokens is None:
             raise RuntimeError("the executor has no cache: allocate() first")
-        size = sum(chunk.length for chunk in plan.chunks)
-        buckets = self.decode_buckets if plan.kind == "decode" else self.prefill_buckets
+        if plan.kind == "decode":
+            size, buckets = len(plan.chunks), self.decode_buckets
+        else:
+            size, buckets = sum(chunk.length for chunk in plan.chunks), self.mixed_buckets
         bucket = next(b for b in buckets if b >= size)
         if (plan.kind, bucket) not in self._programs:
             self._programs[plan.kind, bucket] = self._compile_lowered(self._lower(plan.kind, bucket))
@@ -161,13 +172,9 @@ class Executor:
         return tokens
 
     def _inputs(self, plan: StepPlan, bucket: int) -> StepInputs:
-        return step_inputs(
-            plan,
-            bucket,
-            num_rows=self._options.max_concurrent_decodes,
-            max_prompts=self._options.max_concurrent_prefill,
-            pages_per_seq=self._options.pages_per_seq,
-        )
+        # In a mixed step no sequence has less than a token.
+        max_seqs = min(self._options.max_concurrent_decodes, bucket)
+        return step_inputs(plan, bucket, self._rows, max_seqs=max_seqs)
 
 
 def _shardings(params: Params) -> Params:

@@ -20,9 +20,12 @@ class EngineOptions:
 
     Attributes:
         max_concurrent_decodes: rows of the batch: requests that hold pages at a time.
-        max_concurrent_prefill: prompts in one prefill step.
-        max_prefill_length: tokens in one prefill step; a longer prompt takes several.
-        prefill_lengths: sizes of prefill steps, tokens, in order; None for a default choice.
+        max_concurrent_prefill: prompts in one step.
+        max_prefill_length: tokens of prompts in one step; a longer prompt takes several.
+        max_batched_tokens: tokens in one step that has prompts, with those of whoever decodes beside them.
+        prefill_lengths: sizes of steps with prompts, tokens, in order; None for a default choice.
+        decode_steps: tokens that a step without prompts makes for each sequence.
+        prefix_caching: whether prefixes are looked up in the cache.
         max_length: longest sequence, prompt and output, tokens.
         page_size: tokens per page of the cache.
         num_pages: pages of the cache.
@@ -36,7 +39,10 @@ class EngineOptions:
     max_concurrent_decodes: int
     max_concurrent_prefill: int
     max_prefill_length: int
+    max_batched_tokens: int
     prefill_lengths: tuple[int, ...] | None
+    decode_steps: int
+    prefix_caching: bool
     max_length: int
     page_size: int
     num_pages: int
@@ -61,9 +67,12 @@ def options_for(
     model: Model,
     *,
     max_concurrent_decodes: int,
-    max_concurrent_prefill: int,
+    max_concurrent_prefill: int | None,
     max_prefill_length: int | None,
+    max_batched_tokens: int | None,
     prefill_lengths: Sequence[int] | None,
+    decode_steps: int,
+    prefix_caching: bool,
     max_length: int | None,
     page_size: int,
     memory_utilization: float,
@@ -86,10 +95,16 @@ def options_for(
         raise TypeError(f"vsurge_name={vsurge_name!r}: must be a string")
     max_length = _length(max_length, config)
     lengths = None if prefill_lengths is None else as_integers("prefill_lengths", prefill_lengths, 1)
+    prefill_length = _prefill_length(max_prefill_length, lengths, max_length)
+    prompts = as_optional_integer("max_concurrent_prefill", max_concurrent_prefill, 1)
+    caches_prefixes = as_flag("prefix_caching", prefix_caching)
     return EngineOptions(
         max_concurrent_decodes=rows,
-        max_concurrent_prefill=as_integer("max_concurrent_prefill", max_concurrent_prefill, 1),
-        max_prefill_length=_prefill_length(max_prefill_length, lengths, max_length),
+        max_concurrent_prefill=rows if prompts is None else prompts,
+        max_prefill_length=prefill_length,
+        max_batched_tokens=_batched_tokens(max_batched_tokens, prefill_length, rows),
+        decode_steps=as_integer("decode_steps", decode_steps, 1),
+        prefix_caching=caches_prefixes,
         prefill_lengths=None if lengths is None else tuple(sorted(set(lengths))),
         max_length=max_length,
         page_size=page_size,
@@ -103,7 +118,7 @@ def options_for(
             model,
             page_size=page_size,
             memory_utilization=share,
-            max_useful_pages=rows * -(-max_length // page_size),
+            max_useful_pages=rows * -(-max_length // page_size) * (2 if caches_prefixes else 1),
         ),
     )
 
@@ -145,4 +160,15 @@ def _prefill_length(wanted: int | None, lengths: tuple[int, ...] | None, max_len
         return min(DEFAULT_PREFILL_LENGTH, max_length)
     if wanted > max_length:
         raise ValueError(f"max_prefill_length={wanted}: must lie between 1 and max_length={max_length}")
+    return wanted
+
+
+def _batched_tokens(wanted: int | None, prefill_length: int, rows: int) -> int:
+    wanted = as_optional_integer("max_batched_tokens", wanted, 1)
+    if wanted is None:
+        return max(prefill_length, 2 * rows)
+    if wanted < rows:
+        raise ValueError(
+            f"max_batched_tokens={wanted}: must be at least max_concurrent_decodes={rows}, one token for each"
+        )
     return wanted

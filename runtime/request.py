@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .channel import Channel, FinishReason, ReturnSample
 from .detokenizer import Detokenizer
+from .page_pool import chained
 from .sampling_params import SamplingParams
 
 
@@ -22,10 +24,18 @@ class Request:
         seed: of its random numbers, 64 bits.
         channel, index: where its samples go, and which of the channel's prompts it is.
         detokenizer: None if no text is wanted.
+        priority: those with a smaller one go first.
+        turn: its place in the queue; smaller ones are served first, and are the last to lose their pages.
         output_ids: generated tokens.
         num_computed: tokens whose keys and values are in the cache once all planned steps have run.
+        num_to_prefill: tokens that were known when it was admitted: after them it decodes.
+        num_cached: tokens of the prompt that it found in the cache when it was first admitted; None before.
+        num_preemptions: how often it lost its pages and was put back into the queue.
+        num_pending: tokens that planned steps will bring.
         row: its row in the batch while it runs.
         pages: its pages of the cache, in order.
+        page_keys: see `keys_of_full_pages`.
+        num_registered: pages that the pool knows by their keys.
     """
 
     prompt_ids: list[int]
@@ -36,13 +46,21 @@ class Request:
     channel: Channel
     index: int
     detokenizer: Detokenizer | None
+    priority: int = 0
+    turn: tuple[int, int] = (0, 0)
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list[int])
     num_computed: int = 0
+    num_to_prefill: int = 0
+    num_cached: int | None = None
+    num_preemptions: int = 0
+    num_pending: int = 0
     row: int = -1
     pages: list[int] = field(default_factory=list[int])
+    page_keys: list[bytes] = field(default_factory=list[bytes])
+    num_registered: int = 0
 
     @property
     def max_tokens_in_cache(self) -> int:
@@ -50,8 +68,28 @@ class Request:
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
     @property
+    def num_known(self) -> int:
+        """Tokens of the prompt and those that were read back from the device."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def known_tokens(self, start: int, stop: int) -> Sequence[int]:
+        """The tokens of positions start to stop, all of them known."""
+        length = len(self.prompt_ids)
+        if stop <= length:
+            return self.prompt_ids[start:stop]
+        return [*self.prompt_ids[start:], *self.output_ids[max(0, start - length) : stop - length]]
+
+    def keys_of_full_pages(self, num_tokens: int, page_size: int) -> list[bytes]:
+        """The keys of the pages that the first tokens fill; all of these tokens must be known."""
+        keys = self.page_keys
+        for page in range(len(keys), num_tokens // page_size):
+            tokens = self.known_tokens(page * page_size, (page + 1) * page_size)
+            keys.append(chained(keys[-1] if keys else b"", tokens))
+        return keys[: num_tokens // page_size]
+
+    @property
     def is_prefilled(self) -> bool:
-        return self.num_computed >= len(self.prompt_ids)
+        return self.num_computed >= self.num_to_prefill
 
     @property
     def can_decode(self) -> bool:
@@ -98,4 +136,6 @@ class Request:
             time_to_first_token_s=None if first is None else first - self.submitted_at,
             finish_reason=self.finish_reason,
             num_prompt_tokens=len(self.prompt_ids),
+            num_cached_tokens=self.num_cached or 0,
+            num_preemptions=self.num_preemptions,
         )

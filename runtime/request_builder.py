@@ -41,6 +41,7 @@ class RequestBuilder:
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
+        priorities: Sequence[int],
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> tuple[Channel, list[Request]]:
         """One request per prompt, and the channel that they share.
@@ -54,8 +55,8 @@ class RequestBuilder:
         ]
         channel = Channel([ReturnSample("", (), 0, 0.0, None, None, len(ids)) for ids in token_ids])
         return channel, [
-            self._request(i, ids, p, channel)
-            for i, (ids, p) in enumerate(zip(token_ids, params, strict=True))
+            self._request(i, ids, p, priority, channel)
+            for i, (ids, p, priority) in enumerate(zip(token_ids, params, priorities, strict=True))
         ]
 
     def _prompt_ids(
@@ -86,7 +87,9 @@ class RequestBuilder:
         keep = longest - room
         return f"truncate_prompt_tokens={keep} would keep the last {keep} and leave room for {room} of output"
 
-    def _request(self, index: int, ids: list[int], params: SamplingParams, channel: Channel) -> Request:
+    def _request(
+        self, index: int, ids: list[int], params: SamplingParams, priority: int, channel: Channel
+    ) -> Request:
         stop_token_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_token_ids |= set(self._options.eos_token_ids)
@@ -105,6 +108,7 @@ class RequestBuilder:
             channel=channel,
             index=index,
             detokenizer=self._detokenizer(params),
+            priority=priority,
         )
 
     def _max_new_tokens(self, index: int, ids: list[int], params: SamplingParams) -> int:

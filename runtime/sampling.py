@@ -45,6 +45,7 @@ class SamplingInputs:
         seed: [rows, 2] uint32, the request's 64 bits.
         position: [rows] int32, of the token to be drawn; with the seed it fixes the random number.
         banned: [rows, MAX_BANNED] int32, tokens that must not be chosen; -1 is none.
+        banned_before: [rows] int32, the position from which on they may be.
     """
 
     temperature: Leaf
@@ -54,6 +55,7 @@ class SamplingInputs:
     seed: Leaf
     position: Leaf
     banned: Leaf
+    banned_before: Leaf
 
 
 def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Array, " rows"]:
@@ -63,7 +65,8 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Ar
     of what the ones before have left, at the given temperature; ties at a threshold are kept.
     """
     rows, vocab = logits.shape
-    banned = jnp.where(inputs.banned < 0, vocab, inputs.banned)
+    allowed = (inputs.banned < 0) | (inputs.position >= inputs.banned_before)[:, None]
+    banned = jnp.where(allowed, vocab, inputs.banned)
     logits = logits.at[jnp.arange(rows)[:, None], banned].set(-jnp.inf, mode="drop")
     blocks = _in_blocks(logits)
     maxima = blocks.max(-1)

@@ -1,50 +1,61 @@
 """Which tokens of which request run next. Plain Python, no JAX.
 
-A request waits until a row of the batch is free and the pool has pages for all it may ever need, so that
-nothing that runs can run out of them. Requests start in order of arrival. Prefill and decode steps take turns
-while both have work, so a long prompt, fed in chunks, never holds up the others for more than a chunk.
+Each step has a budget of tokens. Whoever decodes takes one each, prompts fill the rest in chunks, so a long
+prompt never holds up the others for longer than the budget says. Requests take turns in order of priority and
+arrival; one is admitted when a row of the batch is free and there are pages for all tokens of it that are
+known, apart from those that a prefix in the cache saves. While it decodes it takes pages as it grows. When
+there are none, the running request whose turn comes last gives all of its pages back and waits again; its
+tokens are computed anew later, which does not change them.
 
-A step may be planned before the tokens of the one before it are known: what a plan holds counts as computed,
+A step may be planned before the tokens of the ones before it are known: what a plan holds counts as computed,
 and a token that comes for a request that has ended meanwhile is dropped. The device runs steps in order, so
-pages that a request gives back may go to another one at once.
+pages that a request gives back may go to another one at once, and a page may be shared as soon as a step that
+fills it is planned.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .page_pool import PagePool
 from .request import Request
 
+HEADROOM = 64  # one page in so many is left to those that run when a request is admitted
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """`length` tokens of a request, from position `start`."""
+    """`length` tokens of a request, from position `start`.
+
+    Attributes:
+        num_outputs: tokens that come out of it: 0 if the prompt goes on, 1 at its end; `length` of a decode.
+    """
 
     request: Request
     start: int
     length: int
+    num_outputs: int
 
     @property
     def output_index(self) -> int:
-        """Which of the request's generated tokens comes out of this chunk; negative if the prompt goes on."""
-        return self.start + self.length - len(self.request.prompt_ids)
+        """Which of the request's generated tokens is the first to come out of this chunk, if any does."""
+        return self.start + self.length - self.num_outputs + 1 - len(self.request.prompt_ids)
 
     @property
-    def completes(self) -> bool:
-        """Whether a token comes out of this chunk."""
-        return self.output_index >= 0
+    def is_decode(self) -> bool:
+        """Whether its first token is one that was generated, and may be known to the device alone."""
+        return self.start >= self.request.num_to_prefill
 
 
-StepKind = Literal["prefill", "decode"]
+StepKind = Literal["mixed", "decode"]
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: chunks of prompts, or one token of each running request."""
+    """One step: the next tokens of whoever decodes and, if it is mixed, chunks of prompts behind them."""
 
     kind: StepKind
     chunks: tuple[Chunk, ...]
@@ -56,8 +67,12 @@ class Scheduler:
     Args:
         pool: the pages of the cache.
         max_concurrent_decodes: rows of the batch: requests that hold pages at a time.
-        max_concurrent_prefill: prompts in one prefill step.
-        max_prefill_length: tokens in one prefill step; a longer prompt takes several.
+        max_batched_tokens: of a mixed step, at least the rows.
+        max_prefill_length: tokens of prompts in one step; a longer prompt takes several.
+        max_concurrent_prefill: prompts in one step.
+        decode_steps: tokens that one decode step makes for each request.
+        priority_places: places in the queue that one step of priority is worth.
+        prefix_caching: whether prefixes are looked up in the cache.
     """
 
     def __init__(
@@ -65,81 +80,184 @@ class Scheduler:
         pool: PagePool,
         *,
         max_concurrent_decodes: int,
-        max_concurrent_prefill: int,
+        max_batched_tokens: int,
         max_prefill_length: int,
+        max_concurrent_prefill: int,
+        decode_steps: int = 1,
+        priority_places: int = 1024,
+        prefix_caching: bool = True,
     ) -> None:
         self.pool = pool
-        self.max_concurrent_prefill = max_concurrent_prefill
-        self.max_prefill_length = max_prefill_length
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+        self.waiting: list[Request] = []  # both in the order of their turns
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of those admitted for the first time; and how many of these were cached
+        self.num_cached_tokens = 0
+        self._max_batched_tokens = max_batched_tokens
+        self._max_prefill_length = max_prefill_length
+        self._max_concurrent_prefill = max_concurrent_prefill
+        self._decode_steps = decode_steps
+        self._priority_places = priority_places
+        self._prefix_caching = prefix_caching
         self._num_rows = max_concurrent_decodes
         self._free_rows = list(range(max_concurrent_decodes))[::-1]
-        self._prefilled_last = False
+        self._num_arrived = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Queues a request.
+
+        A step of priority lets it overtake those that came `priority_places` before it, but not all that ever
+        came: so nobody waits for ever.
+        """
+        turn = self._num_arrived + request.priority * self._priority_places
+        request.turn = turn, self._num_arrived
+        self._num_arrived += 1
+        _insert(self.waiting, request)
 
     def plan(self) -> StepPlan | None:
         """The next step; None if there is nothing to do before the tokens of earlier steps are committed."""
-        plan = self._next_plan()
-        for chunk in () if plan is None else plan.chunks:
-            chunk.request.num_computed += chunk.length
-        return plan
+        decodes, has_preempted = self._decodes()
+        prompts = self._prompts(self._max_batched_tokens - len(decodes), admits=not has_preempted)
+        if not prompts:
+            decodes = [self._extended(chunk) for chunk in decodes]
+        for chunk in decodes:
+            self._count(chunk)
+        chunks = (*decodes, *prompts)
+        return StepPlan("mixed" if prompts else "decode", chunks) if chunks else None
 
-    def _next_plan(self) -> StepPlan | None:
-        self._admit()
-        decodes = [request for request in self.running if request.can_decode]
-        if not (decodes and self._prefilled_last):
-            chunks = self._prefill_chunks()
-            if chunks:
-                self._prefilled_last = True
-                return StepPlan("prefill", chunks)
-        self._prefilled_last = False
-        if decodes:
-            return StepPlan("decode", tuple(Chunk(r, r.num_computed, 1) for r in decodes))
-        return None
+    def _count(self, chunk: Chunk) -> None:
+        """From now on its tokens are computed."""
+        chunk.request.num_computed += chunk.length
+        chunk.request.num_pending += chunk.num_outputs
+        self._register(chunk.request)
 
-    def _admit(self) -> None:
-        while self.waiting and self._free_rows:
-            num_pages = self.pool.pages_for(self.waiting[0].max_tokens_in_cache)
-            if not self.pool.can_allocate(num_pages):
-                return
-            request = self.waiting.popleft()
-            request.pages = self.pool.allocate(num_pages)
-            request.row = self._free_rows.pop()
-            self.running.append(request)
+    def _decodes(self) -> tuple[list[Chunk], bool]:
+        """A token of each request that decodes, and whether one lost its pages for that."""
+        chunks, has_preempted = list[Chunk](), False
+        for request in tuple(self.running):
+            if request.row < 0 or not request.can_decode:
+                continue
+            while not self._grow(request, request.num_computed + 1):
+                has_preempted = True
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                chunks.append(Chunk(request, request.num_computed, 1, 1))
+        return chunks, has_preempted
 
-    def _prefill_chunks(self) -> tuple[Chunk, ...]:
-        chunks: list[Chunk] = []
-        budget = self.max_prefill_length
-        for request in self.running:
-            if len(chunks) == self.max_concurrent_prefill or not budget:
+    def _extended(self, chunk: Chunk) -> Chunk:
+        """More tokens of a decode, up to `decode_steps`: as many as may come, and have pages."""
+        request = chunk.request
+        most = request.max_tokens_in_cache - chunk.start
+        length = max(1, min(self._decode_steps, most))
+        while length > 1 and not self._grow(request, chunk.start + length):
+            length -= 1
+        return replace(chunk, length=length, num_outputs=length)
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Gives it pages for so many tokens; False if there are not as many."""
+        missing = self.pool.pages_for(num_tokens) - len(request.pages)
+        if missing > 0:
+            if not self.pool.can_allocate(missing):
+                return False
+            request.pages += self.pool.allocate(missing)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._take_from(request)
+        self.running.remove(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        _insert(self.waiting, request)
+
+    def _prompts(self, budget: int, *, admits: bool) -> list[Chunk]:
+        """Chunks of prompts, of those that run and those that wait."""
+        budget = min(budget, self._max_prefill_length)
+        chunks = list[Chunk]()
+        prefilling = [request for request in self.running if not request.is_prefilled]
+        while budget > 0 and len(chunks) < self._max_concurrent_prefill:
+            overtakes = self.waiting and not (prefilling and prefilling[0].turn < self.waiting[0].turn)
+            if overtakes and admits and (admitted := self._admit()):
+                request = admitted
+            elif prefilling:
+                request = prefilling.pop(0)
+            else:
                 break
-            if not request.is_prefilled:
-                length = min(budget, len(request.prompt_ids) - request.num_computed)
-                chunks.append(Chunk(request, request.num_computed, length))
-                budget -= length
-        return tuple(chunks)
+            rest = request.num_to_prefill - request.num_computed
+            length = min(budget, rest)
+            chunks.append(Chunk(request, request.num_computed, length, int(length == rest)))
+            self._count(chunks[-1])  # at once, for the next one may begin alike
+            budget -= length
+        return chunks
 
-    def commit(self, plan: StepPlan, token_ids: Sequence[int]) -> list[Request]:
-        """Takes the tokens of a step, one per chunk, in the order of the plans; requests that got one.
+    def _admit(self) -> Request | None:
+        """The request whose turn it is, with a row and pages; None if it has to wait."""
+        if not (self.waiting and self._free_rows):
+            return None
+        request, pool = self.waiting[0], self.pool
+        if request.num_pending:  # a token of it is still to come
+            return None
+        known = request.num_known
+        # At least one token must be computed, for the next one to come out of it.
+        shared = pool.share(self._keys(request, known - 1))
+        missing = pool.pages_for(known) - len(shared)
+        headroom = -(-pool.num_pages // HEADROOM) if self.running else 0
+        if not pool.can_allocate(missing + headroom):
+            pool.release(shared)
+            return None
+        self.waiting.pop(0)
+        request.pages = shared + pool.allocate(missing)
+        request.num_registered = len(shared)
+        request.num_computed = len(shared) * pool.page_size
+        request.num_to_prefill = known
+        request.row = self._free_rows.pop()
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+            self.num_prompt_tokens += known
+            self.num_cached_tokens += request.num_computed
+        _insert(self.running, request)
+        return request
 
-        The token of a chunk that does not complete its prompt means nothing and is ignored, as is one of a
-        request that has ended.
+    def _keys(self, request: Request, num_tokens: int) -> list[bytes]:
+        return request.keys_of_full_pages(num_tokens, self.pool.page_size) if self._prefix_caching else []
+
+    def _register(self, request: Request) -> None:
+        """Lets others share the pages that are full of known tokens."""
+        num_tokens = min(request.num_computed, request.num_known)
+        if num_tokens // self.pool.page_size > request.num_registered:
+            keys = self._keys(request, num_tokens)
+            for page in range(request.num_registered, len(keys)):
+                self.pool.register(request.pages[page], keys[page])
+            request.num_registered = len(keys)
+
+    def commit(self, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> list[Request]:
+        """Takes the tokens of a step in the order of the plans; the requests that got one.
+
+        Args:
+            plan: the step.
+            token_ids: of each chunk, of which the first `num_outputs` count, and no more of them once the
+                request has ended.
         """
         changed: list[Request] = []
-        for chunk, token_id in zip(plan.chunks, token_ids, strict=True):
+        for chunk, tokens in zip(plan.chunks, token_ids, strict=True):
             request = chunk.request
-            if chunk.completes and request.finish_reason is None:
-                request.accept(token_id)
-                changed.append(request)
-                if request.finish_reason is not None:
-                    self._retire(request)
+            request.num_pending -= chunk.num_outputs
+            if request.finish_reason is not None or not chunk.num_outputs:
+                continue
+            for token_id in tokens[: chunk.num_outputs]:
+                if request.finish_reason is None:
+                    request.accept(token_id)
+            changed.append(request)
+            if request.row >= 0:
+                self._register(request)
+            if request.finish_reason is not None:
+                self._retire(request)
         return changed
 
     def abort(self, request: Request) -> bool:
@@ -147,17 +265,29 @@ class Scheduler:
         if request.finish_reason is not None:
             return False
         request.finish("abort")
-        if request in self.running:
-            self._retire(request)
-        else:
-            self.waiting.remove(request)
+        self._retire(request)
         return True
 
     def _retire(self, request: Request) -> None:
-        self.running.remove(request)
+        if request.row >= 0:
+            self._take_from(request)
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+
+    def _take_from(self, request: Request) -> None:
+        """Its pages and its row."""
         self.pool.release(request.pages)
         self._free_rows.append(request.row)
-        request.pages, request.row = [], -1
+        request.pages, request.row, request.num_computed, request.num_registered = [], -1, 0, 0
+
+    def recompute(self) -> None:
+        """Lets everything begin anew, after the content of the cache and all that was under way is lost."""
+        for request in tuple(self.running):
+            self._preempt(request)
+        for request in self.waiting:
+            request.num_pending = 0
+        self.pool.forget()
 
     def unfinished(self) -> list[Request]:
         return [*self.running, *self.waiting]
@@ -169,5 +299,8 @@ class Scheduler:
         self.running.clear()
         self.pool.clear()
         self._free_rows = list(range(self._num_rows))[::-1]
-        self._prefilled_last = False
         return unfinished
+
+
+def _insert(requests: list[Request], request: Request) -> None:
+    insort(requests, request, key=lambda other: other.turn)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..model import Model
+from .checks import as_integer
 from .engine import Engine
 from .executor import Executor
 from .generation import Generation
@@ -20,6 +21,7 @@ from .request_builder import RequestBuilder
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
+MAX_PRIORITY = 2**31 - 1  # to both sides of 0
 Surge = TypeVar("Surge", bound="vSurge")  # beartype cannot check typing.Self in a decorated class
 
 
@@ -44,6 +46,10 @@ class vSurge:
             max_concurrent_decodes=options.max_concurrent_decodes,
             max_concurrent_prefill=options.max_concurrent_prefill,
             max_prefill_length=options.max_prefill_length,
+            max_batched_tokens=options.max_batched_tokens,
+            decode_steps=options.decode_steps,
+            prefix_caching=options.prefix_caching,
+            priority_places=options.max_queued_requests,
         )
         self._engine = Engine(
             scheduler,
@@ -61,9 +67,12 @@ class vSurge:
         processor: Any = None,
         *,
         max_concurrent_decodes: int = 64,
-        max_concurrent_prefill: int = 1,
+        max_concurrent_prefill: int | None = None,
         max_prefill_length: int | None = None,
+        max_batched_tokens: int | None = None,
         prefill_lengths: Sequence[int] | None = None,
+        decode_steps: int = 1,
+        prefix_caching: bool = True,
         max_length: int | None = None,
         page_size: int = 128,
         memory_utilization: float = 0.9,
@@ -80,11 +89,20 @@ class vSurge:
             model: from `load_model` or `random_model`.
             processor: its tokenizer (transformers); None if prompts and output are token ids.
             max_concurrent_decodes: sequences that decode together.
-            max_concurrent_prefill: prompts that prefill together.
-            max_prefill_length: tokens in one prefill step; longer prompts are processed in chunks of as many.
+            max_concurrent_prefill: most prompts in one step; None for as many as it has room for.
+            max_prefill_length: most tokens of prompts in one step; longer prompts are processed in chunks.
                 None: 1024, or max_length if that is less.
-            prefill_lengths: sizes of prefill steps to compile, tokens; a step is padded to the next one. None
-                for powers of two up to max_prefill_length. The largest must be max_prefill_length, if given.
+            max_batched_tokens: most tokens in a step that has prompts; whoever decodes takes one each, the
+                prompts the rest. With fewer such a step is shorter, and with it the others' time between
+                tokens, while prompts take longer. At least max_concurrent_decodes. None: max_prefill_length,
+                or twice max_concurrent_decodes if that is more.
+            prefill_lengths: sizes of steps with prompts to compile, tokens; a step is padded to the next.
+                None for powers of two. The largest must be max_prefill_length, if given;
+                max_batched_tokens is one of them anyway.
+            decode_steps: tokens that a step without prompts makes for each sequence. More cost less of the
+                host's time for each, and are handed out, and requests are admitted or end, only after them.
+            prefix_caching: whether the cache's pages are kept after a sequence has ended, for others that
+                begin with the same tokens. Results do not depend on it, apart from rounding.
             max_length: longest sequence, prompt and output, tokens; None for the model's own.
             page_size: tokens per page of the cache.
             memory_utilization: share of the accelerator's memory left after the weights that the cache takes,
@@ -108,7 +126,10 @@ class vSurge:
             max_concurrent_decodes=max_concurrent_decodes,
             max_concurrent_prefill=max_concurrent_prefill,
             max_prefill_length=max_prefill_length,
+            max_batched_tokens=max_batched_tokens,
             prefill_lengths=prefill_lengths,
+            decode_steps=decode_steps,
+            prefix_caching=prefix_caching,
             max_length=max_length,
             page_size=page_size,
             memory_utilization=memory_utilization,
@@ -167,6 +188,7 @@ class vSurge:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         stream: bool = False,
         *,
+        priority: int | Sequence[int] = 0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Queues prompts for generation.
@@ -177,6 +199,9 @@ class vSurge:
             sampling_params: for all prompts, or one per prompt; None for the model's defaults
                 (generation_config.json).
             stream: whether awaiting the result gives an iterator instead of the final list.
+            priority: for all prompts, or one per prompt; smaller ones are served first. A step of priority
+                lets a prompt overtake at most `max_queued_requests` that came before it, so that nobody waits
+                for ever.
             chat_template_kwargs: options of the chat template, `{"enable_thinking": False}` for one;
                 `{"continue_final_message": True}` has the last message continued instead of answered.
 
@@ -192,7 +217,8 @@ class vSurge:
         listed = as_list(prompts)
         check_template_options(chat_template_kwargs, listed)
         params = self._params_of(sampling_params, len(listed))
-        channel, requests = self._requests.build(listed, params, chat_template_kwargs)
+        priorities = _priorities_of(priority, len(listed))
+        channel, requests = self._requests.build(listed, params, priorities, chat_template_kwargs)
         self._engine.submit(requests)
         # It holds on to this object, so that the engine lives as long as somebody waits for its output.
         return Generation(channel, partial(self._abort, requests), stream=stream)
@@ -225,3 +251,13 @@ class vSurge:
             if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"sampling_params: {params!r} is no SamplingParams")
         return listed
+
+
+def _priorities_of(priority: int | Sequence[int], count: int) -> list[int]:
+    if not isinstance(priority, Sequence):
+        return [as_integer("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)] * count
+    if len(priority) != count:
+        raise ValueError(f"priority: {len(priority)} of them for {count} prompts; give one, or one each")
+    return [
+        as_integer(f"priority[{i}]", value, -MAX_PRIORITY, MAX_PRIORITY) for i, value in enumerate(priority)
+    ]

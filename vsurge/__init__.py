@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         QueueFull,
         ReturnSample,
         SamplingParams,
+        StepFailed,
         vSurge,
     )
 
@@ -50,6 +51,7 @@ _ROOM_OF = {
     "QueueFull": "runtime",
     "ReturnSample": "runtime",
     "SamplingParams": "runtime",
+    "StepFailed": "runtime",
     "vSurge": "runtime",
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "Qwen3Config",
     "ReturnSample",
     "SamplingParams",
+    "StepFailed",
     "__version__",
     "demo_model_path",
     "load_model",

@@ -220,8 +220,8 @@ class vSurge(Engine):
             model: from `AutoEasyDeLModelForCausalLM`, `vsurge.load_model` or `vsurge.random_model`.
             processor: its tokenizer; None if prompts and output are token ids.
             max_length: longest sequence, tokens; None for what the model was loaded with.
-            interleaved_mode, slot_clear_steps, bytecode_decode: have no effect: prefill and decode steps
-                alternate as the queue asks for, a place is free as soon as its sequence ends, and text never
+            interleaved_mode, slot_clear_steps, bytecode_decode: have no effect: prompts are fed
+                beside whoever decodes, a place is free as soon as its sequence ends, and text never
                 contains half a character.
             options: the other parameters of `vsurge.vSurge.from_model`.
         """

@@ -102,6 +102,7 @@ def test_sampling(
         seed=jnp.zeros((rows, 2), jnp.uint32),
         position=jnp.arange(rows, dtype=jnp.int32),
         banned=jnp.full((rows, MAX_BANNED), -1, jnp.int32),
+        banned_before=jnp.zeros(rows, jnp.int32),
     )
     chosen = jax.jit(sample)
     measure(lambda: chosen(logits, inputs), bytes=logits.nbytes)

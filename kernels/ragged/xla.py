@@ -4,7 +4,8 @@
 
 A query block walks its own sequence's pages, up to the last position that it sees, and its rows are written
 to the result. The blocks of all sequences are numbered through, so that one loop with as many trips as there
-are blocks serves any mix of lengths.
+are blocks serves any mix of lengths. Sequences with a single new token, of which a block would be mostly
+empty, are decoded together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ..blockwise import attend_pages
+from ..decode.xla import paged_decode_attention
 from ..kv_pages import KVPages
 
 QUERY_BLOCK = 128  # tokens; measured, as is the next
@@ -44,6 +46,8 @@ def ragged_paged_attention(
     query_block = max(1, min(QUERY_BLOCK, num_tokens))
     in_use = jnp.arange(max_seqs, dtype=jnp.int32) < num_seqs
     new_tokens = jnp.where(in_use, query_starts[1:] - query_starts[:-1], 0)
+    decodes = new_tokens == 1
+    new_tokens = jnp.where(decodes, 0, new_tokens)
     blocks_until = jnp.cumsum(
         (new_tokens + query_block - 1) // query_block
     )  # this sequence's blocks included
@@ -82,4 +86,15 @@ def ragged_paged_attention(
     output, log_sum_exp = cast(
         "tuple[Array, Array]", lax.fori_loop(0, blocks_until[-1], attend_block, results)
     )
+    row = jnp.minimum(query_starts[:-1], num_tokens - 1)
+    options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks}
+    decoded = cast(
+        "tuple[Array, Array]",
+        paged_decode_attention(
+            queries[row][:, None], kv_pages, jnp.where(decodes, kv_lens, 0), page_table, **options
+        ),
+    )
+    row = jnp.where(decodes, row, num_tokens + query_block)  # outside: the others' are dropped
+    output = output.at[row].set(decoded[0][:, 0], mode="drop")
+    log_sum_exp = log_sum_exp.at[row].set(decoded[1][:, 0], mode="drop")
     return output[:num_tokens], log_sum_exp[:num_tokens]

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,12 @@ class ScriptedExecutor(Executor):
 
     def __init__(self) -> None:
         self.script: Script = counting_script
-        self.error: BaseException | None = None
+        self.error: BaseException | None = None  # of every step from now on
+        self.fails: dict[int, BaseException] = {}  # step -> when it is dispatched
+        self.unreadable: dict[int, BaseException] = {}  # step -> when its tokens are read
         self.is_allocated = False
+        self.num_allocations = 0
+        self.prompts: list[list[int]] = []  # in the order of their first steps
         self.num_steps = 0
         self._is_held = False
         self._condition = threading.Condition()
@@ -59,6 +63,7 @@ class ScriptedExecutor(Executor):
 
     def allocate(self) -> None:
         self.is_allocated = True
+        self.num_allocations += 1
 
     def release(self) -> None:
         self.is_allocated = False
@@ -75,9 +80,24 @@ class ScriptedExecutor(Executor):
             self._condition.notify_all()
         if self.error is not None:
             raise self.error
+        if self.num_steps in self.fails:
+            raise self.fails[self.num_steps]
+        if self.num_steps in self.unreadable:
+            return cast(Any, Unreadable(self.unreadable[self.num_steps]))
+        self.prompts += [c.request.prompt_ids for c in plan.chunks if not c.start]
         return jnp.asarray(
-            [self.script(c.request.prompt_ids, max(c.output_index, 0)) for c in plan.chunks], jnp.int32
+            [[self.script(c.request.prompt_ids, max(c.output_index, 0)) for c in plan.chunks]], jnp.int32
         )
+
+
+@dataclass
+class Unreadable:
+    """Tokens of a step that fails on the device: it says so when they are read."""
+
+    error: BaseException
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise self.error
 
 
 def counting_script(prompt_ids: list[int], index: int) -> int:

@@ -1,4 +1,4 @@
-"""When the engine fails, every caller hears of it, and `start` begins anew."""
+"""When a step fails, its callers hear of it; when the engine does, every caller, and `start` begins anew."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from vsurge.runtime import EngineFailed, EngineStopped, OutOfMemory, SamplingParams, vSurge
+from vsurge.runtime import EngineFailed, EngineStopped, OutOfMemory, SamplingParams, StepFailed, vSurge
 from vsurge.runtime.detokenizer import Detokenizer
 
-from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves
+from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, tokens_of
 
 
 def all_ways_to_wait(scripted: Scripted, pool: ThreadPoolExecutor) -> list[Future[Any]]:
@@ -51,7 +51,73 @@ def all_ways_to_wait(scripted: Scripted, pool: ThreadPoolExecutor) -> list[Futur
     return futures
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("broken"), SystemExit(3), KeyboardInterrupt()])
+@pytest.mark.usefixtures("no_type_checker")  # what cannot be read is no array
+@pytest.mark.parametrize("how", ["fails", "unreadable"])
+def test_a_step_that_fails_ends_its_requests_and_no_others(
+    make_scripted: Callable[..., Scripted], how: str
+) -> None:
+    scripted = make_scripted(rows=2)
+    scripted.surge.start()
+    executor, error = scripted.executor, ZeroDivisionError("broken")
+    getattr(executor, how)[4] = error
+    executor.hold()
+    victims = [scripted.surge.generate([1], LONG), scripted.surge.generate([2], LONG)]
+    executor.let(1)
+    executor.wait_for_steps(1)
+    waiting = [scripted.surge.generate([i], SHORT) for i in range(3, 6)]
+    executor.let(None)
+    for victim in victims:
+        with pytest.raises(StepFailed, match=r"a step of the request failed: ZeroDivisionError") as raised:
+            victim.result(TIMEOUT_S)
+        assert raised.value.__cause__ is error
+    for i, generation in zip(range(3, 6), waiting, strict=True):
+        assert generation.result(TIMEOUT_S)[0].token_ids == tokens_of([i], 3)
+    assert executor.num_allocations == 2  # what a failed step leaves of the cache is not to be trusted
+    check_it_serves(scripted)
+
+
+def test_who_had_all_of_its_steps_before_the_one_that_fails_gets_all_tokens(scripted: Scripted) -> None:
+    executor = scripted.executor
+    executor.fails[4] = ZeroDivisionError()
+    executor.hold()
+    ends, victim = scripted.surge.generate([1], SHORT), scripted.surge.generate([2], LONG)
+    executor.let(None)
+    assert ends.result(TIMEOUT_S)[0].token_ids == tokens_of([1], 3)  # the last of which were still under way
+    with pytest.raises(StepFailed):
+        victim.result(TIMEOUT_S)
+    check_it_serves(scripted)
+
+
+@pytest.mark.usefixtures("no_type_checker")
+def test_who_joined_after_the_step_that_fails_begins_anew_unharmed(scripted: Scripted) -> None:
+    executor = scripted.executor
+    executor.unreadable[2] = ZeroDivisionError()  # found out once the third step is dispatched
+    executor.hold()
+    victim = scripted.surge.generate([1], LONG)
+    executor.let(1)
+    executor.wait_for_steps(1)
+    executor.wait_until_held()  # in the second step
+    joins = scripted.surge.generate([2] * 5, SHORT)
+    executor.let(None)
+    with pytest.raises(StepFailed):
+        victim.result(TIMEOUT_S)
+    [sample] = joins.result(TIMEOUT_S)
+    assert sample.token_ids == tokens_of([2] * 5, 3)
+    assert sample.num_preemptions == 1
+    check_it_serves(scripted)
+
+
+def test_one_request_of_a_call_fails_the_whole_call(make_scripted: Callable[..., Scripted]) -> None:
+    scripted = make_scripted(rows=1)
+    scripted.surge.start()
+    scripted.executor.fails[2] = ZeroDivisionError()
+    with pytest.raises(StepFailed):
+        scripted.surge.generate([[1], [2], [3]], SHORT).result(TIMEOUT_S)
+    check_it_serves(scripted)
+    assert scripted.executor.num_steps == 2 + 3
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
 def test_a_failure_reaches_every_caller_and_start_begins_anew(
     scripted: Scripted, error: BaseException
 ) -> None:
@@ -88,17 +154,16 @@ def test_a_failure_while_text_is_made_also_reaches_those_whose_last_token_came_i
     breaks = scripted.surge.generate([2], SHORT)
     scripted.executor.let(None)
     for generation in (breaks, ends, first):
-        with pytest.raises(EngineFailed):
+        with pytest.raises(StepFailed):
             generation.result(TIMEOUT_S)
     monkeypatch.undo()
-    scripted.surge.start()
     check_it_serves(scripted)
 
 
 def test_what_had_ended_before_a_failure_stays_readable(scripted: Scripted) -> None:
     done = scripted.surge.generate([1], SHORT)
     final = done.result(TIMEOUT_S)
-    scripted.executor.error = ZeroDivisionError()
+    scripted.executor.error = SystemExit()
     with pytest.raises(EngineFailed):
         scripted.surge.generate([2], SHORT).result(TIMEOUT_S)
     assert done.result(TIMEOUT_S) == final
@@ -108,7 +173,7 @@ def test_what_had_ended_before_a_failure_stays_readable(scripted: Scripted) -> N
 def test_requests_that_no_step_has_seen_get_the_failure_too(scripted: Scripted) -> None:
     scripted.executor.hold()
     first = scripted.surge.generate([1], SHORT)
-    scripted.executor.error = ZeroDivisionError()
+    scripted.executor.error = SystemExit()
     late = [scripted.surge.generate([i], SHORT) for i in range(2, 30)]
     scripted.executor.let(None)
     for generation in (first, *late):

@@ -23,10 +23,13 @@ from vsurge.runtime.executor import MAX_PROGRAMS, Executor, default_buckets
 from vsurge.runtime.page_pool import PagePool
 
 INTEGERS = (
-    "max_concurrent_decodes", "max_concurrent_prefill", "max_prefill_length", "max_length", "page_size",
-    "num_pages", "max_queued_requests", "seed",
+    "max_concurrent_decodes", "max_concurrent_prefill", "max_prefill_length", "max_batched_tokens",
+    "decode_steps", "max_length", "page_size", "num_pages", "max_queued_requests", "seed",
 )  # fmt: skip
-MAY_BE_NONE = {"max_prefill_length", "max_length", "num_pages", "prefill_lengths"}
+MAY_BE_NONE = {
+    "max_concurrent_prefill", "max_prefill_length", "max_batched_tokens", "max_length", "num_pages",
+    "prefill_lengths",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,12 @@ MAY_BE_NONE = {"max_prefill_length", "max_length", "num_pages", "prefill_lengths
             "max_prefill_length=200: .* 1 and max_length=100",
         ),
         ({"max_prefill_length": 0}, ValueError, "max_prefill_length=0: must be at least 1"),
+        ({"decode_steps": 0}, ValueError, "decode_steps=0: must be at least 1"),
+        ({"prefix_caching": 1}, TypeError, "prefix_caching=1: must be True or False"),
+        (
+            {"max_batched_tokens": 3, "max_concurrent_decodes": 4}, ValueError,
+            "max_batched_tokens=3: must be at least max_concurrent_decodes=4",
+        ),
         ({"prefill_lengths": []}, ValueError, "prefill_lengths: is empty"),
         ({"prefill_lengths": [8, 0]}, ValueError, r"prefill_lengths\[1\]=0: must be at least 1"),
         ({"prefill_lengths": [8, 2.5]}, TypeError, r"prefill_lengths\[1\]=2.5: must be an integer"),
@@ -90,7 +99,15 @@ def test_what_is_no_integer_is_refused_by_name(model: Model, name: str, value: A
 
 @pytest.mark.parametrize(
     "name",
-    [*INTEGERS, "prefill_lengths", "memory_utilization", "extra_eos_token_ids", "vsurge_name", "verbose"],
+    [
+        *INTEGERS,
+        "prefill_lengths",
+        "prefix_caching",
+        "memory_utilization",
+        "extra_eos_token_ids",
+        "vsurge_name",
+        "verbose",
+    ],
 )
 @pytest.mark.usefixtures("no_type_checker")
 def test_none_is_taken_only_where_it_is_documented(model: Model, name: str) -> None:
@@ -113,7 +130,7 @@ def test_numpy_numbers_are_numbers(model: Model) -> None:
     surge = vSurge.from_model(model, **options)
     values = [surge.num_pages, surge.page_size, surge.max_length, *surge.eos_token_ids]
     assert [type(value) for value in values] == [int] * len(values)
-    assert surge._executor.prefill_buckets == (8, 32)
+    assert surge._executor.mixed_buckets == (8, 32)
     assert surge.eos_token_ids[-1] == 7
 
 
@@ -150,7 +167,7 @@ def test_an_engine_has_at_most_sixteen_programs_by_default(
     )
     executor = surge._executor
     assert isinstance(executor, Executor)
-    assert 2 <= len(executor.decode_buckets) + len(executor.prefill_buckets) <= 16
+    assert 2 <= len(executor.decode_buckets) + len(executor.mixed_buckets) <= 16
     assert executor.decode_buckets[-1] == rows
 
 
@@ -168,7 +185,9 @@ def test_the_cache_is_as_large_as_it_can_be_of_use_and_no_larger_than_its_budget
     ):
         pages(1, page_size=1_000_000)
     surge = vSurge.from_model(model, max_concurrent_decodes=3, max_length=200)
-    assert surge.num_pages == 6  # every row has room for a sequence of max_length
+    assert surge.num_pages == 12  # every row has room for a sequence of max_length, and for one that was
+    surge = vSurge.from_model(model, max_concurrent_decodes=3, max_length=200, prefix_caching=False)
+    assert surge.num_pages == 6
 
 
 @pytest.mark.usefixtures("no_type_checker")  # the stand-in is no Model

@@ -50,7 +50,7 @@ def test_every_program_takes_and_gives_the_cache_where_it_lies_and_in_place(surg
     executor = surge._executor
     cache = [NamedSharding(surge.model.mesh, OVER_HEADS)] * surge.model.config.num_layers
     cache_bytes = sum(layer.data.nbytes for layer in executor._kv_pages)
-    assert len(executor._programs) == len(executor.decode_buckets) + len(executor.prefill_buckets)
+    assert len(executor._programs) == len(executor.decode_buckets) + len(executor.mixed_buckets)
     for program in executor._programs.values():
         _, taken, _, _ = program.input_shardings[0]
         _, given, _ = program.output_shardings
@@ -64,7 +64,7 @@ def test_every_program_takes_and_gives_the_cache_where_it_lies_and_in_place(surg
         assert memory.alias_size_in_bytes >= cache_bytes
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize("kind", ["mixed", "decode"])
 def test_a_step_leaves_the_cache_at_its_address(executor: Executor, kind: str) -> None:
     def addresses() -> list[int]:
         return [layer.data.unsafe_buffer_pointer() for layer in executor._kv_pages]

@@ -40,6 +40,7 @@ def make_inputs(rows: int, **settings: Any) -> SamplingInputs:
         seed=np.tile(np.array([high, low], np.uint32), (rows, 1)),
         position=np.arange(rows, dtype=np.int32),
         banned=banned,
+        banned_before=np.full(rows, settings.get("banned_before", 2**31 - 1), np.int32),
     )
     return SamplingInputs(**fields)
 
@@ -131,6 +132,14 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(vocab: int) -> None:
     logits = rng.integers(-3, 3, (16, vocab)).astype(np.float32)
     tokens = np.asarray(draw(logits, make_inputs(16, temperature=0.0)))
     np.testing.assert_array_equal(tokens, logits.argmax(1))
+
+
+def test_a_token_may_be_banned_up_to_a_position() -> None:
+    logits = np.random.default_rng(3).normal(size=(8, 300)).astype(np.float32)
+    best = logits.argmax(-1)[0]
+    inputs = make_inputs(8, temperature=0.0, banned=(int(best),), banned_before=5)
+    chosen = np.asarray(jax.jit(sample)(jax.numpy.asarray(np.tile(logits[:1], (8, 1))), inputs))
+    assert [token == best for token in chosen] == [position >= 5 for position in range(8)]
 
 
 def test_a_banned_token_is_not_chosen_even_if_greedy() -> None:

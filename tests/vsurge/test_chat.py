@@ -99,7 +99,7 @@ def interrupt_and_tell(self, *signal_and_frame):
     interrupted.set()
 
 def run_some_tokens(self, plan):
-    if plan.kind == "prefill":
+    if plan.kind == "mixed":
         interrupted.clear()
     elif any(chunk.output_index == 40 for chunk in plan.chunks):
         assert interrupted.wait(120)

@@ -1,0 +1,83 @@
+"""What the host remembers of each row of the batch, so that a step sends it without collecting it anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .request import Request
+from .sampling import MAX_BANNED, SamplingInputs
+from .scheduler import Chunk
+
+LARGEST_FLOAT, LARGEST_INT = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
+
+
+class Rows:
+    """NumPy arrays with a row per request that runs, and one more for padding: it is greedy and has no pages.
+
+    Args:
+        num_rows: of the batch.
+        pages_per_seq: length of a row of the page table.
+    """
+
+    def __init__(self, num_rows: int, pages_per_seq: int) -> None:
+        self._padding = num_rows
+        count = num_rows + 1
+        self._page_table = np.zeros((count, pages_per_seq), np.int32)
+        self._num_pages = [0] * count
+        self._holds: list[tuple[Request, int] | None] = [None] * count
+        self._temperature = np.zeros(count, np.float32)
+        self._top_k = np.zeros(count, np.int32)
+        self._top_p = np.ones(count, np.float32)
+        self._min_p = np.zeros(count, np.float32)
+        self._seed = np.zeros((count, 2), np.uint32)
+        self._banned = np.full((count, MAX_BANNED), -1, np.int32)
+        self._banned_before = np.zeros(count, np.int32)
+
+    def of(self, chunks: Sequence[Chunk], n: int) -> npt.NDArray[np.int32]:
+        """The rows [n] of a step's chunks, brought up to date; behind them the one for padding."""
+        rows = np.full(n, self._padding, np.int32)
+        for i, chunk in enumerate(chunks):
+            request = chunk.request
+            row = rows[i] = request.row
+            holds = request, request.num_preemptions  # it may come back to its row, with other pages
+            if self._holds[row] != holds:
+                self._holds[row] = holds
+                self._num_pages[row] = 0
+                self._set(row, request)
+            start, end = self._num_pages[row], len(request.pages)
+            if end > start:
+                self._page_table[row, start:end] = request.pages[start:]
+                self._num_pages[row] = end
+        return rows
+
+    def page_table(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """[n, pages_per_seq]; behind a request's pages stand any valid ones."""
+        return self._page_table[rows]
+
+    def sampling(self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> SamplingInputs:
+        """How the tokens at these positions are sampled."""
+        return SamplingInputs(  # pyright: ignore[reportCallIssue]
+            self._temperature[rows],  # pyright: ignore[reportArgumentType]
+            self._top_k[rows],  # pyright: ignore[reportArgumentType]
+            self._top_p[rows],  # pyright: ignore[reportArgumentType]
+            self._min_p[rows],  # pyright: ignore[reportArgumentType]
+            self._seed[rows],  # pyright: ignore[reportArgumentType]
+            positions,  # pyright: ignore[reportArgumentType]
+            self._banned[rows],  # pyright: ignore[reportArgumentType]
+            self._banned_before[rows],  # pyright: ignore[reportArgumentType]
+        )
+
+    def _set(self, row: int, request: Request) -> None:
+        """Values beyond the range of float32 or int32, which mean nothing more there, become its largest."""
+        params = request.params
+        self._temperature[row] = min(params.temperature, LARGEST_FLOAT)
+        self._top_k[row] = min(max(params.top_k, 0), LARGEST_INT)
+        self._top_p[row], self._min_p[row] = params.top_p, params.min_p
+        self._seed[row] = request.seed >> 32, request.seed & 0xFFFFFFFF
+        self._banned[row] = -1
+        if params.min_tokens:
+            self._banned[row, : len(request.stop_token_ids)] = sorted(request.stop_token_ids)
+        self._banned_before[row] = min(len(request.prompt_ids) + params.min_tokens, LARGEST_INT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in a test
@@ -40,3 +41,14 @@ def small_units() -> Iterator[None]:
         patch.setattr(ragged_blocks, "MOST_QUERIES", 64)
         patch.setattr(ragged_blocks, "MOST_TOKENS", 256)
         yield
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many of the faults put into kernels were noticed; here, where it is heard of all processes."""
+    outcomes = {
+        outcome: sum("test_a_fault_is_noticed" in getattr(report, "nodeid", "") for report in reports)
+        for outcome, reports in terminalreporter.stats.items()
+        if outcome in ("passed", "failed")
+    }
+    if total := sum(outcomes.values()):
+        terminalreporter.write_line(f"kernel faults noticed: {outcomes.get('passed', 0)} of {total}")

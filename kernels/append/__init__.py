@@ -44,7 +44,7 @@ def append_kv(
         values: like `keys`.
         slots: [num_tokens] int32, `page * page_size + offset`; slots outside the pool are skipped, negative
             ones mark padding. Two tokens may not share a slot.
-        implementation: "xla" or "reference"; None for the best one.
+        implementation: "xla", "mosaic_tpu" or "reference"; None for the best one.
 
     Returns:
         The cache with the rows written.

@@ -1,4 +1,4 @@
-"""Kernels traced anew for a test; and, after a run, how many of the faults put into them were noticed."""
+"""Kernels traced anew for a test."""
 
 from __future__ import annotations
 
@@ -27,13 +27,3 @@ def traced_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(room.IMPLEMENTATIONS, "mosaic_tpu", jitted.__wrapped__)
     yield
     pltpu.reset_tpu_interpret_mode_state()  # what a run that failed has left
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    outcomes = {
-        outcome: sum("test_a_fault_is_noticed" in getattr(report, "nodeid", "") for report in reports)
-        for outcome, reports in terminalreporter.stats.items()
-        if outcome in ("passed", "failed")
-    }
-    if total := sum(outcomes.values()):
-        terminalreporter.write_line(f"kernel faults noticed: {outcomes.get('passed', 0)} of {total}")

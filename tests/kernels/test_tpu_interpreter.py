@@ -115,8 +115,8 @@ SAMPLED = {  # modes of a run without the slow tests, where it is not both
     "ragged": "on_wait",
     "fused": "on_wait",
     "several": None,
-    "decode int8": None,
-    "ragged int8": None,
+    "decode int8": "on_wait",
+    "ragged int8": "on_wait",
     "append int8": "on_wait",
 }
 

@@ -36,7 +36,8 @@ class ReturnSample:
             max_length), "abort"; None while it goes on.
         num_prompt_tokens: length of the prompt after any truncation.
         num_cached_tokens: of these, those that were found in the cache.
-        num_preemptions: how often it had to give its pages to others, and its tokens were computed anew.
+        num_preemptions: how often its tokens had to be computed anew, because its pages were given to others
+            or a step of theirs failed.
     """
 
     text: str
@@ -115,9 +116,9 @@ class Channel:
             EngineFailed, StepFailed: from the exception that ended the engine, or the request.
         """
         with self._lock:
-            failure, version, samples = self._failure, self._version, self._samples
+            failure, (kind, message) = self._failure, self._failed_as
+            version, samples = self._version, self._samples
         if failure is not None:  # an exception of its own for every reader: raising one changes it
-            kind, message = self._failed_as
             raise kind(f"{message}: {failure!r}") from failure
         return None if version == seen else (version, samples)
 

@@ -197,7 +197,7 @@ class Engine:
         channels = {chunk.request.channel for chunk in plan.chunks}
         for request in self._scheduler.unfinished():
             if request.channel in channels:
-                self._scheduler.abort(request)
+                self._scheduler.drop(request)
         for channel in channels & self._open.keys():
             channel.fail(failure, in_a_step=True)
             del self._open[channel]

@@ -268,6 +268,11 @@ class Scheduler:
         self._retire(request)
         return True
 
+    def drop(self, request: Request) -> None:
+        """Takes out a request that has failed, in whatever state; nothing more is done with its text."""
+        request.finish_reason = "abort"
+        self._retire(request)
+
     def _retire(self, request: Request) -> None:
         if request.row >= 0:
             self._take_from(request)

@@ -83,5 +83,5 @@ def paged_decode_attention(
         jnp.zeros((padded_seqs, *queries.shape[1:3]), jnp.float32),
     )
     output, log_sum_exp = cast("tuple[Array, Array]", lax.fori_loop(0, num_groups, attend_group, results))
-    place: Array = spare + jnp.argsort(order)
+    place = spare + jnp.argsort(order)
     return output[place], log_sum_exp[place]

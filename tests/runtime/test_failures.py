@@ -160,6 +160,19 @@ def test_a_failure_while_text_is_made_also_reaches_those_whose_last_token_came_i
     check_it_serves(scripted)
 
 
+def test_a_failure_while_a_text_is_ended_leaves_nothing_behind(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Any) -> None:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr(Detokenizer, "finish", broken)
+    with pytest.raises(StepFailed):
+        scripted.surge.generate([1], SHORT).result(TIMEOUT_S)
+    monkeypatch.undo()
+    check_it_serves(scripted)
+
+
 def test_what_had_ended_before_a_failure_stays_readable(scripted: Scripted) -> None:
     done = scripted.surge.generate([1], SHORT)
     final = done.result(TIMEOUT_S)

@@ -4,7 +4,7 @@ from .config import PUBLISHED, ConfigError, Qwen3Config, Yarn, published_config
 from .generation_defaults import GenerationDefaults
 from .loading import Model, load_model, random_model
 from .params import LayerParams, Params, num_parameters
-from .qwen3 import Batch, forward
+from .qwen3 import Batch, forward, hidden_states, logits
 from .safetensors_file import CheckpointError
 from .sharding import PartitionAxis, make_mesh
 
@@ -21,7 +21,9 @@ __all__ = [
     "Qwen3Config",
     "Yarn",
     "forward",
+    "hidden_states",
     "load_model",
+    "logits",
     "make_mesh",
     "num_parameters",
     "published_config",

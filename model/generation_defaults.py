@@ -29,18 +29,13 @@ class GenerationDefaults:
 
 @dataclass(frozen=True)
 class _Field:
-    """A number in generation_config.json: the sampling parameter it sets and what it may be.
+    """A number in generation_config.json: the sampling parameter it sets and what it may be."""
 
-    `parameter` is None where no such parameter works yet; then only `neutral`, which asks for nothing, is
-    without consequence.
-    """
-
-    parameter: str | None
+    parameter: str
     type: type[int] | type[float]
     low: float | int
     high: float | int = math.inf
     low_open: bool = False
-    neutral: float | int | None = None
 
     def allows(self, value: float | int) -> bool:
         """Whether a number lies in the range; none that is not finite does."""
@@ -62,7 +57,7 @@ _SAMPLING = {
     "top_k": _Field("top_k", int, -1),
     "top_p": _Field("top_p", float, 0.0, 1.0, low_open=True),
     "min_p": _Field("min_p", float, 0.0, 1.0),
-    "repetition_penalty": _Field(None, float, 0.0, low_open=True, neutral=1.0),
+    "repetition_penalty": _Field("repetition_penalty", float, 0.0, low_open=True),
     "max_new_tokens": _Field("max_tokens", int, 1),
 }
 _USED_ELSEWHERE = {"do_sample", "eos_token_id"}
@@ -88,23 +83,19 @@ def generation_defaults_from_json(
     if do_sample is not None and type(do_sample) is not bool:
         raise ConfigError(f"{source}: do_sample={do_sample!r}: must be true or false")
     sampling: dict[str, float | int] = {}
-    ignored: dict[str, Any] = {}
     for name, field in _SAMPLING.items():
         value = raw.get(name)
         if value is None:
             continue
         if type(value) not in (int, field.type) or not field.allows(value):
             raise ConfigError(f"{source}: {name}={value!r}: must be {field.range}")
-        if field.parameter is not None:
-            sampling[field.parameter] = value
-        elif value != field.neutral:
-            ignored[name] = value
+        sampling[field.parameter] = value
     if do_sample is False:
         for name in ("top_k", "top_p", "min_p"):  # without meaning where the likeliest token is taken
             sampling.pop(name, None)
         sampling["temperature"] = 0.0
     known = _SAMPLING.keys() | _USED_ELSEWHERE | _WITHOUT_EFFECT
-    ignored |= {name: value for name, value in raw.items() if value is not None and name not in known}
+    ignored = {name: value for name, value in raw.items() if value is not None and name not in known}
     if ignored:
         values = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
         logger.warning("%s: not supported yet, so without effect: %s", source, values)

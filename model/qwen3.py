@@ -76,6 +76,16 @@ def forward(
     Raises:
         ValueError: the number of caches is not the number of layers.
     """
+    x, kv_pages = hidden_states(params, config, batch, kv_pages)
+    if batch.logit_rows is not None:
+        x = x[batch.logit_rows]
+    return logits(params, config, x), kv_pages
+
+
+def hidden_states(
+    params: Params, config: Qwen3Config, batch: Batch, kv_pages: tuple[KVPages, ...]
+) -> tuple[Float[Array, "num_tokens hidden"], tuple[KVPages, ...]]:
+    """`forward` without its last product: what `logits` takes, of all tokens."""
     if len(kv_pages) != config.num_layers:
         raise ValueError(f"kv_pages: {len(kv_pages)} caches for {config.num_layers} layers")
     written = list(kv_pages)
@@ -84,10 +94,7 @@ def forward(
         output, written[layer] = paged_attention(config, batch, queries, (keys, values), written[layer])
         return output
 
-    x = decoder(params, config, batch.token_ids, batch.positions, attend)
-    if batch.logit_rows is not None:
-        x = x[batch.logit_rows]
-    return logits(params, config, x), tuple(written)
+    return decoder(params, config, batch.token_ids, batch.positions, attend), tuple(written)
 
 
 def decoder(

@@ -15,16 +15,31 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .errors import EngineError, EngineFailed, StepFailed
+from .token_logprobs import Logprob
 
 FinishReason = Literal["stop", "length", "abort"]
+
+# With n > 1 a sample has lists of these, which is left out of the types that a checker sees.
+if TYPE_CHECKING:
+    Text: TypeAlias = str
+    TokenIds: TypeAlias = tuple[int, ...]
+    Count: TypeAlias = int
+    Number: TypeAlias = float
+    OptionalNumber: TypeAlias = float | None
+    OptionalReason: TypeAlias = FinishReason | None
+    OptionalLogprobs: TypeAlias = tuple[dict[int, Logprob], ...] | None
+else:
+    Text = TokenIds = Count = Number = OptionalNumber = OptionalReason = OptionalLogprobs = Any
 
 
 @dataclass(frozen=True)
 class ReturnSample:
     """What has been generated for one prompt so far.
+
+    With `n` > 1 all but those of the prompt are lists with an entry for each completion.
 
     Attributes:
         text: all text so far; empty with detokenize=False or without a processor.
@@ -34,21 +49,35 @@ class ReturnSample:
         time_to_first_token_s: from submission to the first token, seconds; None before it.
         finish_reason: "stop" (an end-of-sequence token, stop token or stop string), "length" (max_tokens or
             max_length), "abort"; None while it goes on.
-        num_prompt_tokens: length of the prompt after any truncation.
-        num_cached_tokens: of these, those that were found in the cache.
         num_preemptions: how often its tokens had to be computed anew, because its pages were given to others
             or a step of theirs failed.
+        logprobs: of each generated token, by token id: itself and the `logprobs` likeliest in its place; None
+            if they are not asked for.
+        cumulative_logprob: the sum of the generated tokens' log-probabilities; None likewise.
+        num_prompt_tokens: length of the prompt after any truncation.
+        num_cached_tokens: of these, those that were found in the cache.
+        prompt_logprobs: as `logprobs`, of each token of the prompt, as far as it is processed; None for the
+            first, which nothing comes before.
     """
 
-    text: str
-    token_ids: tuple[int, ...]
-    num_generated_tokens: int
-    tokens_per_second: float
-    time_to_first_token_s: float | None
-    finish_reason: FinishReason | None
+    text: Text
+    token_ids: TokenIds
+    num_generated_tokens: Count
+    tokens_per_second: Number
+    time_to_first_token_s: OptionalNumber
+    finish_reason: OptionalReason
     num_prompt_tokens: int
     num_cached_tokens: int = 0
-    num_preemptions: int = 0
+    num_preemptions: Count = 0
+    logprobs: OptionalLogprobs = None
+    cumulative_logprob: OptionalNumber = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it, and with n > 1 each of its completions, has ended."""
+        reasons: Any = self.finish_reason
+        return None not in (reasons if isinstance(reasons, list) else [reasons])
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +187,7 @@ class Channel:
         await waiter.future
 
     def _finished(self) -> bool:
-        return all(sample.finish_reason is not None for sample in self._samples)
+        return all(sample.is_finished for sample in self._samples)
 
     def _ended(self) -> bool:
         return self._failure is not None or self._finished()

@@ -65,6 +65,10 @@ class TokenBytes:
             self._known[token_id] = _spell(self._tokens.get(token_id, ""))
         return self._known[token_id]
 
+    def text_of(self, token_id: int) -> str:
+        """The token's text by itself; half a character becomes U+FFFD."""
+        return self.of(token_id).decode(errors="replace")
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 

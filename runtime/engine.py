@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-import numpy as np
-
 from .channel import Channel, ReturnSample
 from .errors import EngineError, EngineFailed, EngineStopped, QueueFull
 from .executor import Executor
 from .request import Request
+from .results import read_results
 from .scheduler import Scheduler, StepPlan
+from .step import StepOutput
 
 logger = logging.getLogger("vsurge.runtime")
 
@@ -166,8 +165,14 @@ class Engine:
             self._end(None)
 
     def _serve(self) -> None:
-        dispatched: tuple[StepPlan, jax.Array] | None = None
+        dispatched: tuple[StepPlan, StepOutput] | None = None
         while self._take_inbox():
+            if dispatched is not None and self._scheduler.needs_tokens:
+                failure = self._commit(*dispatched)
+                if failure is not None:
+                    self._recover(dispatched[0], failure)
+                dispatched = None
+                continue  # what they were needed for may have ended
             previous, plan = dispatched, self._scheduler.plan()
             self._count_waiting()
             dispatched, broken = self._dispatch(plan)
@@ -178,11 +183,11 @@ class Engine:
             if broken is not None:
                 self._recover(*broken)
         if dispatched is not None:  # of requests that have ended meanwhile
-            dispatched[1].block_until_ready()
+            dispatched[1].wait()
 
     def _dispatch(
         self, plan: StepPlan | None
-    ) -> tuple[tuple[StepPlan, jax.Array] | None, tuple[StepPlan, Exception] | None]:
+    ) -> tuple[tuple[StepPlan, StepOutput] | None, tuple[StepPlan, Exception] | None]:
         """Begins a step: what runs, and what failed."""
         if plan is None:
             return None, None
@@ -244,11 +249,10 @@ class Engine:
         with self._lock:
             self._num_waiting = len(self._scheduler.waiting)
 
-    def _commit(self, plan: StepPlan, tokens: jax.Array) -> Exception | None:
+    def _commit(self, plan: StepPlan, output: StepOutput) -> Exception | None:
         """Reads a step's tokens and hands them out; the exception if that, or the step itself, fails."""
         try:
-            token_ids = np.asarray(tokens)[:, : len(plan.chunks)].T.tolist()
-            self._publish(self._scheduler.commit(plan, token_ids))
+            self._publish(self._scheduler.commit(plan, read_results(plan, output)))
         except Exception as failure:  # noqa: BLE001  (as above)
             return failure
         return None
@@ -257,7 +261,8 @@ class Engine:
         """Hands the samples of changed requests to their channels, one message per channel."""
         by_channel: dict[Channel, dict[int, ReturnSample]] = {}
         for request in changed:
-            by_channel.setdefault(request.channel, {})[request.index] = request.sample()
+            if request.group.is_due:
+                by_channel.setdefault(request.channel, {})[request.index] = request.group.sample()
         for channel, samples in by_channel.items():
             channel.publish(samples)
             if channel.is_over():

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ..kernels import KVPages, empty_kv_pages
@@ -23,9 +24,13 @@ from ..model.sharding import cache_sharding
 from .cache_size import page_bytes
 from .errors import OutOfMemory
 from .options import EngineOptions
-from .rows import Rows
+from .request import Request
+from .results import start_reading
+from .rows import Rows, bias_of, counts_of
 from .scheduler import StepKind, StepPlan
-from .step import StepInputs, step, step_inputs
+from .shaping import RowState, empty_row_state, mask_words, with_row
+from .step import StepOutput, step
+from .step_inputs import StepInputs, step_inputs
 
 MAX_PROGRAMS = 16
 SMALLEST_MIXED = 64  # tokens
@@ -80,9 +85,15 @@ class Executor:
         self._layer_sharding = cache_sharding(model.mesh, self._layer_shape, model.partition_axis)
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
         self._empty_layer: Callable[[], KVPages] = jax.jit(empty_layer, out_shardings=self._layer_sharding)
+        num_rows, vocab_size = rows, model.config.vocab_size
+        self._empty_row_state: Callable[[], RowState] = jax.jit(
+            partial(empty_row_state, num_rows, vocab_size), out_shardings=self._everywhere
+        )
         self._programs: dict[tuple[StepKind, int], jax.stages.Compiled] = {}
         self._kv_pages: tuple[KVPages, ...] = ()
-        self._last_tokens: jax.Array | None = None
+        self._row_state: RowState | None = None
+        self._no_masks: jax.Array | None = None  # on the device, for steps without any
+        self._set_row: jax.stages.Compiled | None = None
 
     def allocate(self) -> None:
         """Makes an empty cache on the devices.
@@ -93,10 +104,9 @@ class Executor:
         num_pages, page_size = self._options.num_pages, self._options.page_size
         try:
             self._kv_pages = tuple(self._empty_layer() for _ in range(self._model.config.num_layers))
-            self._last_tokens = jnp.zeros(
-                self._options.max_concurrent_decodes, jnp.int32, device=self._everywhere
-            )
-            jax.block_until_ready((self._kv_pages, self._last_tokens))
+            self._row_state = self._empty_row_state()
+            self._no_masks = jax.device_put(self._masks_without_any(), self._everywhere)
+            jax.block_until_ready((self._kv_pages, self._row_state))
         except RuntimeError as error:  # jax.errors.JaxRuntimeError
             self.release()
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -109,7 +119,7 @@ class Executor:
 
     def release(self) -> None:
         """Gives the cache's memory back; the compiled programs stay."""
-        self._kv_pages, self._last_tokens = (), None
+        self._kv_pages, self._row_state, self._no_masks = (), None, None
 
     def compile(self, *, show_progress: bool) -> None:
         """Compiles the program of every bucket that is not compiled yet, several at a time.
@@ -122,6 +132,8 @@ class Executor:
         }
         wanted: list[tuple[StepKind, int]] = [(k, size) for k, sizes in buckets.items() for size in sizes]
         missing = [key for key in wanted if key not in self._programs]
+        if self._set_row is None:
+            self._set_row = self._compile_lowered(self._lower_set_row())
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             futures = [pool.submit(self._compile_lowered, self._lower(*key)) for key in missing]
             for key, future in zip(
@@ -135,28 +147,36 @@ class Executor:
         kv_pages, cache = (
             (layer,) * self._model.config.num_layers for layer in (self._layer_shape, self._layer_sharding)
         )
-        last_tokens = jax.ShapeDtypeStruct((self._options.max_concurrent_decodes,), jnp.int32)
+        row_state = jax.eval_shape(self._empty_row_state)
+        masks = jax.eval_shape(self._masks_without_any)
         inputs = jax.eval_shape(partial(self._inputs, StepPlan(kind, ()), size))
         jitted = jax.jit(
             partial(step, config=self._model.config, decode_steps=self._options.decode_steps),
-            in_shardings=(_shardings(params), cache, self._everywhere, self._everywhere),
+            in_shardings=(_shardings(params), cache, *[self._everywhere] * 3),
             out_shardings=(self._everywhere, cache, self._everywhere),
             donate_argnums=(1, 2),
         )
-        return jitted.lower(params, kv_pages, last_tokens, inputs)
+        return jitted.lower(params, kv_pages, row_state, masks, inputs)
+
+    def _lower_set_row(self) -> jax.stages.Lowered:
+        vocab_size = self._model.config.vocab_size
+        jitted = jax.jit(
+            with_row, in_shardings=self._everywhere, out_shardings=self._everywhere, donate_argnums=0
+        )
+        return jitted.lower(
+            jax.eval_shape(self._empty_row_state),
+            jax.ShapeDtypeStruct((), np.int32),
+            jax.ShapeDtypeStruct((vocab_size,), np.float32),
+            jax.ShapeDtypeStruct((vocab_size,), np.int32),
+        )
 
     def _compile_lowered(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         platform = self._model.mesh.devices.flat[0].platform
         return lowered.compile(CPU_COMPILER_OPTIONS if platform == "cpu" else None)
 
-    def run(self, plan: StepPlan) -> jax.Array:
-        """Dispatches a step.
-
-        Returns:
-            The tokens it chooses, [decode_steps or 1, n] int32 on the device, in the order of the chunks and
-            then padding; of a chunk the first `num_outputs` count.
-        """
-        if self._last_tokens is None:
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Dispatches a step; what comes out of it is on the device."""
+        if self._row_state is None:
             raise RuntimeError("the executor has no cache: allocate() first")
         if plan.kind == "decode":
             size, buckets = len(plan.chunks), self.decode_buckets
@@ -165,11 +185,44 @@ class Executor:
         bucket = next(b for b in buckets if b >= size)
         if (plan.kind, bucket) not in self._programs:
             self._programs[plan.kind, bucket] = self._compile_lowered(self._lower(plan.kind, bucket))
-        tokens, self._kv_pages, self._last_tokens = self._programs[plan.kind, bucket](
-            self._model.params, self._kv_pages, self._last_tokens, self._inputs(plan, bucket)
+        inputs = self._inputs(plan, bucket)
+        for request in self._rows.taken():
+            self._take_row(request)
+        output: StepOutput
+        output, self._kv_pages, self._row_state = self._programs[plan.kind, bucket](
+            self._model.params, self._kv_pages, self._row_state, self._masks(plan), inputs
         )
-        tokens.copy_to_host_async()
-        return tokens
+        start_reading(plan, output)
+        return output
+
+    def _take_row(self, request: Request) -> None:
+        """Writes what the device is to remember of a request that has come to its row."""
+        if not (request.is_biased or request.params.has_penalties):
+            return
+        if self._set_row is None:
+            self._set_row = self._compile_lowered(self._lower_set_row())
+        vocab_size = self._model.config.vocab_size
+        self._row_state = self._set_row(
+            self._row_state,
+            np.int32(request.row),
+            bias_of(request, vocab_size),
+            counts_of(request, vocab_size),
+        )
+
+    def _masks_without_any(self) -> npt.NDArray[np.uint32]:
+        words = mask_words(self._model.config.vocab_size)
+        return np.full((self._options.max_concurrent_decodes, words), 0xFFFFFFFF, np.uint32)
+
+    def _masks(self, plan: StepPlan) -> Any:
+        """What each row's next token may be. The tokens before it are known where there is a mask."""
+        masked = [c.request for c in plan.chunks if c.num_outputs and c.request.masks]
+        if not masked:
+            return self._no_masks
+        masks = self._masks_without_any()
+        for request in masked:
+            for mask in request.masks:
+                mask.restrict(masks[request.row])
+        return masks
 
     def _inputs(self, plan: StepPlan, bucket: int) -> StepInputs:
         # In a mixed step no sequence has less than a token.

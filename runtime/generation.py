@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from .channel import Channel, ReturnSample
 
@@ -15,7 +16,8 @@ class Generation:
 
     - `await generation`: the final list; with stream=True the generation itself, to iterate over.
     - `async for samples in generation` (or a plain `for`): the list at every step that changed one of its
-      samples. A reader that falls behind gets the latest state and skips what lay between.
+      samples. A reader that falls behind gets the latest state and skips what lay between. Of prompts with
+      output_kind="delta" only what is new since the reader's last turn.
     - `generation.result(timeout_s=None)`: blocks and gives the final list.
 
     It is bound to no event loop, and generates whether or not somebody waits. It is an awaitable but no
@@ -32,10 +34,15 @@ class Generation:
         abort: ends the requests. It must not hold on to this object, or that could never be dropped; and it
             must take no lock, because the garbage collector may call it in any thread, at any moment.
         stream: what awaiting gives.
+        deltas: the prompts of which iterating gives what is new.
     """
 
-    def __init__(self, channel: Channel, abort: Callable[[], None], *, stream: bool) -> None:
+    def __init__(
+        self, channel: Channel, abort: Callable[[], None], *, stream: bool, deltas: Collection[int] = ()
+    ) -> None:
         self._channel = channel
+        self._deltas = deltas
+        self._given: list[ReturnSample] = []
         self._stream = stream
         self._seen = 0
         self._abort = abort
@@ -107,7 +114,11 @@ class Generation:
         news = self._channel.read(self._seen)
         if news is not None:
             self._seen, samples = news
-            return samples
+            before, self._given = self._given or [None] * len(samples), samples
+            return [
+                _new_part(old, new) if i in self._deltas else new
+                for i, (old, new) in enumerate(zip(before, samples, strict=True))
+            ]
         return [] if is_over else None
 
     async def _wait_for(self, seen: int, *, until_finished: bool) -> None:
@@ -121,3 +132,23 @@ class Generation:
         news = self._channel.read(-1)
         assert news is not None  # no version is -1
         return news[1]
+
+
+def _new_part(before: ReturnSample | None, now: ReturnSample) -> ReturnSample:
+    """A sample with what is new in text, tokens and their log-probabilities."""
+    if before is None:
+        return now
+    return replace(
+        now,
+        text=_rest(before.text, now.text),
+        token_ids=_rest(before.token_ids, now.token_ids),
+        logprobs=_rest(before.logprobs, now.logprobs),
+    )
+
+
+def _rest(before: Any, now: Any) -> Any:
+    """What has been appended; with several completions, to each."""
+    if isinstance(now, list):
+        each = cast("list[Any]", now)
+        return [_rest(old, new) for old, new in zip(before, each, strict=True)]
+    return now if now is None or before is None else now[len(before) :]

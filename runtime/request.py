@@ -1,20 +1,27 @@
-"""One prompt's way through the engine."""
+"""One completion's way through the engine, and those of one prompt together."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from .channel import Channel, FinishReason, ReturnSample
 from .detokenizer import Detokenizer
 from .page_pool import chained
 from .sampling_params import SamplingParams
+from .token_logprobs import Logprob, TokenLogprobs
+from .token_mask import TokenMask
+
+NO_TOKEN = -1  # what a step gives where no token was allowed
+# Of a sample of several completions these are the prompt's; all others are lists, one entry for each.
+OF_THE_PROMPT = ("num_prompt_tokens", "num_cached_tokens", "prompt_logprobs")
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt, what has been generated for it, and where it stands. Owned by the engine's thread.
+    """One completion of a prompt: what has been generated for it, and where it stands. Owned by the engine's thread.
 
     Attributes:
         prompt_ids: the prompt's tokens.
@@ -23,10 +30,17 @@ class Request:
         max_new_tokens: `params.max_tokens` and `max_length` together.
         seed: of its random numbers, 64 bits.
         channel, index: where its samples go, and which of the channel's prompts it is.
+        group: the completions of that prompt, this one among them.
         detokenizer: None if no text is wanted.
+        decode: the text of one token, for its log-probabilities; None without a processor.
+        bias: what is added to the logits of single tokens; -inf forbids.
+        masks: which tokens may be next, as a function of those before.
         priority: those with a smaller one go first.
         turn: its place in the queue; smaller ones are served first, and are the last to lose their pages.
         output_ids: generated tokens.
+        logprobs: of these, if they are wanted.
+        prompt_logprobs: of the prompt's, as far as they are known; the first token has none.
+        cumulative_logprob: the sum over the generated tokens, if they are wanted.
         num_computed: tokens whose keys and values are in the cache once all planned steps have run.
         num_to_prefill: tokens that were known when it was admitted: after them it decodes.
         num_cached: tokens of the prompt that it found in the cache when it was first admitted; None before.
@@ -46,12 +60,19 @@ class Request:
     channel: Channel
     index: int
     detokenizer: Detokenizer | None
+    group: Group = field(default_factory=lambda: Group())  # noqa: PLW0108
+    decode: Callable[[int], str] | None = None
+    bias: dict[int, float] = field(default_factory=dict[int, float])
+    masks: Sequence[TokenMask] = ()
     priority: int = 0
     turn: tuple[int, int] = (0, 0)
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+    cumulative_logprob: float = 0.0
     num_computed: int = 0
     num_to_prefill: int = 0
     num_cached: int | None = None
@@ -61,6 +82,19 @@ class Request:
     pages: list[int] = field(default_factory=list[int])
     page_keys: list[bytes] = field(default_factory=list[bytes])
     num_registered: int = 0
+
+    def __post_init__(self) -> None:
+        self.group.requests.append(self)
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether anything is added to its logits, or only some tokens are allowed."""
+        return bool(self.bias) or self.params.allowed_token_ids is not None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Those of its tokens; the best of several completions are found by them."""
+        return self.params.logprobs is not None or self.params.num_completions > self.params.n
 
     @property
     def max_tokens_in_cache(self) -> int:
@@ -100,18 +134,39 @@ class Request:
         """Whether this one of its generated tokens may end it."""
         return output_index >= self.params.min_tokens
 
-    def accept(self, token_id: int) -> None:
-        """Takes a generated token, and finds out whether it is the last."""
+    def take_scores(self, start: int, scores: Sequence[TokenLogprobs]) -> None:
+        """Takes the log-probabilities of the prompt's tokens behind position `start`, if they are new."""
+        new = range(len(self.prompt_logprobs), start + 1 + len(scores))
+        for position in new:
+            self.prompt_logprobs.append(
+                scores[position - start - 1].of(
+                    self.prompt_ids[position], self.params.prompt_logprobs or 0, self.decode
+                )
+            )
+
+    def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Takes a generated token, and finds out whether it is the last; none at all ends it as well."""
+        if token_id == NO_TOKEN:
+            self.finish("stop")
+            return
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         may_stop = self.may_stop_at(len(self.output_ids))
         self.output_ids.append(token_id)
+        if logprobs is not None:
+            self.cumulative_logprob += logprobs.chosen
+            if self.params.logprobs is not None:
+                self.logprobs.append(logprobs.of(token_id, self.params.logprobs, self.decode))
+        for mask in self.masks:
+            mask.advance(token_id)
         if token_id in self.stop_token_ids:
             if self.params.include_stop_str_in_output:
                 self._add_text(token_id, may_stop=False)
             self.finish("stop")
         elif self._add_text(token_id, may_stop=may_stop):
             self.finish_reason = "stop"
+        elif any(mask.is_complete for mask in self.masks):
+            self.finish("stop")
         elif len(self.output_ids) >= self.max_new_tokens:
             self.finish("length")
 
@@ -138,4 +193,44 @@ class Request:
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached or 0,
             num_preemptions=self.num_preemptions,
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            cumulative_logprob=self.cumulative_logprob if self.wants_logprobs else None,
         )
+
+
+@dataclass(eq=False)
+class Group:
+    """The completions of one prompt, `n` or `best_of` of them.
+
+    Attributes:
+        requests: one for each.
+    """
+
+    requests: list[Request] = field(default_factory=list[Request])
+
+    @property
+    def is_due(self) -> bool:
+        """Whether what there is may be handed out."""
+        params = self.requests[0].params
+        waits_for_the_end = params.output_kind == "final_only" or len(self.requests) > params.n
+        return not waits_for_the_end or all(r.finish_reason is not None for r in self.requests)
+
+    def sample(self) -> ReturnSample:
+        """What has been generated for the prompt so far; with several completions, the likeliest ones."""
+        n = self.requests[0].params.n
+        best = self.requests
+        if len(best) > n:
+            best = sorted(best, key=lambda request: request.cumulative_logprob, reverse=True)[:n]
+        samples = [request.sample() for request in best]
+        return samples[0] if n == 1 else combined(samples)
+
+
+def combined(samples: Sequence[ReturnSample]) -> ReturnSample:
+    """One sample of several completions."""
+    names = [field.name for field in fields(ReturnSample)]
+    values = {name: [getattr(sample, name) for sample in samples] for name in names}
+    merged: dict[str, Any] = {
+        name: each[0] if name in OF_THE_PROMPT else each for name, each in values.items()
+    }
+    return ReturnSample(**merged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 from .channel import Channel, ReturnSample
 from .checks import check_vocabulary
 from .detokenizer import Detokenizer, TokenBytes
+from .guided import Grammars
 from .options import EngineOptions
 from .prompts import Prompt, token_ids_of
-from .request import Request
+from .request import Group, Request, combined
 from .sampling import MAX_BANNED
-from .sampling_params import SamplingParams
+from .sampling_params import MAX_SEED, SamplingParams
+from .token_mask import BadWords, TokenMask
 
 
 class RequestBuilder:
@@ -36,6 +39,7 @@ class RequestBuilder:
         self._vocab_size = vocab_size
         self._token_bytes = None if processor is None else TokenBytes(processor)
         self._count = itertools.count()
+        self._grammars = Grammars(processor, vocab_size, options.eos_token_ids)
 
     def build(
         self,
@@ -44,7 +48,7 @@ class RequestBuilder:
         priorities: Sequence[int],
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> tuple[Channel, list[Request]]:
-        """One request per prompt, and the channel that they share.
+        """The requests of each prompt, one per completion, and the channel that they share.
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot work.
@@ -53,10 +57,11 @@ class RequestBuilder:
             self._prompt_ids(i, prompt, p, chat_template_kwargs)
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
-        channel = Channel([ReturnSample("", (), 0, 0.0, None, None, len(ids)) for ids in token_ids])
+        channel = Channel([_nothing_yet(ids, p) for ids, p in zip(token_ids, params, strict=True)])
         return channel, [
-            self._request(i, ids, p, priority, channel)
+            request
             for i, (ids, p, priority) in enumerate(zip(token_ids, params, priorities, strict=True))
+            for request in self._completions(i, ids, p, priority, channel)
         ]
 
     def _prompt_ids(
@@ -87,29 +92,77 @@ class RequestBuilder:
         keep = longest - room
         return f"truncate_prompt_tokens={keep} would keep the last {keep} and leave room for {room} of output"
 
-    def _request(
+    def _completions(
         self, index: int, ids: list[int], params: SamplingParams, priority: int, channel: Channel
-    ) -> Request:
+    ) -> list[Request]:
+        """The requests of one prompt."""
+        stop_token_ids = self._stop_token_ids(params)
+        max_new_tokens = self._max_new_tokens(index, ids, params)
+        banned = self._bad_words(params)
+        bias = self._bias(params, banned)
+        several = [sequence for sequence in banned if len(sequence) > 1]
+        seed, group = params.seed, Group()
+
+        def masks() -> list[TokenMask]:  # each of its own, for they follow the tokens
+            grammar = params.guided_decoding
+            return [
+                *([self._grammars.mask(grammar)] if grammar is not None else []),
+                *([BadWords(several)] if several else []),
+            ]
+
+        return [
+            Request(
+                prompt_ids=ids,
+                params=params,
+                stop_token_ids=stop_token_ids,
+                max_new_tokens=max_new_tokens,
+                seed=self.draw_seed() if seed is None else (seed + i) & MAX_SEED,
+                channel=channel,
+                index=index,
+                group=group,
+                detokenizer=self._detokenizer(params),
+                decode=None if self._token_bytes is None else self._token_bytes.text_of,
+                bias=bias,
+                masks=masks(),
+                priority=priority,
+            )
+            for i in range(params.num_completions)
+        ]
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        check_vocabulary("stop_token_ids", params.stop_token_ids or (), self._vocab_size)
         stop_token_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_token_ids |= set(self._options.eos_token_ids)
-        check_vocabulary("stop_token_ids", params.stop_token_ids or (), self._vocab_size)
         if params.min_tokens and len(stop_token_ids) > MAX_BANNED:
             raise ValueError(
                 f"stop_token_ids: {len(stop_token_ids)} with the end-of-sequence tokens, with min_tokens at "
                 f"most {MAX_BANNED} are supported"
             )
-        return Request(
-            prompt_ids=ids,
-            params=params,
-            stop_token_ids=stop_token_ids,
-            max_new_tokens=self._max_new_tokens(index, ids, params),
-            seed=self.draw_seed() if params.seed is None else params.seed,
-            channel=channel,
-            index=index,
-            detokenizer=self._detokenizer(params),
-            priority=priority,
-        )
+        return stop_token_ids
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The tokens of `bad_words`, at the beginning of a text and behind a space."""
+        sequences: list[list[int]] = []
+        for word in params.bad_words or ():
+            if self._processor is None:
+                raise ValueError(f"bad_words={params.bad_words!r}: need a processor")
+            for text in (word.lstrip() or word, " " + word.lstrip()):
+                sequence = self._processor.encode(text, add_special_tokens=False)
+                if sequence not in sequences:
+                    sequences.append(sequence)
+        return sequences
+
+    def _bias(self, params: SamplingParams, banned: Sequence[Sequence[int]]) -> dict[int, float]:
+        """What is added to single tokens' logits."""
+        bias: dict[int, float] = dict(params.logit_bias or ())  # pyright: ignore[reportArgumentType, reportCallIssue]  (pairs)
+        check_vocabulary("logit_bias", bias, self._vocab_size)
+        allowed = params.allowed_token_ids
+        check_vocabulary("allowed_token_ids", allowed or (), self._vocab_size)
+        forbidden = {sequence[0] for sequence in banned if len(sequence) == 1}
+        if allowed is not None and forbidden.issuperset(allowed):
+            raise ValueError(f"allowed_token_ids={list(allowed)}: all of them are bad_words, none is left")
+        return bias | dict.fromkeys(forbidden, -math.inf)
 
     def _max_new_tokens(self, index: int, ids: list[int], params: SamplingParams) -> int:
         """How many tokens may be generated: as many as asked for, within `max_length`; None asks for all."""
@@ -148,3 +201,8 @@ class RequestBuilder:
         entropy = [self._options.seed, next(self._count)]
         high, low = np.random.SeedSequence(entropy).generate_state(2).tolist()
         return high << 32 | low
+
+
+def _nothing_yet(ids: Sequence[int], params: SamplingParams) -> ReturnSample:
+    one = ReturnSample("", (), 0, 0.0, None, None, len(ids))
+    return one if params.n == 1 else combined([one] * params.n)

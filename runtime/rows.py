@@ -10,6 +10,7 @@ import numpy.typing as npt
 from .request import Request
 from .sampling import MAX_BANNED, SamplingInputs
 from .scheduler import Chunk
+from .shaping import GENERATED, IN_PROMPT, ShapingInputs
 
 LARGEST_FLOAT, LARGEST_INT = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
 
@@ -35,6 +36,18 @@ class Rows:
         self._seed = np.zeros((count, 2), np.uint32)
         self._banned = np.full((count, MAX_BANNED), -1, np.int32)
         self._banned_before = np.zeros(count, np.int32)
+        self._presence = np.zeros(count, np.float32)
+        self._frequency = np.zeros(count, np.float32)
+        self._repetition = np.ones(count, np.float32)
+        self._biased = np.zeros(count, np.bool_)
+        self._masked = np.zeros(count, np.bool_)
+        self._wants_logprobs = np.zeros(count, np.bool_)
+        self._taken: list[Request] = []
+
+    def taken(self) -> list[Request]:
+        """The requests that have come to a row since this was asked last."""
+        taken, self._taken = self._taken, []
+        return taken
 
     def of(self, chunks: Sequence[Chunk], n: int) -> npt.NDArray[np.int32]:
         """The rows [n] of a step's chunks, brought up to date; behind them the one for padding."""
@@ -47,6 +60,7 @@ class Rows:
                 self._holds[row] = holds
                 self._num_pages[row] = 0
                 self._set(row, request)
+                self._taken.append(request)
             start, end = self._num_pages[row], len(request.pages)
             if end > start:
                 self._page_table[row, start:end] = request.pages[start:]
@@ -70,6 +84,20 @@ class Rows:
             self._banned_before[rows],  # pyright: ignore[reportArgumentType]
         )
 
+    def shaping(self, rows: npt.NDArray[np.int32]) -> ShapingInputs:
+        """What is done to their logits before."""
+        return ShapingInputs(  # pyright: ignore[reportCallIssue]
+            self._presence[rows],  # pyright: ignore[reportArgumentType]
+            self._frequency[rows],  # pyright: ignore[reportArgumentType]
+            self._repetition[rows],  # pyright: ignore[reportArgumentType]
+            self._biased[rows],  # pyright: ignore[reportArgumentType]
+            self._masked[rows],  # pyright: ignore[reportArgumentType]
+        )
+
+    def wants_logprobs(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Whether the log-probabilities of their tokens are wanted."""
+        return self._wants_logprobs[rows]
+
     def _set(self, row: int, request: Request) -> None:
         """Values beyond the range of float32 or int32, which mean nothing more there, become its largest."""
         params = request.params
@@ -81,3 +109,25 @@ class Rows:
         if params.min_tokens:
             self._banned[row, : len(request.stop_token_ids)] = sorted(request.stop_token_ids)
         self._banned_before[row] = min(len(request.prompt_ids) + params.min_tokens, LARGEST_INT)
+        self._presence[row], self._frequency[row] = params.presence_penalty, params.frequency_penalty
+        self._repetition[row] = min(params.repetition_penalty, LARGEST_FLOAT)
+        self._biased[row], self._masked[row] = request.is_biased, bool(request.masks)
+        self._wants_logprobs[row] = request.wants_logprobs
+
+
+def bias_of(request: Request, vocab_size: int) -> npt.NDArray[np.float32]:
+    """[vocab], what a request adds to its logits."""
+    bias = np.zeros(vocab_size, np.float32)
+    if request.params.allowed_token_ids is not None:
+        bias[:] = -np.inf
+        bias[list(request.params.allowed_token_ids)] = 0.0
+    for token_id, value in request.bias.items():
+        bias[token_id] += value
+    return bias
+
+
+def counts_of(request: Request, vocab_size: int) -> npt.NDArray[np.int32]:
+    """[vocab], how often each token occurs in a request, as `RowState` has it."""
+    counts = GENERATED * np.bincount(request.output_ids, minlength=vocab_size).astype(np.int32)
+    counts[request.prompt_ids] += np.int32(IN_PROMPT)  # once, however often they occur
+    return counts

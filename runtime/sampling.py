@@ -59,7 +59,7 @@ class SamplingInputs:
 
 
 def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Array, " rows"]:
-    """The next token of each row, int32.
+    """The next token of each row, int32; -1 where no token is allowed (all logits are -inf).
 
     A row's token depends on its own logits and inputs only. `min_p` cuts first, then `top_k`, then `top_p`,
     of what the ones before have left, at the given temperature; ties at a threshold are kept.
@@ -68,7 +68,7 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Ar
     allowed = (inputs.banned < 0) | (inputs.position >= inputs.banned_before)[:, None]
     banned = jnp.where(allowed, vocab, inputs.banned)
     logits = logits.at[jnp.arange(rows)[:, None], banned].set(-jnp.inf, mode="drop")
-    blocks = _in_blocks(logits)
+    blocks = in_blocks(logits)
     maxima = blocks.max(-1)
     best = jnp.argmax(maxima, -1).astype(jnp.int32)
     likeliest = best * BLOCK + jnp.argmax(_take_block(blocks, best), -1).astype(jnp.int32)
@@ -80,7 +80,8 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Ar
             lambda: likeliest,
         ),
     )
-    return jnp.where(inputs.temperature > 0, drawn, likeliest)
+    tokens = jnp.where(inputs.temperature > 0, drawn, likeliest)
+    return jnp.where(maxima.max(-1) > -jnp.inf, tokens, -1)
 
 
 def _draw_token(
@@ -209,7 +210,8 @@ def _invert(weights: Float[Array, "rows n"], uniform: Rows) -> tuple[Int[Array, 
     return index, jnp.clip((goal - below) / chosen, 0.0, 1.0)
 
 
-def _in_blocks(logits: Float[Array, "rows vocab"]) -> Blocks:
+def in_blocks(logits: Float[Array, "rows vocab"]) -> Blocks:
+    """The vocabulary in blocks of BLOCK tokens, the last one filled up with -inf."""
     padding = -logits.shape[1] % BLOCK
     padded = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf) if padding else logits
     return padded.reshape(logits.shape[0], -1, BLOCK)

@@ -22,6 +22,7 @@ from typing import Literal
 
 from .page_pool import PagePool
 from .request import Request
+from .token_logprobs import TokenLogprobs
 
 HEADROOM = 64  # one page in so many is left to those that run when a request is admitted
 
@@ -48,6 +49,29 @@ class Chunk:
     def is_decode(self) -> bool:
         """Whether its first token is one that was generated, and may be known to the device alone."""
         return self.start >= self.request.num_to_prefill
+
+    @property
+    def tokens_to_score(self) -> Sequence[int]:
+        """Tokens of the prompt whose log-probabilities are wanted: those that follow the chunk's own."""
+        request = self.request
+        if request.params.prompt_logprobs is None or self.start >= len(request.prompt_ids) - 1:
+            return ()
+        return request.prompt_ids[self.start + 1 : self.start + self.length + 1]
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """What came of a step, chunk by chunk.
+
+    Attributes:
+        token_ids: the tokens chosen, of which the first `num_outputs` count; -1 where none was allowed.
+        logprobs: of these, where the request wants them; None if none does.
+        scores: log-probabilities of `Chunk.tokens_to_score`; None if there are none.
+    """
+
+    token_ids: Sequence[Sequence[int]]
+    logprobs: Sequence[Sequence[TokenLogprobs] | None] | None = None
+    scores: Sequence[Sequence[TokenLogprobs]] | None = None
 
 
 StepKind = Literal["mixed", "decode"]
@@ -141,6 +165,8 @@ class Scheduler:
         for request in tuple(self.running):
             if request.row < 0 or not request.can_decode:
                 continue
+            if request.masks and request.num_pending:  # what its next token may be is not known yet
+                continue
             while not self._grow(request, request.num_computed + 1):
                 has_preempted = True
                 victim = self.running[-1]
@@ -154,7 +180,7 @@ class Scheduler:
     def _extended(self, chunk: Chunk) -> Chunk:
         """More tokens of a decode, up to `decode_steps`: as many as may come, and have pages."""
         request = chunk.request
-        most = request.max_tokens_in_cache - chunk.start
+        most = 1 if request.masks else request.max_tokens_in_cache - chunk.start
         length = max(1, min(self._decode_steps, most))
         while length > 1 and not self._grow(request, chunk.start + length):
             length -= 1
@@ -205,7 +231,9 @@ class Scheduler:
             return None
         known = request.num_known
         # At least one token must be computed, for the next one to come out of it.
-        shared = pool.share(self._keys(request, known - 1))
+        # And so must those of a prompt whose log-probabilities are wanted.
+        scored = request.params.prompt_logprobs is not None and not request.output_ids
+        shared = pool.share([] if scored else self._keys(request, known - 1))
         missing = pool.pages_for(known) - len(shared)
         headroom = -(-pool.num_pages // HEADROOM) if self.running else 0
         if not pool.can_allocate(missing + headroom):
@@ -236,23 +264,27 @@ class Scheduler:
                 self.pool.register(request.pages[page], keys[page])
             request.num_registered = len(keys)
 
-    def commit(self, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> list[Request]:
-        """Takes the tokens of a step in the order of the plans; the requests that got one.
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a request runs that can only go on when all of its tokens are known."""
+        return any(request.masks and request.num_pending for request in self.running)
 
-        Args:
-            plan: the step.
-            token_ids: of each chunk, of which the first `num_outputs` count, and no more of them once the
-                request has ended.
-        """
+    def commit(self, plan: StepPlan, results: StepResults) -> list[Request]:
+        """Takes the results of a step, in the order of the plans; the requests that got a token."""
         changed: list[Request] = []
-        for chunk, tokens in zip(plan.chunks, token_ids, strict=True):
+        for i, (chunk, tokens) in enumerate(zip(plan.chunks, results.token_ids, strict=True)):
             request = chunk.request
             request.num_pending -= chunk.num_outputs
-            if request.finish_reason is not None or not chunk.num_outputs:
+            if request.finish_reason is not None:
                 continue
-            for token_id in tokens[: chunk.num_outputs]:
+            if results.scores is not None:
+                request.take_scores(chunk.start, results.scores[i])
+            if not chunk.num_outputs:
+                continue
+            logprobs = None if results.logprobs is None else results.logprobs[i]
+            for j, token_id in enumerate(tokens[: chunk.num_outputs]):
                 if request.finish_reason is None:
-                    request.accept(token_id)
+                    request.accept(token_id, None if logprobs is None else logprobs[j])
             changed.append(request)
             if request.row >= 0:
                 self._register(request)

@@ -1,4 +1,4 @@
-"""What one step is: the inputs that the host sends for it, and the function that is compiled.
+"""What one step is: the function that is compiled.
 
 A step's tokens stay on the device, one per row of the batch, and are the next step's input; the host only
 reads copies of them.
@@ -9,19 +9,20 @@ reads copies of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from ..kernels import KVPages
-from ..model import Batch, Params, Qwen3Config, forward
-from .rows import Rows
-from .sampling import SamplingInputs, sample
-from .scheduler import StepPlan
+from ..model import Batch, Params, Qwen3Config, forward, hidden_states, logits
+from .logprobs import SCORED_TOGETHER, LogprobArrays, all_logprobs, logprobs_of, no_logprobs
+from .sampling import sample
+from .shaping import RowState, shape_logits, with_tokens
+from .step_inputs import StepInputs
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -31,115 +32,124 @@ else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StepInputs:
-    """What the host sends for a step. Rows beyond those in use are padding: no tokens, no row of the batch.
+class StepOutput:
+    """What comes out of a step, in the order of its chunks and then padding.
 
     Attributes:
-        rows: [n] int32, which row of the batch each sequence is; num_rows for none.
-        kv_lens: [n] int32, tokens in the cache after this step, or after the first of several decode steps.
-        page_table: [n, pages_per_seq] int32.
-        sampling: how to sample each sequence's token.
-        ends: [n] int32, tokens in the cache after the last decode step; None in a mixed step.
-        token_ids: [num_tokens] int32; -1 stands for the row's last token, which is on the device. None in a
-            decode step, where all of them are.
-        query_starts: [n + 1] int32; None in a decode step.
-        num_seqs: [1] int32; None in a decode step.
-        samples: [n] bool, whether the sequence's token is its next one; None in a decode step.
+        tokens: [steps, n] int32, the tokens chosen; of a chunk the first `num_outputs` count. -1: none was
+            allowed.
+        logprobs: of these tokens, [steps, n]; zeros if nobody wanted them.
+        scores: of the tokens that follow `StepInputs.scored`; None in a decode step.
     """
 
-    rows: Leaf
-    kv_lens: Leaf
-    page_table: Leaf
-    sampling: SamplingInputs
-    ends: Leaf | None = None
-    token_ids: Leaf | None = None
-    query_starts: Leaf | None = None
-    num_seqs: Leaf | None = None
-    samples: Leaf | None = None
+    tokens: Leaf
+    logprobs: LogprobArrays | None = None
+    scores: LogprobArrays | None = None
 
-
-def step_inputs(plan: StepPlan, bucket: int, rows: Rows, *, max_seqs: int) -> StepInputs:
-    """A step's inputs as NumPy arrays, padded to its bucket.
-
-    Args:
-        plan: what runs.
-        bucket: sequences of a decode step, or tokens of a mixed step.
-        rows: what is known of the rows.
-        max_seqs: sequences of a mixed step.
-    """
-    chunks = plan.chunks
-    n = bucket if plan.kind == "decode" else max_seqs
-    of_row = rows.of(chunks, n)
-    ends = np.zeros(n, np.int32)
-    ends[: len(chunks)] = [chunk.start + chunk.length for chunk in chunks]
-    if plan.kind == "decode":
-        kv_lens = np.zeros(n, np.int32)
-        kv_lens[: len(chunks)] = [chunk.start + 1 for chunk in chunks]
-        return StepInputs(
-            of_row, kv_lens, rows.page_table(of_row), rows.sampling(of_row, kv_lens), ends=ends  # pyright: ignore[reportArgumentType]
-        )  # fmt: skip
-    token_ids = np.zeros(bucket, np.int32)
-    query_starts = np.zeros(n + 1, np.int32)
-    samples = np.zeros(n, np.bool_)
-    end = 0
-    for i, chunk in enumerate(chunks):
-        start, end = end, end + chunk.length
-        if chunk.is_decode:
-            token_ids[start] = -1
-        else:
-            token_ids[start:end] = chunk.request.known_tokens(chunk.start, chunk.start + chunk.length)
-        query_starts[i + 1] = end
-        samples[i] = chunk.num_outputs > 0
-    query_starts[len(chunks) + 1 :] = end
-    return StepInputs(
-        of_row,  # pyright: ignore[reportArgumentType]
-        ends,  # pyright: ignore[reportArgumentType]
-        rows.page_table(of_row),  # pyright: ignore[reportArgumentType]
-        rows.sampling(of_row, ends),
-        token_ids=token_ids,  # pyright: ignore[reportArgumentType]
-        query_starts=query_starts,  # pyright: ignore[reportArgumentType]
-        num_seqs=np.array([len(chunks)], np.int32),  # pyright: ignore[reportArgumentType]
-        samples=samples,  # pyright: ignore[reportArgumentType]
-    )
+    def wait(self) -> None:
+        """Until the step has run."""
+        jax.block_until_ready(self.tokens)
 
 
 def step(
     params: Params,
     kv_pages: tuple[KVPages, ...],
-    last_tokens: Int[Array, " num_rows"],
+    row_state: RowState,
+    masks: UInt[Array, "num_rows words"],
     inputs: StepInputs,
     *,
     config: Qwen3Config,
     decode_steps: int,
-) -> tuple[Int[Array, "steps n"], tuple[KVPages, ...], Int[Array, " num_rows"]]:
-    """One mixed step, or some decode steps: the tokens chosen, and cache and last tokens after it."""
+) -> tuple[StepOutput, tuple[KVPages, ...], RowState]:
+    """One mixed step, or some decode steps: what is chosen, and cache and rows after it."""
     page_size = kv_pages[0].page_size
     if inputs.samples is not None:
-        logits, kv_pages = forward(params, config, _mixed_batch(inputs, last_tokens, page_size), kv_pages)
-        tokens = sample(logits, inputs.sampling)
-        return tokens[None], kv_pages, _kept(last_tokens, inputs.rows, tokens, inputs.samples)
+        batch = _mixed_batch(inputs, row_state.last_tokens, page_size)
+        assert batch.logit_rows is not None
+        x, kv_pages = hidden_states(params, config, batch, kv_pages)
+        row_logits = logits(params, config, x[batch.logit_rows])
+        ends = jnp.asarray(inputs.kv_lens)
+        tokens, logprobs, row_state = _choose(
+            row_logits, inputs, ends, jnp.asarray(inputs.samples), row_state, masks
+        )
+        scores = _scores(partial(logits, params, config), x, inputs)
+        return replace(_one_step(tokens, logprobs), scores=scores), kv_pages, row_state
 
     assert inputs.ends is not None
     ends = jnp.asarray(inputs.ends)
 
-    def decode(j: Array, state: Any) -> Any:
-        tokens, kv_pages, last_tokens = state
+    def decode(j: Array, state: tuple[tuple[KVPages, ...], RowState]) -> Any:
+        kv_pages, row_state = state
         kv_lens = jnp.minimum(inputs.kv_lens + j, ends)
         runs = (kv_lens == inputs.kv_lens + j) & (kv_lens > 0)
-        batch = _decode_batch(inputs, kv_lens, runs, last_tokens, page_size)
-        logits, kv_pages = forward(params, config, batch, kv_pages)
-        chosen = sample(logits, replace(inputs.sampling, position=kv_lens))
-        return tokens.at[j].set(chosen), kv_pages, _kept(last_tokens, inputs.rows, chosen, runs)
+        batch = _decode_batch(inputs, kv_lens, runs, row_state.last_tokens, page_size)
+        row_logits, kv_pages = forward(params, config, batch, kv_pages)
+        tokens, logprobs, row_state = _choose(row_logits, inputs, kv_lens, runs, row_state, masks)
+        return (tokens, logprobs), kv_pages, row_state
 
-    state = jnp.zeros((decode_steps, inputs.rows.shape[0]), jnp.int32), kv_pages, last_tokens
     if decode_steps == 1:
-        return decode(jnp.int32(0), state)
-    return cast(Any, lax.fori_loop(0, decode_steps, decode, state))
+        (tokens, logprobs), *state = decode(jnp.int32(0), (kv_pages, row_state))
+        return _one_step(tokens, logprobs), *state
+
+    def put(j: Array, state: Any) -> Any:
+        outputs, *state = state
+        (tokens, logprobs), *state = decode(j, tuple(state))
+        return _put(outputs, StepOutput(tokens, logprobs), j), *state
+
+    n = inputs.rows.shape[0]
+    outputs = StepOutput(jnp.zeros((decode_steps, n), jnp.int32), no_logprobs(decode_steps, n))
+    return cast(Any, lax.fori_loop(0, decode_steps, put, (outputs, kv_pages, row_state)))
 
 
-def _kept(last_tokens: Array, rows: Array, tokens: Array, which: Array) -> Array:
-    """The rows' last tokens, after some of the sequences got another one."""
-    return last_tokens.at[jnp.where(which, rows, last_tokens.shape[0])].set(tokens, mode="drop")
+def _one_step(tokens: Array, logprobs: LogprobArrays) -> StepOutput:
+    def first(array: Array) -> Array:
+        return array[None]
+
+    return StepOutput(tokens[None], jax.tree.map(first, logprobs))
+
+
+def _put(whole: Any, part: Any, start: Array, size: int | None = None) -> Any:
+    """A pytree's arrays with others in the place of entry `start`, or of `size` from it."""
+
+    def put(array: Array, values: Array) -> Array:
+        values = values[None] if size is None else values
+        return lax.dynamic_update_slice_in_dim(array, values, start, 0)
+
+    return jax.tree.map(put, whole, part)
+
+
+def _choose(
+    row_logits: Float[Array, "n vocab"],
+    inputs: StepInputs,
+    positions: Int[Array, " n"],
+    which: Bool[Array, " n"],
+    row_state: RowState,
+    masks: UInt[Array, "num_rows words"],
+) -> tuple[Int[Array, " n"], LogprobArrays, RowState]:
+    """The next token of each sequence; those that count are remembered."""
+    rows = jnp.asarray(inputs.rows)
+    shaped = shape_logits(row_logits, inputs.shaping, rows, row_state, masks)
+    tokens = sample(shaped, replace(inputs.sampling, position=positions))
+    logprobs = logprobs_of(row_logits, tokens, jnp.asarray(inputs.wants_logprobs))
+    return tokens, logprobs, with_tokens(row_state, rows, tokens, which)
+
+
+def _scores(score: Any, x: Float[Array, "num_tokens hidden"], inputs: StepInputs) -> LogprobArrays:
+    """Log-probabilities of given tokens behind others, as many at a time as `SCORED_TOGETHER`."""
+    assert inputs.scored is not None
+    assert inputs.targets is not None
+    assert inputs.num_scored is not None
+    scored, targets = jnp.asarray(inputs.scored), jnp.asarray(inputs.targets)
+
+    def put(i: Array, scores: LogprobArrays) -> LogprobArrays:
+        start = i * SCORED_TOGETHER
+        which = lax.dynamic_slice_in_dim(scored, start, SCORED_TOGETHER)
+        following = lax.dynamic_slice_in_dim(targets, start, SCORED_TOGETHER)
+        some = all_logprobs(score(x[which]), following)
+        return _put(scores, some, start, SCORED_TOGETHER)
+
+    count = -(-jnp.asarray(inputs.num_scored)[0] // SCORED_TOGETHER)
+    return cast(LogprobArrays, lax.fori_loop(0, count, put, no_logprobs(scored.shape[0])))
 
 
 def _decode_batch(

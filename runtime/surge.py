@@ -221,7 +221,8 @@ class vSurge:
         channel, requests = self._requests.build(listed, params, priorities, chat_template_kwargs)
         self._engine.submit(requests)
         # It holds on to this object, so that the engine lives as long as somebody waits for its output.
-        return Generation(channel, partial(self._abort, requests), stream=stream)
+        deltas = frozenset(i for i, p in enumerate(params) if p.output_kind == "delta")
+        return Generation(channel, partial(self._abort, requests), stream=stream, deltas=deltas)
 
     def _abort(self, requests: Sequence[Request]) -> None:
         self._engine.abort(requests)

@@ -9,7 +9,7 @@ import math
 import pytest
 from transformers import GenerationConfig
 
-from vsurge.model import ConfigError, GenerationDefaults
+from vsurge.model import ConfigError
 from vsurge.model.generation_defaults import generation_defaults_from_json
 from vsurge.runtime import SamplingParams
 
@@ -36,18 +36,18 @@ def test_without_sampling_the_likeliest_token_is_taken():
     assert dict(defaults.sampling) == {"temperature": 0.0, "max_tokens": 9}
 
 
-def test_a_neutral_penalty_asks_for_nothing_and_another_is_named_in_one_warning(caplog):
+def test_what_has_no_parameter_is_named_in_one_warning(caplog):
     with caplog.at_level(logging.WARNING, "vsurge.model"):
-        for neutral in (1, 1.0):
-            assert generation_defaults_from_json({"repetition_penalty": neutral}) == GenerationDefaults()
+        defaults = generation_defaults_from_json({"repetition_penalty": 1.05}, source="x.json")
+        assert dict(defaults.sampling) == {"repetition_penalty": 1.05}
         assert caplog.text == ""
         defaults = generation_defaults_from_json(
-            QWEN3 | {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3}, source="x.json"
+            QWEN3 | {"num_beams": 4, "no_repeat_ngram_size": 3}, source="x.json"
         )
     assert defaults == generation_defaults_from_json(QWEN3)
     (record,) = caplog.records
     assert record.message.startswith("x.json: not supported yet")
-    assert record.message.endswith("repetition_penalty=1.05, no_repeat_ngram_size=3")
+    assert record.message.endswith("num_beams=4, no_repeat_ngram_size=3")
 
 
 def test_what_the_installed_transformers_writes_is_read_without_a_warning(tmp_path, caplog):

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 
 from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.executor import Executor
 from vsurge.runtime.page_pool import PagePool
 from vsurge.runtime.scheduler import StepPlan
+from vsurge.runtime.step import StepOutput
 
 TIMEOUT_S = 30.0
 PROMPT = [5, 6, 7]
@@ -68,7 +68,7 @@ class ScriptedExecutor(Executor):
     def release(self) -> None:
         self.is_allocated = False
 
-    def run(self, plan: StepPlan) -> jax.Array:
+    def run(self, plan: StepPlan) -> StepOutput:
         assert self.is_allocated
         with self._condition:
             self._is_held = True
@@ -83,11 +83,10 @@ class ScriptedExecutor(Executor):
         if self.num_steps in self.fails:
             raise self.fails[self.num_steps]
         if self.num_steps in self.unreadable:
-            return cast(Any, Unreadable(self.unreadable[self.num_steps]))
+            return StepOutput(cast(Any, Unreadable(self.unreadable[self.num_steps])))
         self.prompts += [c.request.prompt_ids for c in plan.chunks if not c.start]
-        return jnp.asarray(
-            [[self.script(c.request.prompt_ids, max(c.output_index, 0)) for c in plan.chunks]], jnp.int32
-        )
+        tokens = [self.script(c.request.prompt_ids, max(c.output_index, 0)) for c in plan.chunks]
+        return StepOutput(jnp.asarray([tokens], jnp.int32))
 
 
 @dataclass

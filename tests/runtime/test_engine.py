@@ -15,6 +15,7 @@ import pytest
 from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.scheduler import StepPlan
+from vsurge.runtime.step import StepOutput
 
 from .greedy import CAPITAL, GREEDY, STORY, one
 from .scripted import TIMEOUT_S
@@ -124,7 +125,7 @@ def test_requests_wait_when_pages_run_out_and_all_give_what_they_give_alone(
     alone = [one(surge, prompt, params).token_ids for prompt in prompts]
     run, used = surge._executor.run, list[int]()
 
-    def counting_run(plan: StepPlan) -> jax.Array:  # in the engine's thread, to which the pool belongs
+    def counting_run(plan: StepPlan) -> StepOutput:  # in the engine's thread, to which the pool belongs
         surge._pool.check_integrity()
         used.append(surge._pool.num_used)
         return run(plan)
@@ -139,7 +140,7 @@ def test_requests_join_and_leave_between_steps(surge: vSurge, monkeypatch: pytes
     alone = {prompt: one(surge, prompt, max_tokens=60).token_ids for prompt in PROMPTS[:3]}
     run, leaving, has_left = surge._executor.run, surge.processor.encode(PROMPTS[1]), threading.Event()
 
-    def run_but_not_to_its_end(plan: StepPlan) -> jax.Array:
+    def run_but_not_to_its_end(plan: StepPlan) -> StepOutput:
         if any(chunk.request.prompt_ids == leaving and chunk.output_index == 30 for chunk in plan.chunks):
             assert has_left.wait(TIMEOUT_S)
         return run(plan)

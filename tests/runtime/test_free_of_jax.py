@@ -7,7 +7,7 @@ import sys
 
 FREE_OF_JAX = (
     "channel", "checks", "detokenizer", "errors", "generation", "page_pool", "prompts", "request",
-    "sampling_params", "scheduler",
+    "sampling_params", "scheduler", "guided", "guided_params", "token_logprobs", "token_mask",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 import numpy as np
@@ -10,48 +11,25 @@ import pytest
 
 from vsurge.runtime import SamplingParams
 
-UNSUPPORTED = {
-    "n": 2,
-    "best_of": 2,
-    "presence_penalty": 0.5,
-    "frequency_penalty": 0.5,
-    "repetition_penalty": 1.1,
-    "bad_words": ["x"],
-    "logprobs": 1,
-    "prompt_logprobs": 1,
-    "spaces_between_special_tokens": False,
-    "output_kind": "delta",
-    "guided_decoding": {"regex": "a"},
-    "logit_bias": {1: 2.0},
-    "allowed_token_ids": [1],
-}
-EFFECTIVE = {
-    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids",
-    "ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
-}  # fmt: skip
+
+class Kind(enum.Enum):
+    """As vLLM's RequestOutputKind."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+
 
 # Out of range or of a wrong type; the type checker of the tests must not get there first.
 pytestmark = pytest.mark.usefixtures("no_type_checker")
 
 
-def test_every_field_either_has_an_effect_or_is_refused() -> None:
-    assert {field.name for field in dataclasses.fields(SamplingParams)} == EFFECTIVE | UNSUPPORTED.keys()
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_is_not_yet_supported_says_so_and_its_default_is_accepted(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=rf"{name}=.*: not yet supported"):
-        SamplingParams(**{name: UNSUPPORTED[name]})
-    SamplingParams(**{name: getattr(SamplingParams(), name)})
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", np.int64(1)), ("n", 1.0), ("best_of", 1), ("best_of", np.int32(1)), ("presence_penalty", 0),
-        ("presence_penalty", np.float32(0)), ("frequency_penalty", -0.0), ("repetition_penalty", 1),
-        ("repetition_penalty", np.float16(1)), ("bad_words", []), ("bad_words", ()), ("logit_bias", {}),
-        ("output_kind", "".join(["cumul", "ative"])),
+        ("n", np.int64(1)), ("presence_penalty", 0), ("presence_penalty", np.float32(0)),
+        ("frequency_penalty", -0.0), ("repetition_penalty", 1), ("repetition_penalty", np.float16(1)),
+        ("bad_words", []), ("bad_words", None), ("logit_bias", {}), ("output_kind", "CUMULATIVE"),
+        ("output_kind", Kind.CUMULATIVE),
     ],
 )  # fmt: skip
 def test_a_value_that_asks_for_nothing_is_the_default(name: str, value: Any) -> None:
@@ -59,18 +37,6 @@ def test_a_value_that_asks_for_nothing_is_the_default(name: str, value: Any) -> 
     assert params == SamplingParams()
     assert hash(params) == hash(SamplingParams())
     assert type(getattr(params, name)) is type(getattr(SamplingParams(), name))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("logprobs", 0), ("prompt_logprobs", 0), ("best_of", 0), ("n", 0), ("n", "1"), ("n", float("nan")),
-        ("bad_words", [""]), ("allowed_token_ids", []), ("guided_decoding", {}), ("logit_bias", np.ones(2)),
-    ],
-)  # fmt: skip
-def test_a_value_that_only_looks_neutral_is_not_yet_supported(name: str, value: Any) -> None:
-    with pytest.raises(NotImplementedError, match=rf"{name}=.*: not yet supported"):
-        SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["n", "best_of", "repetition_penalty", "logprobs", "temperature", "top_k"])
@@ -121,6 +87,15 @@ def test_numpy_numbers_become_pythons() -> None:
         ("stop", "", "non-empty"),
         ("stop", ["a", ""], "non-empty"),
         ("stop_token_ids", [-1], "at least 0"),
+        ("n", 0, "at least 1"),
+        ("best_of", 0, "at least 1"),
+        ("presence_penalty", 2.1, r"\[-2.0, 2.0\]"),
+        ("frequency_penalty", -2.1, r"\[-2.0, 2.0\]"),
+        ("repetition_penalty", 0.0, r"\(0.0, infinity\)"),
+        ("logprobs", 21, "between 0 and 20"),
+        ("logprobs", -1, "between 0 and 20"),
+        ("prompt_logprobs", 21, "between 0 and 20"),
+        ("bad_words", [""], "non-empty"),
     ],
 )
 def test_a_value_out_of_range_names_parameter_value_and_range(name: str, value: Any, allowed: str) -> None:
@@ -137,11 +112,37 @@ def test_a_value_out_of_range_names_parameter_value_and_range(name: str, value: 
         ("stop_token_ids", ["a"]), ("ignore_eos", 1), ("detokenize", None), ("skip_special_tokens", "yes"),
         ("include_stop_str_in_output", 0), ("truncate_prompt_tokens", 2.0), ("temperature", np.True_),
         ("top_k", np.float32(3)), ("temperature", 1j), ("stop_token_ids", "12"), ("stop_token_ids", [True]),
+        ("n", "1"), ("n", 1.0), ("n", None), ("logprobs", 1.5), ("bad_words", [3]), ("logit_bias", [1, 2]),
+        ("logit_bias", 3), ("allowed_token_ids", 3), ("spaces_between_special_tokens", 1),
+        ("guided_decoding", "json"), ("presence_penalty", "0"),
     ],
 )  # fmt: skip
 def test_a_value_of_a_wrong_type_names_the_parameter(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=rf"^{name}(\[0\])?="):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"output_kind": "all"}, r"output_kind='all': must be one of \('cumulative', 'delta', "),
+        ({"n": 3, "best_of": 2}, "best_of=2: must be at least n=3"),
+        ({"n": 2, "temperature": 0}, "n=2: must be 1 with temperature=0"),
+        ({"best_of": 2, "temperature": 0}, "best_of=2: must be 1 with temperature=0"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias: token id=-1: must be at least 0"),
+        ({"logit_bias": {3: float("nan")}}, r"logit_bias\[3\]=nan: must lie in"),
+        ({"allowed_token_ids": []}, "allowed_token_ids: is empty"),
+        ({"guided_decoding": {}}, "give exactly one of"),
+        ({"guided_decoding": {"regex": "a", "choice": ["b"]}}, r"\['regex', 'choice'\] is given"),
+        ({"guided_decoding": {"schema": {}}}, r"schema={} is not supported, only \['json'"),
+        ({"guided_decoding": {"json": "{"}}, "json='{' is no JSON"),
+        ({"guided_decoding": {"json": "[]"}}, "a JSON schema is an object or a bool"),
+        ({"guided_decoding": {"regex": "a", "disable_any_whitespace": True}}, "needs json or json_object"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_says_why(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**params)
 
 
 def test_the_ends_of_the_ranges_are_in_them() -> None:
@@ -158,6 +159,11 @@ def test_defaults_are_those_of_vllm() -> None:
     params = SamplingParams()
     assert (params.max_tokens, params.min_tokens, params.temperature, params.top_p) == (16, 0, 1.0, 1.0)
     assert (params.top_k, params.min_p, params.seed, params.ignore_eos) == (0, 0.0, None, False)
+    assert (params.n, params.best_of, params.logprobs, params.prompt_logprobs) == (1, None, None, None)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.0, 0.0, 1.0)
+    assert (params.logit_bias, params.allowed_token_ids, params.guided_decoding) == (None, None, None)
+    assert params.spaces_between_special_tokens
+    assert params.output_kind == "cumulative"
     assert params.detokenize
     assert params.skip_special_tokens
     assert not params.include_stop_str_in_output
@@ -170,3 +176,8 @@ def test_parameters_can_be_changed_by_replace_and_compared() -> None:
         stop=["a"], stop_token_ids=(3,), max_tokens=5
     )
     assert hash(params) == hash(SamplingParams(stop=("a",), stop_token_ids=[3]))
+    biased = SamplingParams(logit_bias={5: 1, 3: -2.0}, guided_decoding={"json": {"type": "object"}})
+    assert biased.logit_bias == ((3, -2.0), (5, 1.0))
+    again = dataclasses.replace(biased, max_tokens=16)
+    assert again == biased
+    assert hash(again) == hash(biased)

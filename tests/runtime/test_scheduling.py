@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import jax
 import pytest
 
 from vsurge.model import Model
 from vsurge.runtime import ReturnSample, SamplingParams, vSurge
 from vsurge.runtime.scheduler import StepPlan
+from vsurge.runtime.step import StepOutput
 
 from .scripted import TIMEOUT_S, Scripted
 
@@ -52,7 +52,7 @@ def plans(surge: vSurge, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
     """The steps that `surge` runs from now on."""
     run, seen = surge._executor.run, list[StepPlan]()
 
-    def watched(plan: StepPlan) -> jax.Array:
+    def watched(plan: StepPlan) -> StepOutput:
         seen.append(plan)
         return run(plan)
 

@@ -9,7 +9,7 @@ from vsurge.runtime.channel import Channel
 from vsurge.runtime.page_pool import PagePool, chained
 from vsurge.runtime.request import Request
 from vsurge.runtime.sampling_params import SamplingParams
-from vsurge.runtime.scheduler import Scheduler, StepPlan
+from vsurge.runtime.scheduler import Scheduler, StepPlan, StepResults
 
 PAGE_SIZE = 4
 STOP_TOKEN = 999
@@ -132,7 +132,8 @@ class World:
             ]
             self.on_device.append((plan, tokens))
         while self.on_device and (plan is None or len(self.on_device) > self.lag):
-            changed = self.scheduler.commit(*self.on_device.popleft())
+            done, tokens = self.on_device.popleft()
+            changed = self.scheduler.commit(done, StepResults(tokens))
             assert len(set(map(id, changed))) == len(changed)
             self.ended += [r.index for r in changed if r.finish_reason is not None]
         self.check()

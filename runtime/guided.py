@@ -1,0 +1,100 @@
+"""Structured output: grammars as masks of tokens, by llguidance (extra `guided`)."""
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# (llguidance is only partly typed)
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .guided_params import KINDS, GuidedDecodingParams
+from .token_mask import Words
+
+CACHED_GRAMMARS = 128
+
+
+class Grammars:
+    """Turns what requests ask for into masks. Safe between threads.
+
+    Args:
+        processor: the tokenizer.
+        vocab_size: the model's, which may be larger than the tokenizer's.
+        eos_token_ids: tokens that end a sequence, allowed where the grammar may end.
+    """
+
+    def __init__(self, processor: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._processor = processor
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._lock = threading.Lock()  # guards everything below
+        self._tokenizer: Any = None  # made when it is first needed: it takes a second
+        self._cached: OrderedDict[GuidedDecodingParams, Any] = OrderedDict()
+
+    def mask(self, params: GuidedDecodingParams) -> GrammarMask:
+        """A mask at its beginning.
+
+        Raises:
+            ImportError: llguidance is not installed.
+            ValueError: no processor, or the grammar is wrong.
+        """
+        if self._processor is None:
+            raise ValueError("guided_decoding: needs a processor; without one, output is token ids")
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError as error:
+            raise ImportError("guided_decoding: needs llguidance: pip install 'vsurge[guided]'") from error
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = llguidance.hf.from_tokenizer(
+                    self._processor, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None
+                )
+            if params not in self._cached:
+                self._cached[params] = self._compile(llguidance.LLMatcher, params)
+                if len(self._cached) > CACHED_GRAMMARS:
+                    self._cached.popitem(last=False)
+            self._cached.move_to_end(params)
+            return GrammarMask(self._cached[params].deep_copy())
+
+    def _compile(self, matcher: Any, params: GuidedDecodingParams) -> Any:
+        if params.grammar is not None:
+            grammar = matcher.grammar_from_lark(params.grammar)
+        elif params.regex is not None:
+            grammar = matcher.grammar_from_regex(params.regex)
+        elif params.choice is not None:
+            grammar = matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
+        else:
+            options = {"whitespace_flexible": not params.disable_any_whitespace}
+            schema = params.json if params.json is not None else '{"type": "object"}'
+            grammar = matcher.grammar_from_json_schema(schema, overrides=options)
+        wrong, messages = matcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        compiled = None if wrong else matcher(self._tokenizer, grammar, log_level=0)
+        if compiled is None or compiled.is_error():
+            reason = messages[0] if compiled is None else compiled.get_error()
+            kind = next(name for name in KINDS if getattr(params, name) not in (None, False))
+            raise ValueError(f"guided_decoding: {kind}={getattr(params, kind)!r}: {reason}")
+        return compiled
+
+
+class GrammarMask:
+    """Follows a grammar along one request's tokens."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    @property
+    def is_complete(self) -> bool:
+        return self._matcher.is_stopped()
+
+    def advance(self, token_id: int) -> None:
+        if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
+            raise RuntimeError(f"token {token_id} breaks the grammar: {self._matcher.get_error()}")
+
+    def restrict(self, words: Words) -> None:
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        words &= allowed[: len(words)]  # it may have a word more

@@ -21,7 +21,7 @@ OF_THE_PROMPT = ("num_prompt_tokens", "num_cached_tokens", "prompt_logprobs")
 
 @dataclass(eq=False)
 class Request:
-    """One completion of a prompt: what has been generated for it, and where it stands. Owned by the engine's thread.
+    """One completion of a prompt, and where it stands. Owned by the engine's thread.
 
     Attributes:
         prompt_ids: the prompt's tokens.
@@ -136,13 +136,10 @@ class Request:
 
     def take_scores(self, start: int, scores: Sequence[TokenLogprobs]) -> None:
         """Takes the log-probabilities of the prompt's tokens behind position `start`, if they are new."""
-        new = range(len(self.prompt_logprobs), start + 1 + len(scores))
-        for position in new:
-            self.prompt_logprobs.append(
-                scores[position - start - 1].of(
-                    self.prompt_ids[position], self.params.prompt_logprobs or 0, self.decode
-                )
-            )
+        for position, score in enumerate(scores, start + 1):
+            if position == len(self.prompt_logprobs):  # it may have been taken before its pages were lost
+                found = score.of(self.prompt_ids[position], self.params.prompt_logprobs or 0, self.decode)
+                self.prompt_logprobs.append(found)
 
     def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Takes a generated token, and finds out whether it is the last; none at all ends it as well."""

@@ -155,7 +155,7 @@ class RequestBuilder:
 
     def _bias(self, params: SamplingParams, banned: Sequence[Sequence[int]]) -> dict[int, float]:
         """What is added to single tokens' logits."""
-        bias: dict[int, float] = dict(params.logit_bias or ())  # pyright: ignore[reportArgumentType, reportCallIssue]  (pairs)
+        bias: dict[int, float] = dict(params.logit_bias or ())
         check_vocabulary("logit_bias", bias, self._vocab_size)
         allowed = params.allowed_token_ids
         check_vocabulary("allowed_token_ids", allowed or (), self._vocab_size)

@@ -99,7 +99,7 @@ class SamplingParams:
     output_kind: Any = "cumulative"
     truncate_prompt_tokens: int | None = None
     guided_decoding: Any = None
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     allowed_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,252 @@
+"""What the runtime costs, and how it behaves under load: `python -m vsurge.benchmarks.serving`.
+
+On random weights of a published shape:
+
+- the time between the tokens of those who decode, while a long prompt is prefilled beside them, over the same
+  without it;
+- the time to the first token of a prompt whose pages are in the cache, over the first time;
+- the share of time in which the device has nothing to do while a batch decodes;
+- what sampling takes of a decode step, with no parameter in use and with all of them.
+
+And on the demo checkpoint, where the model hardly counts:
+
+- Python's time per step at 64 sequences;
+- a soak of short requests (aborts among them), and the memory of the process during it.
+
+Prints a table, and writes JSON with every sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..model import PUBLISHED, Model, load_model, random_model
+from ..model.progress import progress_bar
+from ..runtime import SamplingParams, vSurge
+from ..runtime.logprobs import logprobs_of
+from ..runtime.sampling import MAX_BANNED, SamplingInputs, sample
+from ..runtime.shaping import (
+    RowState,
+    ShapingInputs,
+    empty_row_state,
+    mask_words,
+    shape_logits,
+    with_tokens,
+)
+from .machine import describe_machine, seconds_of
+from .workload import Workload
+
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
+LONG_PROMPT, REPEATED_PROMPT = 4096, 2048  # tokens
+BUDGET = 64  # tokens of a step beside the long prompt
+BATCH = 16
+SOAK_AFTER, SOAK_REQUESTS = 1_000, 10_000
+
+
+def beside_a_prefill(model: Model, turns: int) -> dict[str, Any]:
+    """Seconds between tokens of four sequences, with and without a long prompt beside them."""
+    work = Workload()
+    surge = vSurge.from_model(
+        model, max_concurrent_decodes=8, max_batched_tokens=BUDGET, max_length=LONG_PROMPT + 64,
+        num_pages=60, prefix_caching=False,
+    )  # fmt: skip
+    alone: list[float] = []
+    beside: list[float] = []
+    with surge:
+        for turn in range(turns):
+            prompts = [work.prompt(64, model.config.vocab_size, 10 * turn + i) for i in range(4)]
+            generation = surge.generate(prompts, _greedy(2000))
+            times = [
+                time.perf_counter() for _, _ in zip(range(24), generation, strict=False)
+            ]
+            alone += np.diff(times[8:]).tolist()
+            long = surge.generate(work.prompt(LONG_PROMPT, model.config.vocab_size, turn), _greedy(1))
+            times = []
+            for _ in generation:
+                times.append(time.perf_counter())
+                if long._channel.is_over():
+                    break
+            beside += np.diff(times[2:-2]).tolist()
+            generation.abort()
+    return {"alone_s": alone, "beside_s": beside, "max_batched_tokens": BUDGET, "prompt_tokens": LONG_PROMPT}
+
+
+def repeated_prompt(model: Model, turns: int) -> dict[str, Any]:
+    """Seconds to the first token of a prompt, the first time and again."""
+    work = Workload()
+    surge = vSurge.from_model(
+        model, max_concurrent_decodes=2, max_length=REPEATED_PROMPT + 64, num_pages=20 * (turns + 1)
+    )
+    first: list[float] = []
+    again: list[float] = []
+    with surge:
+        for turn in range(turns):
+            prompt = work.prompt(REPEATED_PROMPT, model.config.vocab_size, turn)
+            for seconds in (first, again):
+                [sample] = surge.generate(prompt, _greedy(1)).result()
+                assert sample.time_to_first_token_s is not None
+                seconds.append(sample.time_to_first_token_s)
+    return {"first_s": first, "again_s": again, "prompt_tokens": REPEATED_PROMPT}
+
+
+def idle_while_decoding(model: Model, turns: int) -> dict[str, Any]:
+    """Shares of the time in which nothing runs on the device (see `EngineMetrics.device_idle_share`)."""
+    work = Workload()
+    surge = vSurge.from_model(model, max_concurrent_decodes=BATCH, max_length=1024, num_pages=4 * BATCH)
+    shares: list[float] = []
+    rates: list[float] = []
+    with surge:
+        prompts = [work.prompt(16, model.config.vocab_size, i) for i in range(BATCH)]
+        generation = surge.generate(prompts, _greedy(900))
+        window_starts = None
+        for samples in generation:
+            if min(sample.num_generated_tokens for sample in samples) < 1:
+                continue
+            now = time.monotonic()
+            window_starts = window_starts or now
+            if now - window_starts > 11:  # the metrics' window, behind the prompts
+                metrics = surge.metrics
+                shares.append(metrics.device_idle_share)
+                rates.append(metrics.generated_tokens_per_second)
+                window_starts = now
+            if len(shares) == turns:
+                break
+        generation.abort()
+    return {"idle_share": shares, "tokens_per_second": rates, "batch": BATCH}
+
+
+def sampling_step(model: Model, repeats: int) -> dict[str, Any]:
+    """Seconds of all that happens between logits and token, at `BATCH` rows."""
+    vocab = model.config.vocab_size
+    logits = 3 * jax.random.normal(jax.random.key(0), (BATCH, vocab), jnp.float32)
+    masks = jnp.full((BATCH, mask_words(vocab)), 0xFFFFFFFF, jnp.uint32)
+    rows = np.arange(BATCH, dtype=np.int32)
+
+    @partial(jax.jit, donate_argnums=0)
+    def choose(
+        state: RowState, logits: Any, sampling: SamplingInputs, shaping: ShapingInputs, wanted: Any
+    ) -> Any:
+        logits = logits * jnp.float32(1 + 2**-20)  # an intermediate, as in a step
+        shaped = shape_logits(logits, shaping, rows, state, masks)
+        tokens = sample(shaped, sampling)
+        return with_tokens(state, rows, tokens, rows >= 0), logprobs_of(logits, tokens, wanted)
+
+    state = empty_row_state(BATCH, vocab)
+
+    def run(**asked: Any) -> list[float]:
+        def of(name: str, default: Any, dtype: Any = np.float32) -> Any:
+            return np.full(BATCH, asked.get(name, default), dtype)
+
+        sampling = SamplingInputs(  # pyright: ignore[reportCallIssue]
+            of("temperature", 0.0), of("top_k", 0, np.int32), of("top_p", 1.0), of("min_p", 0.0),
+            np.zeros((BATCH, 2), np.uint32), rows, np.full((BATCH, MAX_BANNED), -1, np.int32), 0 * rows,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        shaping = ShapingInputs(
+            of("presence", 0.0), of("frequency", 0.0), of("repetition", 1.0), of("biased", False, np.bool_),
+            of("masked", False, np.bool_),
+        )  # fmt: skip
+        wanted = of("logprobs", False, np.bool_)
+
+        def once() -> None:
+            nonlocal state
+            state, logprobs = choose(state, logits, sampling, shaping, wanted)
+            jax.block_until_ready((state, logprobs))
+
+        return seconds_of(once, repeats=repeats)
+
+    shaped = {"presence": 1.0, "frequency": 0.5, "repetition": 1.1, "biased": True, "masked": True}
+    drawn = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    return {
+        "greedy_s": run(), "drawn_s": run(temperature=1.0), "qwen3_default_s": run(**drawn),
+        "shaped_s": run(**shaped), "logprobs_s": run(logprobs=True),
+        "everything_s": run(**drawn, **shaped, min_p=0.01, logprobs=True), "batch": BATCH,
+    }  # fmt: skip
+
+
+def decode_step(model: Model, repeats: int) -> dict[str, Any]:
+    """Seconds of an engine's step at `BATCH`, all of it."""
+    work = Workload()
+    surge = vSurge.from_model(model, max_concurrent_decodes=BATCH, max_length=1024, num_pages=4 * BATCH)
+    with surge:
+        prompts = [work.prompt(128, model.config.vocab_size, i) for i in range(BATCH)]
+        generation = surge.generate(prompts, _greedy(repeats + 40))
+        times = [
+            time.perf_counter()
+            for samples in generation
+            if BATCH <= min(sample.num_generated_tokens for sample in samples) + BATCH - 1
+        ]
+    return {"step_s": np.diff(times[4:-2]).tolist(), "batch": BATCH}
+
+
+@contextmanager
+def _timed(owner: Any, name: str, seconds: list[float]) -> Any:
+    """Adds up what a method takes."""
+    method = getattr(owner, name)
+
+    def measured(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return method(*args)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    setattr(owner, name, measured)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def soak(demo: Model, requests: int) -> dict[str, Any]:
+    """Resident memory during many short requests, of which every tenth is aborted."""
+    surge = vSurge.from_model(
+        demo, max_concurrent_decodes=64, max_length=256, page_size=16, num_pages=400,
+        max_queued_requests=256, verbose=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    resident: list[tuple[int, int]] = []
+    start = time.perf_counter()
+    with surge:
+        under_way: list[Any] = []
+        for i in progress_bar(list(range(requests)), "soak", show=True, unit="request"):
+            prompt = rng.integers(0, demo.config.vocab_size - 10, int(rng.integers(1, 60))).tolist()
+            params = SamplingParams(
+                max_tokens=int(rng.integers(1, 24)), ignore_eos=True, seed=i, frequency_penalty=0.1 * (i % 3)
+            )
+            under_way.append(surge.generate(prompt, params))
+            if i % 10 == 9:
+                under_way.pop().abort()
+            if len(under_way) >= 128:
+                under_way.pop(0).result()
+            if (i + 1) % (SOAK_AFTER // 2) == 0:
+                resident.append((i + 1, _resident_bytes()))
+        for generation in under_way:
+            generation.result()
+        metrics = surge.metrics
+    return {
+        "seconds": time.perf_counter() - start, "resident_bytes": resident, "requests": requests,
+        "finished": metrics.num_finished, "aborted": metrics.num_aborted, "failed": metrics.num_failed,
+        "preemptions": metrics.num_preemptions,
+    }  # fmt: skip
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)

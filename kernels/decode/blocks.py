@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..block_sizes import Key, tuned_blocks
-from ..tpu.shapes import LANES, SUBLANES
+from ..tpu.shapes import LANES, SUBLANES, padded
 
 # A step that has more tokens than these hides no more of what each step costs.
 UNIT_TOKENS, MOST_LANES, MOST_HEAD_TOKENS = 512, 8, 16384
@@ -28,13 +28,17 @@ class DecodeBlocks:
     lanes: int = 1
     depth: int = 4
 
-    def check(self, *, page_size: int, token_bytes: int, vmem_bytes: int) -> None:
-        """Checks the sizes against a cache and a device.
+    def check(
+        self, *, page_size: int, token_bytes: int, seq_bytes: int, vmem_bytes: int, num_queries: int = 1
+    ) -> None:
+        """Checks the sizes against a call and a device.
 
         Args:
             page_size: tokens per page.
             token_bytes: of a token's keys and values in one layer, and of their scales, in vector memory.
+            seq_bytes: of vector memory that a sequence takes besides: see `rows.seq_bytes`.
             vmem_bytes: the device's vector memory.
+            num_queries: of a sequence.
 
         Raises:
             ValueError: names the block size, its value and what is allowed.
@@ -47,11 +51,25 @@ class DecodeBlocks:
             raise ValueError(f"block_sizes: lanes={self.lanes} must be at least 1")
         if self.depth < 2:
             raise ValueError(f"block_sizes: depth={self.depth} must be at least 2")
-        needed = self.depth * self.lanes * self.kv_tokens * token_bytes
+        needed = self.scratch_bytes(token_bytes, seq_bytes, num_queries)
         if needed > vmem_bytes:
+            cache = self._cache_bytes(token_bytes)
             raise ValueError(
-                f"block_sizes: {self} holds {needed} bytes of the cache, vector memory has {vmem_bytes}"
+                f"block_sizes: {self} needs {needed} bytes of vector memory ({cache} of them for the cache), "
+                f"which has {vmem_bytes}"
             )
+
+    def seqs(self, num_queries: int) -> int:
+        """Sequences of a group: as many as can be under way, in whole tiles."""
+        return padded(self.lanes * self.depth, SUBLANES if num_queries == 1 else 1)
+
+    def scratch_bytes(self, token_bytes: int, seq_bytes: int, num_queries: int = 1) -> int:
+        """Bytes of vector memory for all that outlives a step; the arguments are those of `check`."""
+        # besides the group's: the softmax of units without sequences and the one that is carried
+        return self._cache_bytes(token_bytes) + (self.seqs(num_queries) + 2) * seq_bytes
+
+    def _cache_bytes(self, token_bytes: int) -> int:
+        return self.depth * self.lanes * self.kv_tokens * token_bytes
 
 
 def default_blocks(
@@ -112,7 +130,7 @@ def tuned_or_default_blocks(
     """
 
     def check(blocks: DecodeBlocks) -> None:
-        blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem_bytes)
+        blocks.check(page_size=page_size, token_bytes=token_bytes, seq_bytes=seq_bytes, vmem_bytes=vmem_bytes)
         if blocks.lanes * blocks.depth > max(most_seqs, SUBLANES):
             raise ValueError(f"scalar memory holds the pages of {most_seqs} sequences of {pages_per_seq=}")
 

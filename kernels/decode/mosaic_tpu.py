@@ -20,7 +20,7 @@ from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..kv_pages import KVPages, encode
 from ..tpu.fetcher import fetcher_scratch, vmem_bytes_per_token
 from ..tpu.launch import check_pages, in_hbm, tpu_call, vmem_bytes
-from ..tpu.shapes import LANES, SUBLANES, padded
+from ..tpu.shapes import LANES, padded
 from ..tpu.streams import Products
 from ..tpu.units import TABLE_TILE, Units, most_seqs
 from .blocks import DecodeBlocks, tuned_or_default_blocks
@@ -107,6 +107,7 @@ def _attend(
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
     rows, group = num_queries * num_q_heads, num_queries * num_q_heads // num_kv_heads
     token_bytes, vmem = vmem_bytes_per_token(kv_pages), vmem_bytes()
+    each = seq_bytes(rows, head_dim, queries.dtype.itemsize) + 2 * new_tokens * token_bytes  # of two groups
     blocks = block_sizes or tuned_or_default_blocks(
         Key.of("decode", queries[:, 0], kv_pages) if num_queries == 1 else None,
         page_size=page_size,
@@ -114,11 +115,17 @@ def _attend(
         pages_per_seq=pages_per_seq,
         most_seqs=most_seqs(pages_per_seq, num_seqs * (1 + new_tokens)),
         token_bytes=token_bytes,
-        seq_bytes=seq_bytes(rows, head_dim, queries.dtype.itemsize),
+        seq_bytes=each,
         vmem_bytes=vmem if num_queries == 1 else vmem * 3 // 4,  # the scores of many rows take room as well
     )
-    blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem)
-    seqs = padded(blocks.lanes * blocks.depth, SUBLANES if num_queries == 1 else 1)
+    blocks.check(
+        page_size=page_size,
+        token_bytes=token_bytes,
+        seq_bytes=each,
+        vmem_bytes=vmem,
+        num_queries=num_queries,
+    )
+    seqs = blocks.seqs(num_queries)
     num_groups = -(-num_seqs // seqs)
     units = Units(
         seqs=seqs,

@@ -131,6 +131,9 @@ class Executor:
         _return_freed_memory()
 
     def _lower(self, kind: StepKind, size: int) -> jax.stages.Lowered:
+        return self._trace(kind, size).lower()
+
+    def _trace(self, kind: StepKind, size: int) -> jax.stages.Traced:
         params = self._model.params
         kv_pages, cache = (
             (layer,) * self._model.config.num_layers for layer in (self._layer_shape, self._layer_sharding)
@@ -143,7 +146,7 @@ class Executor:
             out_shardings=(self._everywhere, cache, self._everywhere),
             donate_argnums=(1, 2),
         )
-        return jitted.lower(params, kv_pages, last_tokens, inputs)
+        return jitted.trace(params, kv_pages, last_tokens, inputs)
 
     def _compile_lowered(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         platform = self._model.mesh.devices.flat[0].platform

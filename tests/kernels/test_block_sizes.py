@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from vsurge.kernels import DecodeBlocks, RaggedBlocks, block_sizes
+from vsurge.kernels import DecodeBlocks
 from vsurge.kernels.block_sizes import Entry, Key, choice, read_table, user_table_path, write_table
 from vsurge.kernels.block_sizes.table import merged
 from vsurge.kernels.decode.blocks import tuned_or_default_blocks
@@ -198,16 +197,3 @@ def test_a_table_is_read_as_it_was_written_and_merges_by_key_and_range(tmp_path:
     assert read_table(tmp_path / "a.json") == (old[0], new[0])
     assert len((tmp_path / "a.json").read_text().splitlines()) == 4  # an entry a line
     assert read_table(tmp_path / "missing.json") == ()
-
-
-def committed() -> list[Any]:
-    return [(chip, e) for chip in CHIPS for e in read_table(block_sizes.table_path(chip))]
-
-
-def test_committed_entries_fit_their_kernels_and_say_where_they_come_from() -> None:
-    kinds = {"decode": DecodeBlocks, "ragged": RaggedBlocks}
-    for chip, found in committed():
-        kinds[found.key.kernel](**found.blocks)
-        assert {"by", "jax", "libtpu", "margin"} <= set(found.provenance), (chip, found)
-        assert found.more_than < found.up_to
-        json.dumps(dict(found.provenance))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..block_sizes import Key, tuned_blocks
+from ..block_sizes import Key, log_untuned, tuned_blocks
 from ..tpu.shapes import LANES, SUBLANES, padded
 
 # A step that has more tokens than these hides no more of what each step costs.
@@ -113,7 +113,7 @@ def default_blocks(
 
 
 def tuned_or_default_blocks(
-    key: Key | None,
+    key: Key,
     *,
     page_size: int,
     num_kv_heads: int,
@@ -122,11 +122,13 @@ def tuned_or_default_blocks(
     token_bytes: int,
     seq_bytes: int,
     vmem_bytes: int,
+    num_queries: int = 1,
 ) -> DecodeBlocks:
     """The block sizes that the tables hold for a call, else those of `default_blocks`; see there.
 
     Args:
-        key: None for a call that the tables do not hold.
+        key: of the call.
+        num_queries: of a sequence. The tables hold calls with one; of others it is logged that they do not.
     """
 
     def check(blocks: DecodeBlocks) -> None:
@@ -134,7 +136,11 @@ def tuned_or_default_blocks(
         if blocks.lanes * blocks.depth > max(most_seqs, SUBLANES):
             raise ValueError(f"scalar memory holds the pages of {most_seqs} sequences of {pages_per_seq=}")
 
-    found = None if key is None else tuned_blocks(key, pages_per_seq * page_size, DecodeBlocks, check)
+    context, found = pages_per_seq * page_size, None
+    if num_queries > 1:
+        log_untuned(key, context, f"{num_queries} queries per sequence")
+    else:
+        found = tuned_blocks(key, context, DecodeBlocks, check)
     return found or default_blocks(
         page_size=page_size,
         num_kv_heads=num_kv_heads,

@@ -109,7 +109,7 @@ def _attend(
     token_bytes, vmem = vmem_bytes_per_token(kv_pages), vmem_bytes()
     each = seq_bytes(rows, head_dim, queries.dtype.itemsize) + 2 * new_tokens * token_bytes  # of two groups
     blocks = block_sizes or tuned_or_default_blocks(
-        Key.of("decode", queries[:, 0], kv_pages) if num_queries == 1 else None,
+        Key.of("decode", queries[:, 0], kv_pages),
         page_size=page_size,
         num_kv_heads=num_kv_heads,
         pages_per_seq=pages_per_seq,
@@ -117,6 +117,7 @@ def _attend(
         token_bytes=token_bytes,
         seq_bytes=each,
         vmem_bytes=vmem if num_queries == 1 else vmem * 3 // 4,  # the scores of many rows take room as well
+        num_queries=num_queries,
     )
     blocks.check(
         page_size=page_size,

@@ -140,6 +140,24 @@ def test_a_miss_is_logged_once_with_its_key(caplog: pytest.LogCaptureFixture) ->
     assert len(caplog.records) == 2
 
 
+def test_several_queries_per_sequence_have_no_table_which_is_logged_once(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_table(home / "committed-v6e.json", [entry(4096, SOME)])
+    queries, *rest = DECODE.arguments()
+    several = jax.ShapeDtypeStruct((queries.shape[0], 4, *queries.shape[1:]), queries.dtype)
+    with caplog.at_level(logging.INFO, "vsurge.kernels"):
+        for _ in range(2):
+            jax.clear_caches()
+            trace_for("v6e", DECODE.function(), several, *rest)
+    (record,) = caplog.records
+    assert record.message == (
+        "v6e: no tuned block sizes for 4 queries per sequence, a heuristic chooses them for kernel=decode, "
+        "query_dtype=bfloat16, kv_dtype=bfloat16, num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=64, "
+        "context=4096"
+    )
+
+
 def test_without_a_tpu_there_is_no_table_and_no_log_line(caplog: pytest.LogCaptureFixture) -> None:
     user_table_path("v6e").parent.mkdir()
     user_table_path("v6e").write_text("no table")

@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..kernels import SUPPORTED_DTYPES
 from ..kernels.block_sizes import Entry, read_table, user_table_path, write_table
 from ..kernels.block_sizes.table import merged
+from ..kernels.tpu.shapes import SUBLANES
 from ..kernels.tuning import Call, Compilers
 from ..kernels.tuning.chips import find_chip
 from ..kernels.tuning.search import Search, Trial, start_search
@@ -90,8 +92,13 @@ def kernel_calls(args: argparse.Namespace) -> list[Call]:
     """The kernel calls of one of the devices that share a model.
 
     Raises:
-        ValueError: the heads cannot be shared so.
+        ValueError: the heads cannot be shared so, or there is no such cache.
     """
+    if args.page_size < 1 or args.page_size % SUBLANES:
+        raise ValueError(f"--page-size {args.page_size}: must be a positive multiple of {SUBLANES} tokens")
+    dtypes = [dtype.name for dtype in SUPPORTED_DTYPES]
+    if args.kv_dtype not in dtypes:
+        raise ValueError(f"--kv-dtype {args.kv_dtype}: must be one of {', '.join(dtypes)}")
     config, _ = find_config(args.model, args.revision)
     heads = {"query": config.num_q_heads, "key/value": config.num_kv_heads}
     for kind, number in heads.items():

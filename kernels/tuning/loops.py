@@ -46,7 +46,8 @@ class LoopRun:
         loop: where it stands.
         trips: how often it was gone through.
         work: in all of them, inner loops included.
-        copies, copied_bytes: copies that were started in it, and bytes of those whose size the program holds.
+        copies, copied_bytes: instructions issued in it that start a copy, whether their condition held or
+            not, and the bytes of those whose size the program holds.
     """
 
     loop: Loop

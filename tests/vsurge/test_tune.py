@@ -44,6 +44,10 @@ def test_the_winner_goes_into_the_table_with_what_it_was_compared_with(
     assert lines[2].split()[-2:] == ["128", "512"]
     (refused,) = (line for line in lines if line.startswith("kv_tokens=96"))
     assert "refused: block_sizes: kv_tokens=96 must be a multiple of page_size=64" in refused
+    steps = dict(line.rsplit(maxsplit=2)[0::2] for line in lines if "step" in line or "slots" in line)
+    assert 100 < float(steps["bundles per step"].replace(",", "")) < 1000
+    assert float(steps["KiB copied per step"]) == 128  # 256 tokens of one KV head
+    assert {f"{unit} slots in use" for unit in ("matrix", "vector", "load", "store")} < set(steps)
     first, second = read_table(table)
     assert (first.key, first.more_than, first.up_to) == (KEY, 0, 128)
     assert (second.more_than, second.up_to) == (128, 512)

@@ -123,7 +123,9 @@ each_geometry = pytest.mark.parametrize(
     ("implementation", "setup"),
     [
         pytest.param(
-            implementation, setup, marks=pytest.mark.slow if implementation == "mosaic_tpu" and i > 1 else ()
+            implementation,
+            setup,
+            marks=pytest.mark.slow if i > (1 if implementation == "mosaic_tpu" else 3) else (),
         )
         for implementation in IMPLEMENTATIONS
         for i, setup in enumerate(GEOMETRIES)

@@ -118,14 +118,15 @@ def last_partial_unit_dropped(patch: Patch) -> None:
     changed(patch, step, "_seen", seen)
 
 
-def widths_dropped(which: slice) -> Callable[[Patch], None]:
-    """Of what prompts have code for, at the ends of what is seen."""
+def blocks_dropped(dropped: Callable[[int, int, int], bool]) -> Callable[[Patch], None]:
+    """Of prompts, those for whose width, unit's tokens and tokens that all queries see `dropped` says so."""
 
-    def widths(f: Any, tokens: int) -> list[int]:
-        every = f(tokens)
-        return [width for width in every if width not in every[which]]
+    def attend(f: Any, *arguments: Any) -> None:
+        _, _, fetcher, *_, width, seen_by_all = arguments
+        if not dropped(width, fetcher.units.tokens, seen_by_all):
+            f(*arguments)
 
-    return lambda patch: changed(patch, ragged_kernel, "_widths", widths)
+    return lambda patch: changed(patch, ragged_kernel, "attend", attend)
 
 
 def one_token_too_many(patch: Patch) -> None:
@@ -256,8 +257,9 @@ DECODE_IN_WHOLE_STEPS = {
     "last partial unit dropped": last_partial_unit_dropped,
 }
 RAGGED_WIDE = {
-    "wide blocks dropped": widths_dropped(slice(-1, None)),
-    "narrow blocks dropped": widths_dropped(slice(0, 1)),
+    "whole blocks dropped": blocks_dropped(lambda width, tokens, _: width == tokens),
+    "narrow blocks dropped": blocks_dropped(lambda width, tokens, _: width < tokens),
+    "last partial block dropped": blocks_dropped(lambda width, _, seen_by_all: seen_by_all < width),
 }
 SAMPLE_OF_DECODE = {
     *("neighbouring page", "one token too many", "window one wider", "scale one percent off"),
@@ -283,9 +285,14 @@ def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
     ("check", "fault"),
     [
         *named("decode", check_decode_kernel, BOTH | DECODE, SAMPLE_OF_DECODE),
-        *named("decode", check_whole_steps, DECODE_IN_WHOLE_STEPS),
+        *named(
+            "decode",
+            check_whole_steps,
+            DECODE_IN_WHOLE_STEPS,
+            {"last partial unit dropped", "masked steps dropped"},
+        ),
         *named("ragged", check_ragged_kernel, BOTH | RAGGED, {"mask skipped", "output rows off by one"}),
-        *named("ragged", check_wide_blocks, RAGGED_WIDE, {"narrow blocks dropped"}),
+        *named("ragged", check_wide_blocks, RAGGED_WIDE, {"last partial block dropped"}),
     ],
 )
 def test_a_fault_is_noticed(

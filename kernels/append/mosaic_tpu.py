@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from ..kv_pages import KVPages, bytes_per_token, encode
 from ..tpu.control import for_each
+from ..tpu.fetcher import vmem_bytes_per_row
 from ..tpu.launch import check_pages, in_hbm, tpu_call, vmem_bytes
 from ..tpu.shapes import LANES, SUBLANES, padded
 from ..tpu.units import SMEM_BYTES, SMEM_TILE
@@ -209,8 +210,7 @@ def check_memory(kv_pages: KVPages, num_tokens: int, pieces: list[int], vmem: in
         ValueError: too much; the message says how much and of what.
     """
     heads, head_dim = kv_pages.num_kv_heads, kv_pages.head_dim
-    rows = num_tokens * bytes_per_token(heads, padded(head_dim), kv_pages.dtype)
-    needed = BUFFERS * sum(pieces) + rows
+    needed = BUFFERS * sum(pieces) + num_tokens * vmem_bytes_per_row(kv_pages)
     if needed > vmem:
         raise ValueError(
             f"kv_pages: {BUFFERS} pieces of {heads} KV heads with head_dim {head_dim} and the new rows need "

@@ -37,7 +37,7 @@ class DecodeBlocks:
             page_size: tokens per page.
             token_bytes: of a token's keys and values in one layer, and of their scales, in vector memory.
             seq_bytes: of vector memory that a sequence takes besides: see `rows.seq_bytes`.
-            vmem_bytes: the device's vector memory.
+            vmem_bytes: of vector memory that there is for all this.
             num_queries: of a sequence.
 
         Raises:

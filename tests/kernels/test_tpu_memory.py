@@ -8,7 +8,9 @@ from functools import cache
 import pytest
 
 from vsurge.kernels import DecodeBlocks
+from vsurge.kernels.append.mosaic_tpu import BUFFERS, ROW_BYTES
 from vsurge.kernels.ragged.heads import PIECE
+from vsurge.kernels.tpu.fetcher import vmem_bytes_per_row, vmem_bytes_per_token
 from vsurge.kernels.tuning import CHIPS, Batch, Call, Compilers, Schedule
 from vsurge.kernels.tuning.calls import Kernel
 from vsurge.kernels.tuning.candidates import chosen_ragged_blocks, claimed_bytes
@@ -125,6 +127,16 @@ def test_vector_memory_is_what_the_block_sizes_claim_and_spills(
     assert 0.98 * claimed < memory.bytes - memory.spilled_bytes <= claimed
     assert memory.bytes < 1.25 * claimed
     assert memory.bytes <= CHIPS[chip].vmem_mib * 2**20
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (8, 1)], ids=str)
+def test_the_cache_write_holds_16_tiles_and_the_new_rows(compilers: Compilers, heads: Heads) -> None:
+    call = call_of("append", heads)
+    (schedule, *_) = compilers.schedules(call, "v6e").result()
+    memory, tile = schedule.vector_memory, 16 * vmem_bytes_per_token(call.cache())
+    assert memory is not None
+    tokens = min(call.max_tokens, ROW_BYTES // vmem_bytes_per_token(call.cache()))
+    assert memory.bytes == BUFFERS * tile + tokens * vmem_bytes_per_row(call.cache())
 
 
 def assert_fits(schedule: Schedule) -> None:

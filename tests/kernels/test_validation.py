@@ -272,11 +272,11 @@ def test_an_append_that_vector_or_scalar_memory_has_no_room_for_is_refused(
     message = r"kv_pages: 16 pieces of 256 KV heads with head_dim 256 .* need 71303168 .*, which has 16777216"
     with pytest.raises(ValueError, match=message):
         trace_for("v4", call.function(), *call.arguments())
-    few = Call(kernel="append", num_q_heads=1, num_kv_heads=1, max_tokens=2**17)
+    few = Call(kernel="append", num_q_heads=1, num_kv_heads=1, max_tokens=90112)
     trace_for("v6e", few.function(), *few.arguments())  # in chunks
     jax.clear_caches()
     monkeypatch.setattr(append_tpu, "ROW_BYTES", 2**26)
-    with pytest.raises(ValueError, match=r"slots: 131072 tokens at once need 1589248 bytes of scalar memory"):
+    with pytest.raises(ValueError, match=r"slots: 90112 tokens at once need 1097728 bytes of scalar memory"):
         trace_for("v6e", few.function(), *few.arguments())
     jax.clear_caches()
 

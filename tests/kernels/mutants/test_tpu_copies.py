@@ -38,10 +38,14 @@ NOWHERE = 2**31 - 1  # a page that no pool has
 OPTIONS: dict[str, Any] = {"scale": SETUP.scale, "sliding_window": WINDOW, "soft_cap": None, "sinks": None}
 
 
-def beside_window(table: Any, kv_lens: Any, new_tokens: Any) -> Any:
-    """The page table with NOWHERE for pages that no new token sees, before the window or behind the end."""
+def beside_window(table: Any, kv_lens: Any, new_tokens: Any, *, block: int = 1) -> Any:
+    """The page table with NOWHERE for pages that no new token sees, before the window or behind the end.
+
+    Of a block of `block` queries that is not full, as many tokens more may be fetched as it has queries less.
+    """
     lens, page = np.asarray(kv_lens)[:, None], np.arange(table.shape[1])
-    first = np.maximum(lens - np.asarray(new_tokens)[:, None] + 1 - WINDOW, 0) // SETUP.page_size
+    first = np.maximum(lens - np.asarray(new_tokens)[:, None] + 1 - WINDOW - (block - 1), 0)
+    first //= SETUP.page_size
     seen = (page >= first) & (page * SETUP.page_size < lens)
     assert (~seen & (page * SETUP.page_size < lens)).any()  # the window spares some
     return jnp.asarray(np.where(seen, table, NOWHERE), jnp.int32)
@@ -63,14 +67,14 @@ def check_decode_copies() -> None:
 
 
 def check_ragged_copies() -> None:
-    new, lens = (3, 40, 1), (3, 500, 300)
+    new, lens = (3, 20, 1), (3, 300, 260)
     queries, kv_pages, kv_lens, table, *rest = ragged_batch(SETUP, new, lens, max_seqs=3).arguments
     want, _ = ragged_reference.ragged_paged_attention(queries, kv_pages, kv_lens, table, *rest, **OPTIONS)
     got = ragged_paged_attention(
         queries,
         kv_pages,
         kv_lens,
-        beside_window(table, kv_lens, new),
+        beside_window(table, kv_lens, new, block=16),
         *rest,
         **OPTIONS,
         block_sizes=RaggedBlocks(16, 128, 2),

@@ -92,8 +92,22 @@ def check_new_kv(
     _check_integers("slots", slots, tokens)
     expected = (*tokens, kv_pages.num_kv_heads, kv_pages.head_dim)
     for name, rows in zip(("keys", "values"), new_kv, strict=True):
-        if rows.shape != expected:
-            raise ValueError(f"new_kv: {name} of shape {rows.shape}, expected {expected}")
+        check_rows(f"new_kv: {name}", rows, expected)
+
+
+def check_rows(name: str, rows: Array, shape: tuple[int, ...]) -> None:
+    """Checks keys or values that are to be written to the cache.
+
+    Raises:
+        ValueError: another shape, or no float dtype that is written.
+    """
+    if rows.shape != shape:
+        raise ValueError(
+            f"{name}: shape {rows.shape}, expected {shape} "
+            f"({', '.join(str(n) for n in shape[:-2])} tokens, KV heads, head_dim)"
+        )
+    if rows.dtype not in QUERY_DTYPES:
+        raise ValueError(f"{name}: dtype {rows.dtype}, must be one of {[d.name for d in QUERY_DTYPES]}")
 
 
 def check_has_blocks(implementation: str, block_sizes: object, kind: type, *, of: str) -> None:
@@ -211,6 +225,80 @@ def check_slots(kv_lens: ArrayLike, page_table: ArrayLike, slots: ArrayLike, *, 
             raise ValueError(f"sequence {i}: {slot=}, its page table says {page * page_size + offset}")
         if others := [other for other, pages in enumerate(used) if other != i and page in pages]:
             raise ValueError(f"sequence {i}: writes to page {page}, which sequence {others[0]} has as well")
+
+
+def check_prompt_slots(
+    kv_lens: ArrayLike,
+    page_table: ArrayLike,
+    query_starts: ArrayLike,
+    num_seqs: ArrayLike,
+    slots: ArrayLike,
+    *,
+    page_size: int,
+) -> None:
+    """Checks on the host where a step of any tokens writes them.
+
+    Args:
+        kv_lens, page_table, query_starts, num_seqs: as in `vsurge.kernels.ragged_paged_attention`, checked.
+        slots: [num_tokens].
+        page_size: of the cache.
+
+    Raises:
+        ValueError: names the sequence, the slot and what is allowed.
+    """
+    lengths, table, starts, places = (
+        np.asarray(a).astype(np.int64) for a in (kv_lens, page_table, query_starts, slots)
+    )
+    count = int(np.asarray(num_seqs).reshape(()))
+    for i in range(count):
+        begin, end = int(starts[i]), int(starts[i + 1])
+        positions = int(lengths[i]) - (end - begin) + np.arange(end - begin)
+        right = table[i, positions // page_size] * page_size + positions % page_size
+        for row in np.flatnonzero((places[begin:end] >= 0) & (places[begin:end] != right)).tolist():
+            raise ValueError(
+                f"sequence {i}: slots[{begin + row}]={places[begin + row]}, its page table says {right[row]}"
+            )
+    end = int(starts[count]) if count else 0
+    for row in (end + np.flatnonzero(places[end:] >= 0)).tolist():
+        raise ValueError(f"slots[{row}]={places[row]}: of no sequence's token, must be negative")
+    check_written(places, num_slots=None)
+
+
+def check_written(slots: ArrayLike, *, num_slots: int | None) -> None:
+    """Checks on the host that slots lie in the pool, and that none is written twice.
+
+    Args:
+        slots: [num_tokens]; negative ones are skipped.
+        num_slots: of the pool; None if that is known.
+
+    Raises:
+        ValueError: names the tokens, the slot and what is allowed.
+    """
+    places = np.asarray(slots).astype(np.int64)
+    seen = dict[int, int]()
+    for token in np.flatnonzero(places >= 0).tolist():
+        slot = int(places[token])
+        if num_slots is not None and slot >= num_slots:
+            raise ValueError(
+                f"slots[{token}]={slot}: must be less than num_pages * page_size = {num_slots}, or negative "
+                "for padding"
+            )
+        if slot in seen:
+            raise ValueError(f"slots[{token}]={slot}: token {seen[slot]} is written there as well")
+        seen[slot] = token
+
+
+def check_prompt_slots_when_run(
+    kv_pages: KVPages, kv_lens: Array, page_table: Array, query_starts: Array, num_seqs: Array, slots: Array
+) -> None:
+    """`check_prompt_slots` as `check_metadata_when_run` does its check."""
+    check = partial(check_prompt_slots, page_size=kv_pages.page_size)
+    _when_run(check, kv_lens, page_table, query_starts, num_seqs, slots)
+
+
+def check_written_when_run(kv_pages: KVPages, slots: Array) -> None:
+    """`check_written` as `check_metadata_when_run` does its check."""
+    _when_run(partial(check_written, num_slots=kv_pages.num_pages * kv_pages.page_size), slots)
 
 
 def check_slots_when_run(kv_pages: KVPages, kv_lens: Array, page_table: Array, slots: Array) -> None:

@@ -143,6 +143,9 @@ class Executor:
         _return_freed_memory()
 
     def _lower(self, kind: StepKind, size: int) -> jax.stages.Lowered:
+        return self._trace(kind, size).lower()
+
+    def _trace(self, kind: StepKind, size: int) -> jax.stages.Traced:
         params = self._model.params
         kv_pages, cache = (
             (layer,) * self._model.config.num_layers for layer in (self._layer_shape, self._layer_sharding)
@@ -156,7 +159,7 @@ class Executor:
             out_shardings=(self._everywhere, cache, self._everywhere),
             donate_argnums=(1, 2),
         )
-        return jitted.lower(params, kv_pages, row_state, masks, inputs)
+        return jitted.trace(params, kv_pages, row_state, masks, inputs)
 
     def _lower_set_row(self) -> jax.stages.Lowered:
         vocab_size = self._model.config.vocab_size

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from ...kernels import DecodeBlocks
-from ...kernels.tuning import Assumptions, Batch, Call, Compilers, Prediction, ReplayError, Schedule
+from ...kernels.tuning import Assumptions, Batch, Call, Compilers, Prediction, ReplayError
 from ...kernels.tuning.candidates import workloads
 from .rows import Row
 
@@ -31,14 +31,13 @@ def decode_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
     }
     twice = compilers.predict(_blocked(HEADS[0], 64, lanes=2), [LONG, SHORT], chip)
     theirs = compilers.predict(_theirs(HEADS[0], BLOCK), [LONG, SHORT], chip)
-    schedules = compilers.schedules(_blocked(HEADS[0], 64), chip)
     shares = {
         (heads, kv_dtype): _start_shares(heads, kv_dtype, chip, compilers, assumed)
         for heads in HEADS
         for kv_dtype in ("bfloat16", "int8")
     }
     their_shares = compilers.predict(_theirs(HEADS[0], 512), _batches(), chip, assumed)
-    yield from _bundle_rows(chip, counted, twice, theirs, schedules)
+    yield from _bundle_rows(chip, counted, twice, theirs)
     yield from _share_rows(chip, shares, their_shares)
 
 
@@ -74,15 +73,9 @@ def unless_it_stops(theirs: Future[list[Prediction]]) -> list[Prediction] | None
         return None
 
 
-def _spills_per_block(schedule: Schedule, predictions: list[Prediction]) -> float:
+def _spills_per_block(predictions: list[Prediction]) -> float:
     """Registers spilled and filled again per BLOCK tokens of the cache, as executed for LONG beyond SHORT."""
-
-    def executed(prediction: Prediction) -> int:
-        visits = prediction.runs[0].replay.visits
-        slots = ((count, schedule.slots(at, at + length - 1)) for at, (count, length) in visits.items())
-        return sum(count * (units["VLOAD:FILL"] + units["VSTORE:SPILL"]) for count, units in slots)
-
-    long, short = (executed(prediction) for prediction in predictions)
+    long, short = (prediction.runs[0].work.spills for prediction in predictions)
     return (long - short) / (SEQUENCES * (LONG.kv_lens[0] - SHORT.kv_lens[0]) // BLOCK)
 
 
@@ -91,7 +84,6 @@ def _bundle_rows(
     counted: dict[tuple[tuple[int, int], int], Future[list[Prediction]]],
     twice: Future[list[Prediction]],
     theirs: Future[list[Prediction]],
-    schedules: Future[list[Schedule]],
 ) -> Iterator[Row]:
     is_v6e = chip == "v6e"  # the chip whose bundles the targets are for
     found = {key: _of(future.result()) for key, future in counted.items()}
@@ -107,7 +99,7 @@ def _bundle_rows(
     name = "the same, two blocks side by side: bundles per"
     yield Row(chip, f"{name} token", "", per_token, at_most=1.1 if is_v6e else None)
     yield Row(chip, f"{name} sequence", "", per_sequence, at_most=200.0 if is_v6e else None)
-    spills = _spills_per_block(schedules.result()[0], counted[HEADS[0], 64].result())
+    spills = _spills_per_block(counted[HEADS[0], 64].result())
     yield Row(chip, f"decode {HEADS[0]}, block {BLOCK}, page 64: spills and fills per block", "", spills,
         at_most=0.0 if is_v6e else None)  # fmt: skip
     for heads, most in ((HEADS[0], 1.4), (HEADS[-1], 1.8)):

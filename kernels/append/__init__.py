@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
+from ..validation import check_rows, check_written_when_run
 from . import reference, xla
 
 __all__ = ["append_kv"]
@@ -35,33 +36,35 @@ def append_kv(
     slots: Int[Array, " num_tokens"],
     *,
     implementation: Implementation | None = None,
+    debug: bool = False,
 ) -> KVPages:
     """Writes one row of keys and values per token, in place: `kv_pages` is donated.
 
     Args:
         kv_pages: one layer's cache; not to be used after the call.
-        keys: [num_tokens, num_kv_heads, head_dim], cast to the cache's dtype.
+        keys: [num_tokens, num_kv_heads, head_dim], bfloat16 or float32, cast to the cache's dtype.
         values: like `keys`.
         slots: [num_tokens] int32, `page * page_size + offset`; slots outside the pool are skipped, negative
             ones mark padding. Two tokens may not share a slot.
         implementation: "xla", "mosaic_tpu" or "reference"; None for the best one.
+        debug: also check that slots lie in the pool (or are negative) and differ (slow: a round trip to the
+            host).
 
     Returns:
         The cache with the rows written.
 
     Raises:
-        ValueError: shapes that do not belong together, or slots that are not int32.
+        ValueError: shapes that do not belong together, a dtype that is not allowed, or more heads than a
+            TPU's memory has room for; the message names the argument.
         NotImplementedError: the implementation does not exist yet.
     """
     if slots.ndim != 1 or slots.dtype != jnp.int32:
         raise ValueError(f"slots: {slots.dtype}{list(slots.shape)}, expected int32[num_tokens]")
     num_tokens = slots.shape[0]
     expected = (num_tokens, kv_pages.num_kv_heads, kv_pages.head_dim)
-    for name, array in (("keys", keys), ("values", values)):
-        if array.shape != expected:
-            raise ValueError(
-                f"{name}: shape {array.shape}, expected {expected} for {num_tokens} slots, "
-                f"{kv_pages.num_kv_heads} KV heads and head_dim {kv_pages.head_dim}"
-            )
+    for name, rows in (("keys", keys), ("values", values)):
+        check_rows(name, rows, expected)
+    if debug:
+        check_written_when_run(kv_pages, slots)
     append = IMPLEMENTATIONS[choose_implementation("append_kv", implementation, IMPLEMENTATIONS)]
     return append(kv_pages, keys, values, slots)

@@ -28,8 +28,10 @@ from jaxtyping import Array, Float, Int
 
 from ..kv_pages import KVPages, bytes_per_token, encode
 from ..tpu.control import for_each
-from ..tpu.launch import check_pages, in_hbm, tpu_call
-from ..tpu.shapes import LANES, padded
+from ..tpu.fetcher import vmem_bytes_per_row
+from ..tpu.launch import check_pages, in_hbm, tpu_call, vmem_bytes
+from ..tpu.shapes import LANES, SUBLANES, padded
+from ..tpu.units import SMEM_BYTES, SMEM_TILE
 
 BUFFERS = 16  # pieces in VMEM
 AHEAD = 8  # of these, pieces whose fetch has been started before they are needed
@@ -184,7 +186,7 @@ def append_kv(
     """As `vsurge.kernels.append_kv`.
 
     Raises:
-        ValueError: the pages hold no whole tiles.
+        ValueError: the pages hold no whole tiles, or there is no room for those of all heads.
     """
     check_pages(kv_pages)
     rows, scales = encode(kv_pages, jnp.stack([keys, values], axis=1))
@@ -195,6 +197,33 @@ def append_kv(
     return kv_pages
 
 
+def check_memory(kv_pages: KVPages, num_tokens: int, pieces: list[int], vmem: int) -> None:
+    """Checks what a call takes of vector and of scalar memory.
+
+    Args:
+        kv_pages: the cache.
+        num_tokens: that are written at once.
+        pieces: bytes in vector memory of a piece of each array of the cache.
+        vmem: bytes of vector memory.
+
+    Raises:
+        ValueError: too much; the message says how much and of what.
+    """
+    heads, head_dim = kv_pages.num_kv_heads, kv_pages.head_dim
+    needed = BUFFERS * sum(pieces) + num_tokens * vmem_bytes_per_row(kv_pages)
+    if needed > vmem:
+        raise ValueError(
+            f"kv_pages: {BUFFERS} pieces of {heads} KV heads with head_dim {head_dim} and the new rows need "
+            f"{needed} bytes of vector memory, which has {vmem}; share the heads among more devices"
+        )
+    scalars = 4 * ((2 + len(pieces)) * padded(num_tokens, SMEM_TILE) + SMEM_TILE)
+    if scalars > SMEM_BYTES:
+        raise ValueError(
+            f"slots: {num_tokens} tokens at once need {scalars} bytes of scalar memory, "
+            f"which has {SMEM_BYTES}"
+        )
+
+
 def _write(kv_pages: KVPages, rows: Array, scales: Array | None, slots: Array) -> KVPages:
     """Writes [num_tokens, 2, num_kv_heads, head_dim] as the cache stores them, and their scales."""
     num_tokens, page_size = slots.shape[0], kv_pages.page_size
@@ -202,6 +231,7 @@ def _write(kv_pages: KVPages, rows: Array, scales: Array | None, slots: Array) -
     ordered = slots[order]
     valid = (ordered >= 0) & (ordered < kv_pages.num_pages * page_size)
     counts, starts, scratch = [valid.sum(dtype=jnp.int32)], list[Array](), list[Any]()
+    sizes, vmem = list[int](), vmem_bytes()
     for array in jax.tree.leaves(kv_pages):
         tokens = page_size if array is kv_pages.scales else math.gcd(page_size, 32 // array.dtype.itemsize)
         piece_of = ordered // tokens
@@ -210,7 +240,12 @@ def _write(kv_pages: KVPages, rows: Array, scales: Array | None, slots: Array) -
         starts.append(jnp.nonzero(begins, size=num_tokens, fill_value=0)[0].astype(jnp.int32))
         tail = (tokens, *array.shape[4:]) if array is kv_pages.data else array.shape[3:]
         piece = (BUFFERS, 2, kv_pages.num_kv_heads, *tail)
+        *_, rows_in, numbers = piece
+        sizes.append(
+            math.prod(piece[1:-2]) * padded(rows_in, SUBLANES) * padded(numbers) * array.dtype.itemsize
+        )
         scratch += [pltpu.VMEM(piece, array.dtype), *[pltpu.SemaphoreType.DMA((BUFFERS,))] * 2]
+    check_memory(kv_pages, num_tokens, sizes, vmem)
     if scales is not None:
         by_lane = jnp.moveaxis(scales[order], 0, 2)
         scales = jnp.pad(by_lane, ((0, 0), (0, 0), (0, padded(num_tokens) - num_tokens)))
@@ -231,7 +266,7 @@ def _write(kv_pages: KVPages, rows: Array, scales: Array | None, slots: Array) -
         ),
         out_shape=jax.eval_shape(lambda: kv_pages),
         input_output_aliases={before + i: i for i in range(len(starts))},
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem),
         name="append_kv",
     )(*arguments, kv_pages)
     return cast(KVPages, written)

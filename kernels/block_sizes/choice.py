@@ -58,6 +58,21 @@ def tuned_blocks(
     return None
 
 
+def log_untuned(key: Key, context: int, what: str) -> None:
+    """Logs once that the tables hold nothing for a call of a kind, on a TPU.
+
+    Args:
+        key, context: as of `tuned_blocks`.
+        what: sets the call apart, like "4 queries per sequence".
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    if pltpu.is_tpu_device():
+        chip = str(pltpu.get_tpu_info().chip_version)
+        message = f"{chip}: no tuned block sizes for {what}, a heuristic chooses them for {key}, {context=}"
+        _log_once(logging.INFO, message)
+
+
 def _in_order(chip: str, key: Key, context: int) -> list[tuple[Path, Entry]]:
     """The entries for a call, the best one first."""
     paths = (user_table_path(chip), table_path(chip))

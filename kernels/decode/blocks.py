@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..block_sizes import Key, tuned_blocks
-from ..tpu.shapes import LANES, SUBLANES
+from ..block_sizes import Key, log_untuned, tuned_blocks
+from ..tpu.shapes import LANES, SUBLANES, padded
 
 # A step that has more tokens than these hides no more of what each step costs.
 UNIT_TOKENS, MOST_LANES, MOST_HEAD_TOKENS = 512, 8, 16384
@@ -28,13 +28,17 @@ class DecodeBlocks:
     lanes: int = 1
     depth: int = 4
 
-    def check(self, *, page_size: int, token_bytes: int, vmem_bytes: int) -> None:
-        """Checks the sizes against a cache and a device.
+    def check(
+        self, *, page_size: int, token_bytes: int, seq_bytes: int, vmem_bytes: int, num_queries: int = 1
+    ) -> None:
+        """Checks the sizes against a call and a device.
 
         Args:
             page_size: tokens per page.
             token_bytes: of a token's keys and values in one layer, and of their scales, in vector memory.
-            vmem_bytes: the device's vector memory.
+            seq_bytes: of vector memory that a sequence takes besides: see `rows.seq_bytes`.
+            vmem_bytes: of vector memory that there is for all this.
+            num_queries: of a sequence.
 
         Raises:
             ValueError: names the block size, its value and what is allowed.
@@ -47,11 +51,25 @@ class DecodeBlocks:
             raise ValueError(f"block_sizes: lanes={self.lanes} must be at least 1")
         if self.depth < 2:
             raise ValueError(f"block_sizes: depth={self.depth} must be at least 2")
-        needed = self.depth * self.lanes * self.kv_tokens * token_bytes
+        needed = self.scratch_bytes(token_bytes, seq_bytes, num_queries)
         if needed > vmem_bytes:
+            cache = self._cache_bytes(token_bytes)
             raise ValueError(
-                f"block_sizes: {self} holds {needed} bytes of the cache, vector memory has {vmem_bytes}"
+                f"block_sizes: {self} needs {needed} bytes of vector memory ({cache} of them for the cache), "
+                f"which has {vmem_bytes}"
             )
+
+    def seqs(self, num_queries: int) -> int:
+        """Sequences of a group: as many as can be under way, in whole tiles."""
+        return padded(self.lanes * self.depth, SUBLANES if num_queries == 1 else 1)
+
+    def scratch_bytes(self, token_bytes: int, seq_bytes: int, num_queries: int = 1) -> int:
+        """Bytes of vector memory for all that outlives a step; the arguments are those of `check`."""
+        # besides the group's: the softmax of units without sequences and the one that is carried
+        return self._cache_bytes(token_bytes) + (self.seqs(num_queries) + 2) * seq_bytes
+
+    def _cache_bytes(self, token_bytes: int) -> int:
+        return self.depth * self.lanes * self.kv_tokens * token_bytes
 
 
 def default_blocks(
@@ -95,7 +113,7 @@ def default_blocks(
 
 
 def tuned_or_default_blocks(
-    key: Key | None,
+    key: Key,
     *,
     page_size: int,
     num_kv_heads: int,
@@ -104,19 +122,25 @@ def tuned_or_default_blocks(
     token_bytes: int,
     seq_bytes: int,
     vmem_bytes: int,
+    num_queries: int = 1,
 ) -> DecodeBlocks:
     """The block sizes that the tables hold for a call, else those of `default_blocks`; see there.
 
     Args:
-        key: None for a call that the tables do not hold.
+        key: of the call.
+        num_queries: of a sequence. The tables hold calls with one; of others it is logged that they do not.
     """
 
     def check(blocks: DecodeBlocks) -> None:
-        blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem_bytes)
+        blocks.check(page_size=page_size, token_bytes=token_bytes, seq_bytes=seq_bytes, vmem_bytes=vmem_bytes)
         if blocks.lanes * blocks.depth > max(most_seqs, SUBLANES):
             raise ValueError(f"scalar memory holds the pages of {most_seqs} sequences of {pages_per_seq=}")
 
-    found = None if key is None else tuned_blocks(key, pages_per_seq * page_size, DecodeBlocks, check)
+    context, found = pages_per_seq * page_size, None
+    if num_queries > 1:
+        log_untuned(key, context, f"{num_queries} queries per sequence")
+    else:
+        found = tuned_blocks(key, context, DecodeBlocks, check)
     return found or default_blocks(
         page_size=page_size,
         num_kv_heads=num_kv_heads,

@@ -18,14 +18,14 @@ from jaxtyping import Array, Float, Int
 from ..block_sizes import Key
 from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..kv_pages import KVPages, encode
-from ..tpu.fetcher import fetcher_scratch, vmem_bytes_per_token
+from ..tpu.fetcher import fetcher_scratch, vmem_bytes_per_row, vmem_bytes_per_token
 from ..tpu.launch import check_pages, in_hbm, tpu_call, vmem_bytes
-from ..tpu.shapes import LANES, SUBLANES, padded
+from ..tpu.shapes import LANES, padded
 from ..tpu.streams import Products
 from ..tpu.units import TABLE_TILE, Units, most_seqs
 from .blocks import DecodeBlocks, tuned_or_default_blocks
 from .kernel import Copied, Inputs, Outputs, kernel
-from .new_rows import new_rows_scratch
+from .new_rows import new_rows_bytes, new_rows_scratch
 from .rows import by_kv_head, by_query, seq_bytes
 from .softmax import Softmax, State
 from .step import Attention
@@ -107,18 +107,29 @@ def _attend(
     num_kv_heads, page_size, pages_per_seq = kv_pages.num_kv_heads, kv_pages.page_size, page_table.shape[1]
     rows, group = num_queries * num_q_heads, num_queries * num_q_heads // num_kv_heads
     token_bytes, vmem = vmem_bytes_per_token(kv_pages), vmem_bytes()
+    each = seq_bytes(rows, head_dim, queries.dtype.itemsize)
+    if new is not None:
+        each += 2 * vmem_bytes_per_row(kv_pages)  # of two groups
+        vmem -= new_rows_bytes(kv_pages)
     blocks = block_sizes or tuned_or_default_blocks(
-        Key.of("decode", queries[:, 0], kv_pages) if num_queries == 1 else None,
+        Key.of("decode", queries[:, 0], kv_pages),
         page_size=page_size,
         num_kv_heads=num_kv_heads,
         pages_per_seq=pages_per_seq,
         most_seqs=most_seqs(pages_per_seq, num_seqs * (1 + new_tokens)),
         token_bytes=token_bytes,
-        seq_bytes=seq_bytes(rows, head_dim, queries.dtype.itemsize),
+        seq_bytes=each,
         vmem_bytes=vmem if num_queries == 1 else vmem * 3 // 4,  # the scores of many rows take room as well
+        num_queries=num_queries,
     )
-    blocks.check(page_size=page_size, token_bytes=token_bytes, vmem_bytes=vmem)
-    seqs = padded(blocks.lanes * blocks.depth, SUBLANES if num_queries == 1 else 1)
+    blocks.check(
+        page_size=page_size,
+        token_bytes=token_bytes,
+        seq_bytes=each,
+        vmem_bytes=vmem,
+        num_queries=num_queries,
+    )
+    seqs = blocks.seqs(num_queries)
     num_groups = -(-num_seqs // seqs)
     units = Units(
         seqs=seqs,
@@ -207,7 +218,7 @@ def _attend(
         ),
         out_shape=[outputs],
         input_output_aliases={} if new is None else {1: 2},  # the cache's data
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem),
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=vmem_bytes()),
         name="paged_decode_attention",
     )(used_groups, inputs)[0]
     return (

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..kv_pages import KVPages
 from ..tpu.control import for_each
-from ..tpu.fetcher import REST, ROW, TOKENS, Fetcher
+from ..tpu.fetcher import REST, ROW, TOKENS, Fetcher, vmem_bytes_per_token
 
 WRITES = 8  # under way at once
 
@@ -85,6 +85,12 @@ class NewRows:
     def _wait(self, place: Any) -> None:
         tile = self.tiles.at[place]
         pltpu.make_async_copy(tile, tile, self.written.at[place]).wait()
+
+
+def new_rows_bytes(kv_pages: KVPages) -> int:
+    """Bytes of vector memory of `new_rows_scratch`."""
+    tile = math.gcd(kv_pages.page_size, 32 // kv_pages.dtype.itemsize)
+    return WRITES * tile * vmem_bytes_per_token(kv_pages)
 
 
 def new_rows_scratch(kv_pages: KVPages) -> list[Any]:

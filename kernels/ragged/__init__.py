@@ -14,7 +14,13 @@ from jaxtyping import Array, Float, Int
 from ..append import append_kv
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
-from ..validation import check_has_blocks, check_metadata_when_run, check_new_kv, check_static
+from ..validation import (
+    check_has_blocks,
+    check_metadata_when_run,
+    check_new_kv,
+    check_prompt_slots_when_run,
+    check_static,
+)
 from . import reference, xla
 from .blocks import RaggedBlocks
 
@@ -123,13 +129,14 @@ def ragged_paged_attention(
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None for none.
         sinks: [num_q_heads]; one more score per head that takes part in the softmax and carries no value.
         return_lse: also return the log-sum-exp of the scores (and sink), for merging partial results.
-        new_kv, slots: the new tokens' keys and values, and where they go: `append_kv` writes them first, to
-            the cache, which is donated. (Only `paged_decode_attention` has a kernel that does both.)
+        new_kv, slots: the new tokens' keys and values, and where they go, [num_tokens] int32, negative for
+            those that are in the cache already and for padding: `append_kv` writes them first, to the cache,
+            which is donated. (Only `paged_decode_attention` has a kernel that does both.)
         block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
         implementation: "mosaic_tpu" (Pallas kernels; interpreted where there is no TPU), "xla" (compiled for
             any device) or "reference" (float64 NumPy, outside jit only); None for the best one on this
             device.
-        debug: also check the values of the metadata (slow: a round trip to the host).
+        debug: also check the values of the metadata and of `slots` (slow: a round trip to the host).
 
     Returns:
         The output [num_tokens, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
@@ -163,6 +170,8 @@ def ragged_paged_attention(
         check_metadata_when_run(
             kv_pages, kv_lens, page_table, query_starts, num_seqs, num_tokens=queries.shape[0]
         )
+        if slots is not None:
+            check_prompt_slots_when_run(kv_pages, kv_lens, page_table, query_starts, num_seqs, slots)
     chosen = choose_implementation("ragged_paged_attention", implementation, IMPLEMENTATIONS)
     options: dict[str, Any] = {
         "scale": scale,

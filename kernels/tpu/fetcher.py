@@ -272,6 +272,12 @@ def vmem_bytes_per_token(kv_pages: KVPages) -> int:
     return numbers + 2 * 4 * padded(heads, SUBLANES) * padded(kv_pages.page_size) // kv_pages.page_size
 
 
+def vmem_bytes_per_row(kv_pages: KVPages) -> int:
+    """Bytes that a new token's row, [2, num_kv_heads, head_dim], takes where rows follow each other."""
+    packed = 4 // kv_pages.dtype.itemsize  # heads that share a register's row
+    return 2 * padded(kv_pages.num_kv_heads, packed) * padded(kv_pages.head_dim) * kv_pages.dtype.itemsize
+
+
 def fetcher_scratch(units: Units, kv_pages: KVPages) -> list[Any]:
     """The scratch memory of a `Fetcher`: what follows its `kv_hbm`, in that order."""
     if kv_pages.scales is None:

@@ -3,6 +3,7 @@
 from .calls import Batch, Call
 from .chips import CHIPS, Chip
 from .compiler import compile_for
+from .loops import LoopRun
 from .predict import Assumptions, Compilers, Prediction, predict
 from .replay import ReplayError
 from .schedule import Loop, Schedule, ScheduleError
@@ -15,6 +16,7 @@ __all__ = [
     "Chip",
     "Compilers",
     "Loop",
+    "LoopRun",
     "Prediction",
     "ReplayError",
     "Schedule",

@@ -86,6 +86,33 @@ def chosen_ragged_blocks(call: Call, chip: str) -> RaggedBlocks:
         )
 
 
+def chosen_decode_blocks(call: Call, chip: str) -> DecodeBlocks:
+    """As `chosen_ragged_blocks`, for a "decode" call."""
+    with target(chip):
+        return decode_blocks.tuned_or_default_blocks(
+            call.key, **_decode_sizes(call), vmem_bytes=find_chip(chip).vmem_mib * 2**20
+        )
+
+
+def claimed_bytes(call: Call, chip: str) -> int:
+    """Bytes of vector memory that a call's kernel takes by its own account, spilled registers aside."""
+    if call.kernel == "ragged":
+        return chosen_ragged_blocks(call, chip).scratch_bytes(_sizes(call, return_lse=False))
+    sizes = _decode_sizes(call)
+    return chosen_decode_blocks(call, chip).scratch_bytes(sizes["token_bytes"], sizes["seq_bytes"])
+
+
+def _decode_sizes(call: Call) -> dict[str, int]:
+    return {
+        "page_size": call.page_size,
+        "num_kv_heads": call.num_kv_heads,
+        "pages_per_seq": call.pages_per_seq,
+        "most_seqs": most_seqs(call.pages_per_seq, call.max_seqs),
+        "token_bytes": vmem_bytes_per_token(call.cache()),
+        "seq_bytes": seq_bytes(call.num_q_heads, call.head_dim, jnp.dtype(call.query_dtype).itemsize),
+    }
+
+
 def _few_of_decode(blocks: Blocks, _: Blocks) -> bool:
     assert isinstance(blocks, DecodeBlocks)
     return (blocks.kv_tokens, blocks.lanes, blocks.depth) in FEW_OF_DECODE
@@ -101,15 +128,7 @@ def _few_of_ragged(blocks: Blocks, first: Blocks) -> bool:
 def _of_decode(call: Call, chip: str, vmem_bytes: int) -> list[Blocks]:
     known = find_chip(chip)
     token_bytes = vmem_bytes_per_token(call.cache())
-    default = decode_blocks.default_blocks(
-        page_size=call.page_size,
-        num_kv_heads=call.num_kv_heads,
-        pages_per_seq=call.pages_per_seq,
-        most_seqs=most_seqs(call.pages_per_seq, call.max_seqs),
-        token_bytes=token_bytes,
-        seq_bytes=seq_bytes(call.num_q_heads, call.head_dim, jnp.dtype(call.query_dtype).itemsize),
-        vmem_bytes=vmem_bytes,
-    )
+    default = decode_blocks.default_blocks(**_decode_sizes(call), vmem_bytes=vmem_bytes)
     least = math.lcm(LANES, call.page_size)
     pipelined = PIPELINED_US * known.gbytes_per_s * 1e3
     found: list[Blocks] = [default]

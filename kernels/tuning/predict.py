@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -19,9 +19,12 @@ import jax
 from .calls import Batch, Call
 from .chips import find_chip
 from .compiler import trace_for
+from .loops import Execution, LoopRun, Work
 from .operands import kernel_operands
 from .replay import Memory, Replay, replay
 from .schedule import Schedule, ScheduleError, read_schedules
+from .spills import Spill
+from .vmem import VectorMemory
 
 DUMPS = "(packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization)"
 Bound = Literal["compute", "bandwidth", "latency"]
@@ -65,11 +68,21 @@ class KernelRun:
         kernel: its name.
         replay: what happened.
         bundles: issued bundles that were not empty.
+        work: all that was issued, and how full it was.
+        busiest: the same of the straight piece of program that took most.
+        loops: those that were gone through, the one that took most first.
+        spills: how often each kind of vector register was spilled.
+        vector_memory: what the compiler allots to it; None if it does not say.
     """
 
     kernel: str
     replay: Replay
     bundles: int
+    work: Work
+    busiest: Work
+    loops: tuple[LoopRun, ...]
+    spills: Mapping[Spill, int]
+    vector_memory: VectorMemory | None
 
 
 @dataclass(frozen=True)
@@ -263,17 +276,19 @@ def _predict(
                 if schedule is None:
                     raise ScheduleError(f"no schedule of {kernel.kernel}, but of {list(schedules)}")
                 happened = replay(schedule, kernel.operands, assumed.memory())
-                runs.append(KernelRun(kernel.kernel, happened, _filled(schedule, happened)))
+                runs.append(_run_of(kernel.kernel, schedule, happened))
             predictions.append(Prediction(call, batch, chip, assumed, tuple(runs)))
     return predictions
 
 
-def _filled(schedule: Schedule, happened: Replay) -> int:
-    """Bundles issued that were not empty."""
-    return sum(
+def _run_of(kernel: str, schedule: Schedule, happened: Replay) -> KernelRun:
+    filled = sum(
         count * (length - sum(schedule.empty[at : at + length]))
         for at, (count, length) in happened.visits.items()
     )
+    execution = Execution(schedule, happened)
+    work, loops = (execution.work(), execution.busiest()), execution.loops()
+    return KernelRun(kernel, happened, filled, *work, loops, execution.spills(), schedule.vector_memory)
 
 
 def _plain(name: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .spills import Spill, find_spills
 from .vmem import VectorMemory, read_vector_memory
 
 # Bundles behind a branch that are executed whether it is taken or not, as the schedules show.
@@ -94,6 +95,7 @@ class Schedule:
             stores that spill registers.
         used: per bundle, the slots used, in the order of `capacity`.
         vector_memory: what the compiler allots to the kernel; None if it does not say.
+        spills: the vector registers that are spilled, each with its bundle.
     """
 
     kernel: str
@@ -103,6 +105,7 @@ class Schedule:
     capacity: dict[str, int]
     used: tuple[tuple[int, ...], ...]
     vector_memory: VectorMemory | None = None
+    spills: tuple[tuple[int, Spill], ...] = ()
 
     def slots(self, first: int, last: int) -> dict[str, int]:
         """Slots used by each unit from bundle `first` to `last`."""
@@ -169,7 +172,8 @@ def read_schedules(folder: Path, chip: str) -> list[Schedule]:
         if len(used) != len(bodies):
             raise ScheduleError(f"{path.name}: {len(bodies)} bundles, but utilization of {len(used)}")
         bundles, empty = tuple(map(_bundle, bodies)), tuple(not body.strip() for body in bodies)
-        found.append(Schedule(stem[2], chip, bundles, empty, capacity, used, memory.get(stem[2])))
+        rest = memory.get(stem[2]), find_spills(bodies)
+        found.append(Schedule(stem[2], chip, bundles, empty, capacity, used, *rest))
     return found
 
 

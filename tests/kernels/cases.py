@@ -109,6 +109,30 @@ QUANTIZED = (
     Setup(num_q_heads=4, num_kv_heads=1, page_size=32, query_dtype="bfloat16", cache_dtype="float8_e4m3fn"),
 )
 
+# Heads twice as wide as a register's row, or half of it; groups of 5 query heads (14B) and of 16 (235B).
+GEOMETRIES = (
+    Setup(num_q_heads=5, num_kv_heads=1, head_dim=256, page_size=32),
+    Setup(num_q_heads=32, num_kv_heads=2, head_dim=64, page_size=64),
+    Setup(num_q_heads=16, num_kv_heads=1, head_dim=256, query_dtype="bfloat16", cache_dtype="bfloat16"),
+    Setup(num_q_heads=10, num_kv_heads=2, head_dim=64, query_dtype="bfloat16", cache_dtype="bfloat16"),
+    Setup(num_q_heads=5, num_kv_heads=1, head_dim=256, query_dtype="bfloat16", cache_dtype="int8"),
+    Setup(num_q_heads=16, num_kv_heads=1, head_dim=64, page_size=256, cache_dtype="int8"),
+)
+
+each_geometry = pytest.mark.parametrize(
+    ("implementation", "setup"),
+    [
+        pytest.param(
+            implementation,
+            setup,
+            marks=pytest.mark.slow if i > (1 if implementation == "mosaic_tpu" else 3) else (),
+        )
+        for implementation in IMPLEMENTATIONS
+        for i, setup in enumerate(GEOMETRIES)
+    ],
+    ids=str,
+)
+
 each_quantized = pytest.mark.parametrize(
     ("implementation", "setup"),
     [

@@ -23,6 +23,7 @@ from .cases import (
     check_decode,
     chosen,
     decode_batch,
+    each_geometry,
     each_implementation,
     each_implementation_slowly,
     each_quantized,
@@ -65,6 +66,13 @@ def test_any_batch_matches_the_reference(kv_lens: tuple[int, ...], implementatio
 )
 def test_any_setup_matches_the_reference(setup: Setup, implementation: Implementation) -> None:
     check_decode(decode_batch(setup, BATCHES["unsorted, with padding"]), implementation)
+
+
+@each_geometry
+def test_any_width_and_group_of_heads_matches_the_reference(
+    setup: Setup, implementation: Implementation
+) -> None:
+    check_decode(decode_batch(setup, (270, 0, 3, 128)), implementation, **chosen("all", setup))
 
 
 @each_quantized

@@ -18,6 +18,7 @@ from .cases import (
     Setup,
     check_ragged,
     chosen,
+    each_geometry,
     each_implementation,
     each_implementation_slowly,
     each_quantized,
@@ -74,6 +75,14 @@ def test_any_mix_of_lengths_matches_the_reference(
     setup: Setup, mix: str, implementation: Implementation
 ) -> None:
     check_ragged(mixed_batch(setup, mix), implementation)
+
+
+@each_geometry
+def test_any_width_and_group_of_heads_matches_the_reference(
+    setup: Setup, implementation: Implementation
+) -> None:
+    batch = ragged_batch(setup, (3, 40, 1, 0), (3, 200, 140, 0))
+    check_ragged(batch, implementation, **chosen("all", setup))
 
 
 @each_quantized

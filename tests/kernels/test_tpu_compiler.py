@@ -6,7 +6,6 @@ import itertools
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,169 +13,51 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vsurge.kernels import (
-    SUPPORTED_DTYPES,
-    DecodeBlocks,
-    KVPages,
-    RaggedBlocks,
-    append_kv,
-    bytes_per_token,
-    paged_decode_attention,
-    ragged_paged_attention,
-)
-from vsurge.kernels.kv_pages import scale_tokens
-from vsurge.kernels.quantization import LARGEST, is_quantized
+from vsurge.benchmarks.tpu import tables
+from vsurge.kernels import SUPPORTED_DTYPES, DecodeBlocks
+from vsurge.kernels.quantization import LARGEST
 from vsurge.kernels.tuning import CHIPS, compile_for, compiler
 
 from ..compilation_cache import cache_reset
+from .compiled import (
+    NUM_PAGES,
+    SMALL,
+    assert_in_place,
+    compile_append,
+    compile_decode,
+    compile_fused,
+    compile_ragged,
+    shape,
+)
+from .geometries import HEADS, MODELS, shares
 
 pytestmark = pytest.mark.usefixtures("small_units")  # others take longer to compile: see test_tpu_memory.py
 
-NUM_PAGES = 512
-# query heads, KV heads: Qwen3-0.6B, 8B and 32B, and shards of them over 2, 4 and 8 chips
-HEADS = [(16, 8), (32, 8), (64, 8), (16, 4), (8, 2), (8, 1), (4, 1), (2, 1)]
 
-
-def shape(*sizes: int, dtype: Any = "int32") -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
-
-
-def cache(num_kv_heads: int, head_dim: int, page_size: int, dtype: Any) -> KVPages:
-    """As a TPU keeps it: `empty_kv_pages` knows the device that it runs on."""
-    rows = (NUM_PAGES, 2, num_kv_heads, page_size)
-    data: Any = shape(*rows, head_dim, dtype=dtype)
-    places = scale_tokens(page_size, "tpu")
-    scales: Any = shape(*rows[:3], places, dtype="float32") if is_quantized(dtype) else None
-    return KVPages(data, scales, jnp.dtype(dtype), page_size)
-
-
-def query_dtype(cache_dtype: Any) -> Any:
-    return "bfloat16" if is_quantized(cache_dtype) else cache_dtype
-
-
-def compile_decode(
-    chip: str,
-    heads: tuple[int, int] = (32, 8),
-    head_dim: int = 128,
-    page_size: int = 64,
-    dtype: Any = "bfloat16",
-    *,
-    num_seqs: int = 64,
-    num_queries: int | None = None,
-    context: int = 8192,
-    **options: Any,
-) -> jax.stages.Compiled:
-    several = [] if num_queries is None else [num_queries]
-    attend = partial(
-        paged_decode_attention, scale=head_dim**-0.5, implementation="mosaic_tpu", return_lse=True, **options
-    )
-    return compile_for(
-        chip,
-        attend,
-        shape(num_seqs, *several, heads[0], head_dim, dtype=query_dtype(dtype)),
-        cache(heads[1], head_dim, page_size, dtype),
-        shape(num_seqs),
-        shape(num_seqs, -(-context // page_size)),
-    )
-
-
-def compile_fused(
-    chip: str,
-    heads: tuple[int, int] = (32, 8),
-    head_dim: int = 128,
-    page_size: int = 64,
-    dtype: Any = "bfloat16",
-    *,
-    num_seqs: int = 64,
-    context: int = 8192,
-    **options: Any,
-) -> jax.stages.Compiled:
-    """Decode attention that writes the cache."""
-
-    def attend(queries: Any, kv_pages: Any, lens: Any, table: Any, rows: Any, slots: Any) -> Any:
-        return paged_decode_attention(
-            queries,
-            kv_pages,
-            lens,
-            table,
-            scale=head_dim**-0.5,
-            implementation="mosaic_tpu",
-            new_kv=(rows, rows),
-            slots=slots,
-            **options,
-        )
-
-    return compile_for(
-        chip,
-        attend,
-        shape(num_seqs, heads[0], head_dim, dtype=query_dtype(dtype)),
-        cache(heads[1], head_dim, page_size, dtype),
-        shape(num_seqs),
-        shape(num_seqs, -(-context // page_size)),
-        shape(num_seqs, heads[1], head_dim, dtype=dtype),
-        shape(num_seqs),
-        donate_argnums=(1,),
-    )
-
-
-SMALL = RaggedBlocks(q_tokens=32, kv_tokens=256)  # which compile in seconds
-
-
-def compile_ragged(
-    chip: str,
-    heads: tuple[int, int] = (32, 8),
-    head_dim: int = 128,
-    page_size: int = 64,
-    dtype: Any = "bfloat16",
-    *,
-    num_seqs: int = 64,
-    context: int = 8192,
-    block_sizes: RaggedBlocks | None = SMALL,
-    **options: Any,
-) -> jax.stages.Compiled:
-    attend = partial(
-        ragged_paged_attention,
-        scale=head_dim**-0.5,
-        implementation="mosaic_tpu",
-        block_sizes=block_sizes,
-        **options,
-    )
-    return compile_for(
-        chip,
-        attend,
-        shape(2048, heads[0], head_dim, dtype=query_dtype(dtype)),
-        cache(heads[1], head_dim, page_size, dtype),
-        shape(num_seqs),
-        shape(num_seqs, -(-context // page_size)),
-        shape(num_seqs + 1),
-        shape(1),
-    )
-
-
-def compile_append(
-    chip: str,
-    num_kv_heads: int = 8,
-    head_dim: int = 128,
-    page_size: int = 64,
-    dtype: Any = "bfloat16",
-    num_tokens: int = 64,
-) -> jax.stages.Compiled:
-    rows = shape(num_tokens, num_kv_heads, head_dim, dtype=query_dtype(dtype))
-    return compile_for(
-        chip,
-        partial(append_kv, implementation="mosaic_tpu"),
-        cache(num_kv_heads, head_dim, page_size, dtype),
-        rows,
-        rows,
-        shape(num_tokens),
-        donate_argnums=(0,),
-    )
+def kernels_in(program: jax.stages.Compiled) -> int:
+    return (program.as_text() or "").count('custom_call_target="tpu_custom_call"')
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_every_generation_takes_the_kernels(chip: str) -> None:
-    for program in (compile_decode(chip), compile_fused(chip), compile_ragged(chip), compile_append(chip)):
-        assert 'custom_call_target="tpu_custom_call"' in (program.as_text() or "")
+def test_every_generation_takes_the_kernels_and_writes_the_cache_in_place(chip: str) -> None:
+    assert kernels_in(compile_ragged(chip)) == 2  # prompts, and single new tokens
+    for program in (compile_fused(chip), compile_append(chip)):
+        assert kernels_in(program) == 1
+        assert_in_place(program)
+
+
+@pytest.mark.parametrize("heads", [(16, 8), (32, 8), (64, 8), (8, 1)], ids=str)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_generation_decodes_the_models_and_a_shard(chip: str, heads: tuple[int, int]) -> None:
+    assert kernels_in(compile_decode(chip, heads)) == 1
+
+
+def test_the_heads_are_those_of_every_model_and_every_shard() -> None:
+    assert {heads for heads in MODELS if heads in HEADS} == set(MODELS)
+    assert set(tables.all_heads()) <= set(HEADS)
+    assert {(40, 8), (5, 1), (8, 4), (4, 2), (32, 4), (16, 2), (64, 4), (16, 1)} <= set(HEADS)
+    assert all(q % kv == 0 and kv >= 1 for q, kv in HEADS)
+    assert shares(32, 4) == [(32, 4), (16, 2), (8, 1), (4, 1)]  # the last two devices of each four share one
 
 
 @pytest.mark.parametrize(
@@ -193,7 +74,11 @@ def test_several_queries_compile(chip: str, heads: tuple[int, int], num_queries:
 
 @pytest.mark.parametrize(
     "heads",
-    [pytest.param(heads, marks=() if i % 3 == 0 else pytest.mark.slow) for i, heads in enumerate(HEADS)],
+    [
+        pytest.param(heads, marks=() if heads in ((5, 1), (40, 8), (4, 2)) else pytest.mark.slow)
+        for heads in HEADS
+    ],
+    ids=str,
 )
 def test_shards_compile(heads: tuple[int, int]) -> None:
     compile_decode("v6e", heads)
@@ -266,22 +151,8 @@ def test_the_cache_is_written_in_place(num_tokens: int, dtype: str) -> None:
     assert_in_place(compile_append("v6e", page_size=128, dtype=dtype, num_tokens=num_tokens), 128, dtype)
 
 
-def test_attention_writes_the_cache_in_place() -> None:
-    program = compile_fused("v6e")
-    assert_in_place(program)
-    assert (program.as_text() or "").count('custom_call_target="tpu_custom_call"') == 1
-
-
-def assert_in_place(program: jax.stages.Compiled, page_size: int = 64, dtype: str = "bfloat16") -> None:
-    """The cache is among what is updated, and nothing of its size is made."""
-    memory, num_bytes = program.memory_analysis(), NUM_PAGES * page_size * bytes_per_token(8, 128, dtype)
-    assert memory is not None
-    assert memory.alias_size_in_bytes == num_bytes
-    assert memory.temp_size_in_bytes < num_bytes // 2
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "heads"), list(itertools.product(CHIPS, HEADS)))
+@pytest.mark.parametrize(("chip", "heads"), list(itertools.product(CHIPS, HEADS)), ids=str)
 def test_every_generation_takes_every_shard(chip: str, heads: tuple[int, int]) -> None:
     for page_size in (16, 32, 64, 128, 256):
         compile_decode(chip, heads, page_size=page_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,10 +22,17 @@ from vsurge.kernels import (
 from vsurge.kernels.ragged.blocks import Sizes, default_blocks
 from vsurge.kernels.ragged.heads import Heads
 from vsurge.kernels.ragged.query_blocks import cut_queries, most_blocks
+from vsurge.kernels.tpu.shapes import padded
+from vsurge.kernels.tpu.units import SMEM_BYTES, SMEM_TILE, TABLES, Units, most_seqs
+from vsurge.kernels.tuning import Call
+from vsurge.kernels.tuning.compiler import trace_for
 
 from .jaxprs import equations
 
 BLOCKS: dict[str, Any] = {"decode": DecodeBlocks(128), "ragged": RaggedBlocks(16, 128)}
+
+
+MUCH = r"groups of \d+ sequences \(lanes=2 x depth=\d\) .* bytes of scalar memory, which has 1048576"
 
 
 def attend(kernel: str, query_dtype: str, cache_dtype: str, page_size: int = 16, **options: Any) -> Any:
@@ -67,7 +75,11 @@ def test_bfloat16_products_are_summed_in_float32(kernel: str) -> None:
         ("decode", DecodeBlocks(100), r"kv_tokens=100 must be a multiple of page_size=16 and of 128"),
         ("decode", DecodeBlocks(128, depth=1), r"depth=1 must be at least 2"),
         ("decode", DecodeBlocks(128, lanes=0), r"lanes=0 must be at least 1"),
-        ("decode", DecodeBlocks(2**20), r"holds \d+ bytes of the cache, vector memory has \d+"),
+        (
+            "decode",
+            DecodeBlocks(2**20),
+            r"needs \d+ bytes of vector memory \(\d+ of them for the cache\), which has",
+        ),
         ("ragged", RaggedBlocks(24, 128), r"q_tokens=24 must be a power of two, at least 16"),
         ("ragged", RaggedBlocks(16, 0), r"kv_tokens=0 must be a multiple of page_size=16 and of 128"),
         ("ragged", RaggedBlocks(16, 128, 9), r"depth=9 must lie in 2\.\.8"),
@@ -78,6 +90,41 @@ def test_bfloat16_products_are_summed_in_float32(kernel: str) -> None:
 def test_block_sizes_are_refused(kernel: str, blocks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attend(kernel, "float32", "float32", block_sizes=blocks)
+
+
+def test_what_sequences_take_of_vector_memory_counts_for_block_sizes() -> None:
+    """The cache's 2^27 bytes are all of v6e's, and queries, outputs and softmaxes come on top."""
+    call = Call(kernel="decode", num_q_heads=32, num_kv_heads=8, block_sizes=DecodeBlocks(1024, 1, 32))
+    with pytest.raises(ValueError, match=r"needs 138117120 .* \(134217728 of them .* which has 134217728"):
+        trace_for("v6e", call.function(), *call.arguments())
+    trace_for("v6e", replace(call, block_sizes=DecodeBlocks(1024, 1, 24)).function(), *call.arguments())
+
+
+def test_scalar_memory_bounds_the_sequences_of_a_group() -> None:
+    """A long page table's rows, of three groups, next to the lengths."""
+    call = Call(kernel="decode", num_q_heads=8, num_kv_heads=1, max_context=2**17, max_seqs=256, page_size=16)
+    most = most_seqs(call.pages_per_seq, call.max_seqs)
+    assert most == 8
+    few, many = (replace(call, block_sizes=DecodeBlocks(128, lanes=2, depth=depth)) for depth in (4, 5))
+    trace_for("v6e", few.function(), *few.arguments())
+    with pytest.raises(ValueError, match=MUCH):
+        trace_for("v6e", many.function(), *many.arguments())
+
+
+@pytest.mark.parametrize("num_groups", [1, 2**10])
+def test_units_that_need_more_scalar_memory_than_there_is_are_refused_with_the_bytes(num_groups: int) -> None:
+    units = Units(8, num_groups, 8192, 2, 8, 16, 4, None)
+    table = 4 * (TABLES * 8 * 8192 + 8)
+    lengths = 4 * padded(8 * num_groups, SMEM_TILE)
+    assert table + lengths <= SMEM_BYTES
+    units.check()
+    wider = replace(units, table_row=8192 + 1024 * 3)
+    with pytest.raises(ValueError, match=MUCH) as refused:
+        wider.check()
+    needed = table + lengths + 4 * TABLES * 8 * 3 * 1024
+    assert f"up to {8192 + 3072} pages need {needed} bytes" in str(refused.value)
+    with pytest.raises(ValueError, match=MUCH):
+        replace(units, num_groups=2**15).check()  # of lengths
 
 
 @pytest.mark.parametrize("kernel", BLOCKS)

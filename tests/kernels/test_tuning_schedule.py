@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from vsurge.kernels.tuning import ScheduleError
+from vsurge.kernels.tuning.loops import Execution
+from vsurge.kernels.tuning.replay import Replay
 from vsurge.kernels.tuning.schedule import Instruction, read_schedules
+from vsurge.kernels.tuning.spills import Spill
 
 from .schedules import UNITS, schedule_of, write_dumps
 
@@ -76,6 +79,66 @@ def test_loops_nest_and_tell_their_slots_spills_and_copies(tmp_path: Path) -> No
     assert outer.copies == inner.copies == (128 * 32, None)
     assert inner.slots == {unit: at for at, unit in enumerate(UNITS)}
     assert outer.slots["VSTORE:SPILL"] == inner.slots["VSTORE:SPILL"] + 1 == 9
+
+
+SPILLED = "%40 = vst [vmem:[#allocation7_spill] sm:$0xff] /*vst_source=*/%v{}"
+FILLED = "%v{} = vld [vmem:[#allocation7_spill] sm:$0xff]"
+
+
+def test_spills_tell_what_made_and_who_reads_the_register() -> None:
+    """The same place holds one register after the other; one of them is read before it is spilled, too."""
+    schedule = schedule_of(
+        "%v1_v0 = vmul.f32 0.5, %v0_v1 ;; %v2_v2 = vpop.f32.mrf.mxu0",
+        "%v3_v3 = vmax.f32 %v1_v0, %v0_v1",
+        SPILLED.format("1_v0"),
+        FILLED.format("4_v0"),
+        "%v5_v4 = vsub.f32 %v4_v0, %v3_v3",
+        SPILLED.format("2_v2"),
+        FILLED.format("6_v5"),
+        "%v7_v6 = vadd.f32 %v6_v5, %v5_v4 ;; %9 = vst [vmem:[#allocation9] sm:$0xff] /*vst_source=*/%v7_v6",
+    )
+    scores, product = Spill("vmul.f32", ("vmax.f32", "vsub.f32")), Spill("vpop.f32.mrf.mxu0", ("vadd.f32",))
+    assert schedule.spills == ((2, scores), (5, product))
+    assert (scores.is_accumulator, product.is_accumulator) == (False, True)
+    assert not Spill("vpop.eup", ("vadd.f32", "vpack.c.bf16")).is_accumulator  # a weight
+    assert not Spill("vmax.f32", ("vadd.f32",)).is_accumulator
+    assert Spill("vmul.f32", ("vadd.f32",)).is_accumulator
+    assert Spill("vadd.f32", ("vst",)).is_accumulator
+
+
+def test_loops_are_counted_as_they_were_executed(tmp_path: Path) -> None:
+    """An outer loop of 3 trips around an inner one of 5, 3 bundles before and after; v4 has a delay slot."""
+    bundles = [
+        "%s0_s0 = smov 0",
+        "%s1_s1 = smov 0",
+        f"%s2_s2 = smov 0 ;; {SPILLED.format('1_v0')}",
+        f"%s2_s2 = sadd.s32 1, %s2_s2 ;; {COPY.format(4)}",
+        "%p1_p1 = scmp.lt.s32.totalorder %s2_s2, 5",
+        LOOP.format("%p1_p1", 3),
+        "",
+        "%s1_s1 = sadd.s32 1, %s1_s1",
+        "%p2_p2 = scmp.lt.s32.totalorder %s1_s1, 3",
+        LOOP.format("%p2_p2", 2),
+        "",
+        "%s0_s0 = smov 0",
+    ]
+    used = [" ".join("1" for _ in UNITS)] * len(bundles)
+    write_dumps(tmp_path, bundles, used)
+    (schedule,) = read_schedules(tmp_path, "v4")
+    visits = {0: (1, 7), 3: (12, 4), 7: (3, 4), 2: (2, 5), 11: (1, 1)}  # as a replay makes its pieces
+    execution = Execution(schedule, Replay(issued=7 + 48 + 12 + 10 + 1, visits=visits))
+    inner, outer = execution.loops()
+    assert (inner.loop.first, inner.loop.last, inner.trips) == (3, 6, 15)
+    assert (inner.work.bundles, inner.bundles_per_trip) == (60, 4)
+    assert (inner.copies, inner.copied_bytes) == (15, 15 * 4 * 512)
+    assert (outer.loop.first, outer.loop.last, outer.trips) == (2, 10, 3)
+    assert (outer.work.bundles, outer.bundles_per_trip) == (75, 25)
+    assert execution.work().bundles == 78
+    assert execution.busiest().bundles == 60
+    assert inner.work.slots["VALU"] == 60
+    assert inner.work.share("VALU") == 60 / (4 * 60)
+    assert outer.work.spills == 2 * 75
+    assert execution.spills() == {Spill("unknown", ()): 3}
 
 
 def test_only_pallas_kernels_are_read_in_the_order_of_compilation(tmp_path: Path) -> None:

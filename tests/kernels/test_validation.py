@@ -17,6 +17,9 @@ from vsurge.kernels import (
     paged_decode_attention,
     ragged_paged_attention,
 )
+from vsurge.kernels.append import mosaic_tpu as append_tpu
+from vsurge.kernels.tuning import Call
+from vsurge.kernels.tuning.compiler import trace_for
 
 from .cases import IMPLEMENTATIONS
 
@@ -82,7 +85,11 @@ NEW: dict[str, Any] = {"new_kv": (jnp.ones((2, 2, 8)),) * 2, "slots": jnp.asarra
 BAD_FOR_DECODE = [
     (NEW | {"slots": jnp.ones((2,))}, "slots: dtype float32, must be int32"),
     (NEW | {"slots": jnp.ones((2, 1), jnp.int32)}, r"slots: shape \(2, 1\), expected \(2,\)"),
-    (NEW | {"new_kv": (jnp.ones((2, 2, 8)), jnp.ones((2, 4, 8)))}, r"values of shape \(2, 4, 8\), expected"),
+    (
+        NEW | {"new_kv": (jnp.ones((2, 2, 8)), jnp.ones((2, 4, 8)))},
+        r"new_kv: values: shape \(2, 4, 8\), expected",
+    ),
+    (NEW | {"new_kv": (jnp.ones((2, 2, 8), jnp.int32),) * 2}, "new_kv: keys: dtype int32, must be one of"),
     ({"queries": jnp.ones((2, 9, 4, 8))}, "queries: 9 per sequence, must be 1 to 8; ragged_paged_attention"),
     ({"queries": jnp.ones((2, 0, 4, 8))}, "queries: 0 per sequence, must be 1 to 8"),
     ({"queries": jnp.ones((2, 1, 1, 4, 8))}, r"queries: shape \(2, 1, 1, 4, 8\)"),
@@ -154,6 +161,42 @@ def test_debug_refuses_slots_of_decode(change: dict[str, Any], message: str) -> 
         paged_decode_attention(**decode_arguments() | NEW | integers(change), debug=True)
 
 
+# Of `ragged_arguments`: new tokens at positions 17 to 19 of pages 0 and 1, and 0 and 1 of page 2.
+NEW_TO_RAGGED: dict[str, Any] = {
+    "new_kv": (jnp.ones((5, 2, 8)),) * 2,
+    "slots": jnp.asarray([17, 18, 19, 32, 33], jnp.int32),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": [17, 18, 20, 32, 33]}, r"sequence 0: slots\[2\]=20, its page table says 19"),
+        ({"slots": [-1, 18, 19, 32, 99]}, r"sequence 1: slots\[4\]=99, its page table says 33"),
+        ({"slots": [17, 18, 19, 32, 33], "num_seqs": [1]}, r"slots\[3\]=32: of no sequence's token, must be"),
+        (
+            {"slots": [17, 18, 19, 16, 17], "page_table": [[0, 1], [1, 99]], "kv_lens": [20, 2]},
+            r"slots\[4\]=17: token 0 is written there as well",
+        ),
+    ],
+)
+def test_debug_refuses_slots_of_ragged(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ragged_paged_attention(**ragged_arguments() | NEW_TO_RAGGED | integers(change), debug=True)
+
+
+def test_debug_accepts_slots_of_ragged_and_refuses_them_inside_a_compiled_program() -> None:
+    ragged_paged_attention(**ragged_arguments() | NEW_TO_RAGGED, debug=True)
+    some_are_there = integers({"slots": [-1, 18, 19, -7, 33]})
+    ragged_paged_attention(**ragged_arguments() | NEW_TO_RAGGED | some_are_there, debug=True)
+    arguments = ragged_arguments() | NEW_TO_RAGGED
+    scale = arguments.pop("scale")
+    attend = jax.jit(lambda arguments: ragged_paged_attention(**arguments, scale=scale, debug=True))
+    jax.block_until_ready(attend(arguments))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"ValueError: .*sequence 1: slots\[3\]=31"):
+        jax.block_until_ready(attend(arguments | integers({"slots": [17, 18, 19, 31, 33]})))
+
+
 def test_debug_refuses_slots_inside_a_compiled_program() -> None:
     arguments = decode_arguments() | NEW
     scale = arguments.pop("scale")
@@ -176,8 +219,16 @@ def test_debug_accepts_nonsense_where_nobody_looks() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keys": jnp.ones((3, 1, 8))}, r"keys: shape \(3, 1, 8\), expected \(3, 2, 8\) for 3 slots"),
+        (
+            {"keys": jnp.ones((3, 1, 8))},
+            r"keys: shape \(3, 1, 8\), expected \(3, 2, 8\) \(3 tokens, KV heads, head",
+        ),
         ({"values": jnp.ones((2, 2, 8))}, r"values: shape \(2, 2, 8\), expected \(3, 2, 8\)"),
+        (
+            {"keys": jnp.ones((3, 2, 8), jnp.int32)},
+            "keys: dtype int32, must be one of .'bfloat16', 'float32'",
+        ),
+        ({"values": jnp.ones((3, 2, 8), jnp.float16)}, "values: dtype float16, must be one of"),
         ({"slots": jnp.ones((3,))}, r"slots: float32\[3\], expected int32\[num_tokens\]"),
         ({"slots": jnp.ones((3, 1), jnp.int32)}, r"slots: int32\[3, 1\]"),
         ({"implementation": "fastest"}, "implementation='fastest'"),
@@ -188,6 +239,46 @@ def test_append_refuses(change: dict[str, Any], message: str) -> None:
     arguments["slots"] = jnp.arange(3, dtype=jnp.int32)
     with pytest.raises(ValueError, match=message):
         append_kv(empty_kv_pages(4, 16, 2, 8, "float32"), **arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([3, 64, -1], r"slots\[1\]=64: must be less than num_pages \* page_size = 64, or negative"),
+        ([3, -1, 2**31 - 1], r"slots\[2\]=2147483647: must be less than"),
+        ([5, 63, 5], r"slots\[2\]=5: token 0 is written there as well"),
+    ],
+)
+def test_debug_refuses_slots_of_append(slots: list[int], message: str) -> None:
+    rows = jnp.ones((3, 2, 8))
+
+    def append(slots: jax.Array) -> Any:
+        return append_kv(empty_kv_pages(4, 16, 2, 8, "float32"), rows, rows, slots, debug=True)
+
+    good, bad = (jnp.asarray(values, jnp.int32) for values in ([63, -1, -1], slots))
+    jax.block_until_ready((append(good), jax.jit(append)(good)))
+    with pytest.raises(ValueError, match=message):
+        append(bad)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"ValueError: .*{message}"):
+        jax.block_until_ready(jax.jit(append)(bad))
+
+
+def test_an_append_that_vector_or_scalar_memory_has_no_room_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many heads as no model has, and chunks of tokens far larger than those that are written at once."""
+    call = Call(kernel="append", num_q_heads=256, num_kv_heads=256, head_dim=256, max_tokens=16)
+    trace_for("v5e", call.function(), *call.arguments())
+    message = r"kv_pages: 16 pieces of 256 KV heads with head_dim 256 .* need 71303168 .*, which has 16777216"
+    with pytest.raises(ValueError, match=message):
+        trace_for("v4", call.function(), *call.arguments())
+    few = Call(kernel="append", num_q_heads=1, num_kv_heads=1, max_tokens=90112)
+    trace_for("v6e", few.function(), *few.arguments())  # in chunks
+    jax.clear_caches()
+    monkeypatch.setattr(append_tpu, "ROW_BYTES", 2**26)
+    with pytest.raises(ValueError, match=r"slots: 90112 tokens at once need 1097728 bytes of scalar memory"):
+        trace_for("v6e", few.function(), *few.arguments())
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", ["num_pages", "page_size", "num_kv_heads", "head_dim"])

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from vsurge.kernels import append, decode, ragged
 from vsurge.model import Model
 from vsurge.runtime import vSurge
+from vsurge.runtime.executor import Executor
+from vsurge.runtime.scheduler import StepKind
 
+from ..kernels.jaxprs import equations
 from .greedy import CAPITAL, GREEDY
 from .scripted import TIMEOUT_S
 
 pytestmark = pytest.mark.usefixtures("small_units")
 
 
-def answer(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    surge = vSurge.from_model(
+def engine(model: Model, tokenizer: PreTrainedTokenizerBase) -> vSurge:
+    return vSurge.from_model(
         model,
         tokenizer,
         max_length=64,
@@ -26,14 +31,71 @@ def answer(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         page_size=16,
         num_pages=10,
     )
-    with surge:
+
+
+def answer(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    with engine(model, tokenizer) as surge:
         [sample] = surge.generate(CAPITAL, replace(GREEDY, max_tokens=5)).result(10 * TIMEOUT_S)
         return list(sample.token_ids)
+
+
+def on_kernels(model: Model) -> Model:
+    return replace(model, config=replace(model.config, attention="mosaic_tpu", decode_attention="mosaic_tpu"))
+
+
+# What a layer of each kind of step is made of: a decode step's attention writes the cache itself.
+EXPECTED: dict[StepKind, set[str]] = {
+    "decode": {"paged_decode_attention"},
+    "mixed": {"append_kv", "paged_decode_attention", "ragged_paged_attention"},
+}
+
+
+def assert_made_of_kernels(model: Model, tokenizer: PreTrainedTokenizerBase, kind: StepKind) -> None:
+    """Every layer of a step has each kernel once, and nothing else attends."""
+    surge = engine(model, tokenizer)
+    executor = surge._executor
+    assert isinstance(executor, Executor)
+    size = (executor.decode_buckets if kind == "decode" else executor.mixed_buckets)[0]
+    program = executor._trace(kind, size).jaxpr.jaxpr
+    kernels = Counter(e.params["name"] for e in equations(program) if e.primitive.name == "pallas_call")
+    assert kernels == dict.fromkeys(EXPECTED[kind], model.config.num_layers)
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_every_layer_of_a_step_runs_the_kernels(
+    model: Model, tokenizer: PreTrainedTokenizerBase, kind: StepKind
+) -> None:
+    assert_made_of_kernels(on_kernels(model), tokenizer, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [("decode", decode.FUSED), ("mixed", ragged.IMPLEMENTATIONS), ("mixed", append.IMPLEMENTATIONS)],
+    ids=["decode", "ragged", "append"],
+)
+def test_a_step_that_falls_back_is_noticed(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: StepKind,
+    table: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if table is decode.FUSED:
+        monkeypatch.delitem(table, "mosaic_tpu")  # and XLA's after it
+        monkeypatch.setitem(decode.IMPLEMENTATIONS, "mosaic_tpu", decode.IMPLEMENTATIONS["xla"])
+        monkeypatch.setitem(append.IMPLEMENTATIONS, "mosaic_tpu", append.IMPLEMENTATIONS["xla"])
+    else:
+
+        def fallback(*arguments: object, return_lse: bool = True, **options: object) -> object:
+            return table["xla"](*arguments, **options)
+
+        monkeypatch.setitem(table, "mosaic_tpu", fallback)
+    with pytest.raises(AssertionError):
+        assert_made_of_kernels(on_kernels(model), tokenizer, kind)
 
 
 def test_the_demo_checkpoint_answers_with_the_same_tokens(
     model: Model, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Through a prompt in chunks, and decoding."""
-    config = replace(model.config, attention="mosaic_tpu", decode_attention="mosaic_tpu")
-    assert answer(replace(model, config=config), tokenizer) == answer(model, tokenizer)
+    assert answer(on_kernels(model), tokenizer) == answer(model, tokenizer)

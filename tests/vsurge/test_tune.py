@@ -44,6 +44,10 @@ def test_the_winner_goes_into_the_table_with_what_it_was_compared_with(
     assert lines[2].split()[-2:] == ["128", "512"]
     (refused,) = (line for line in lines if line.startswith("kv_tokens=96"))
     assert "refused: block_sizes: kv_tokens=96 must be a multiple of page_size=64" in refused
+    steps = dict(line.rsplit(maxsplit=2)[0::2] for line in lines if "step" in line or "slots" in line)
+    assert 100 < float(steps["bundles per step"].replace(",", "")) < 1000
+    assert float(steps["KiB copied per step"]) == 128  # 256 tokens of one KV head
+    assert {f"{unit} slots in use" for unit in ("matrix", "vector", "load", "store")} < set(steps)
     first, second = read_table(table)
     assert (first.key, first.more_than, first.up_to) == (KEY, 0, 128)
     assert (second.more_than, second.up_to) == (128, 512)
@@ -89,6 +93,9 @@ def test_the_winner_goes_into_the_table_with_what_it_was_compared_with(
         (("--tp", "3"), "--tp 3: must divide the 16 query heads of 0.6B"),
         (("--tp", "16"), "--tp 16: must divide the 8 key/value heads of 0.6B"),
         (("--contexts", "128,many"), "--contexts '128,many': must be numbers of tokens"),
+        (("--page-size", "0"), "--page-size 0: must be a positive multiple of 8 tokens"),
+        (("--page-size", "12"), "--page-size 12: must be a positive multiple of 8 tokens"),
+        (("--kv-dtype", "int9"), "--kv-dtype int9: must be one of bfloat16, float32, int8, float8_e4m3fn"),
         (("--no-plot", "--plot", "x.png"), "--plot x.png: has no effect beside --no-plot"),
         (("--model", "7B"), "7B: no such folder, no hub id, and none of"),
     ],

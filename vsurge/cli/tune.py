@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..kernels import SUPPORTED_DTYPES
 from ..kernels.block_sizes import Entry, read_table, user_table_path, write_table
 from ..kernels.block_sizes.table import merged
-from ..kernels.tuning import Call, Compilers
+from ..kernels.tpu.shapes import SUBLANES
+from ..kernels.tuning import Call, Compilers, LoopRun, Prediction
 from ..kernels.tuning.chips import find_chip
 from ..kernels.tuning.search import Search, Trial, start_search
 from ..kernels.tuning.timing import chip_here, time_call
@@ -90,8 +92,13 @@ def kernel_calls(args: argparse.Namespace) -> list[Call]:
     """The kernel calls of one of the devices that share a model.
 
     Raises:
-        ValueError: the heads cannot be shared so.
+        ValueError: the heads cannot be shared so, or there is no such cache.
     """
+    if args.page_size < 1 or args.page_size % SUBLANES:
+        raise ValueError(f"--page-size {args.page_size}: must be a positive multiple of {SUBLANES} tokens")
+    dtypes = [dtype.name for dtype in SUPPORTED_DTYPES]
+    if args.kv_dtype not in dtypes:
+        raise ValueError(f"--kv-dtype {args.kv_dtype}: must be one of {', '.join(dtypes)}")
     config, _ = find_config(args.model, args.revision)
     heads = {"query": config.num_q_heads, "key/value": config.num_kv_heads}
     for kind, number in heads.items():
@@ -138,8 +145,24 @@ def describe(search: Search, trials: Sequence[Trial], entries: Sequence[Entry]) 
         lines.append(f"{f'{label} of the winner, equal lengths':40}{''.join(cells)}".rstrip())
     bounds = (f"{trial.predicted[at][0].bound:>10} " for at, trial in enumerate(best))
     lines.append(f"{'bound by':40}{''.join(bounds)}".rstrip())
+    lines += describe_steps([step_of(trial.predicted[at][0]) for at, trial in enumerate(best)])
     margins = (f"{entry.provenance['margin']:10.2%} " for entry in entries)
     return [*lines, f"{'margin over the runner-up':40}{''.join(margins)}".rstrip()]
+
+
+def step_of(prediction: Prediction) -> LoopRun:
+    """The loop that takes most, of the kernel that takes most: its trips are the kernel's steps."""
+    return max(prediction.runs, key=lambda run: run.replay.issued).loops[0]
+
+
+def describe_steps(steps: Sequence[LoopRun]) -> list[str]:
+    """What a step issues on average: a column per context."""
+    rows = [("bundles per step", [f"{step.bundles_per_trip:,.0f}" for step in steps])]
+    for label, unit in (("matrix", "MXU"), ("vector", "VALU"), ("load", "VLOAD"), ("store", "VSTORE")):
+        rows.append((f"{label} slots in use", [f"{step.work.share(unit):.1%}" for step in steps]))
+    rows.append(("spills and fills per step", [f"{step.work.spills / step.trips:.1f}" for step in steps]))
+    rows.append(("KiB copied per step", [f"{step.copied_bytes / step.trips / 2**10:,.0f}" for step in steps]))
+    return [f"{label:40}{''.join(f'{cell:>10} ' for cell in cells)}".rstrip() for label, cells in rows]
 
 
 def winner(trials: Sequence[Trial], entry: Entry) -> Trial:

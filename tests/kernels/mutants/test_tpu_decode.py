@@ -17,9 +17,9 @@ from vsurge.kernels.decode.new_rows import NewRows
 from vsurge.kernels.tpu.fetcher import Fetcher
 from vsurge.kernels.tpu.units import Units
 
-from .cases import Setup, check_decode, decode_batch, sinks_of
-from .fused import check_fused
-from .test_tpu_mutants import Patch, changed
+from ..cases import Setup, check_decode, decode_batch, sinks_of
+from ..fused import check_fused
+from .faults import Patch, changed, named
 
 pytestmark = pytest.mark.usefixtures("traced_anew", "small_units")
 
@@ -130,25 +130,15 @@ WRITE = {
     "padding written": padding_written,
     "last writes not waited for": last_writes_not_waited_for,
 }
-QUERIES = [
-    one_token_too_many,
-    one_token_too_few,
-    queries_in_reverse,
-    first_page_of_the_last_query,
-    full_for_the_last_query,
-    rows_by_query,
-    output_rows_by_kv_head,
-]
-SAMPLE = {"queries-full_for_the_last_query", "write-lost when a window is set"}  # for a run without the slow
-
-
-def _cases() -> list[Any]:
-    named = [(f"queries-{fault.__name__}", check_queries, fault) for fault in QUERIES]
-    named += [(f"write-{name}", check_write, fault) for name, fault in WRITE.items()]
-    return [
-        pytest.param(check, fault, id=name, marks=() if name in SAMPLE else pytest.mark.slow)
-        for name, check, fault in named
-    ]
+QUERIES = {
+    "one token too many": one_token_too_many,
+    "one token too few": one_token_too_few,
+    "queries in reverse": queries_in_reverse,
+    "first page of the last query": first_page_of_the_last_query,
+    "full for the last query": full_for_the_last_query,
+    "rows by query": rows_by_query,
+    "output rows by KV head": output_rows_by_kv_head,
+}
 
 
 @pytest.mark.slow
@@ -158,7 +148,13 @@ def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
 
 
 @pytest.mark.usefixtures("no_type_checker")
-@pytest.mark.parametrize(("check", "fault"), _cases())
+@pytest.mark.parametrize(
+    ("check", "fault"),
+    [
+        *named("queries", check_queries, QUERIES, {"full for the last query"}),
+        *named("write", check_write, WRITE, {"lost when a window is set"}),
+    ],
+)
 def test_a_fault_is_noticed(
     check: Callable[[], None], fault: Callable[[Patch], None], monkeypatch: Patch
 ) -> None:

@@ -15,9 +15,8 @@ from vsurge.kernels.append import xla as append_xla
 from vsurge.kernels.decode import xla as decode_xla
 from vsurge.kernels.ragged import xla as ragged_xla
 
-from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
-
-Patch = pytest.MonkeyPatch
+from ..cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
+from .faults import Patch, changed
 
 
 def check_ragged_kernel() -> None:
@@ -57,12 +56,6 @@ def check_append_kernel() -> None:
     for rows, new in zip(got, (keys, values), strict=True):
         want = jnp.zeros_like(rows).at[jnp.asarray([3, 17, 9])].set(new[jnp.asarray([0, 1, 3])])
         assert (rows == want).all()
-
-
-def changed(patch: Patch, module: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replaces a function f of a module by one that calls change(f, ...)."""
-    original = getattr(module, name)
-    patch.setattr(module, name, lambda *args, **options: change(original, *args, **options))
 
 
 def neighbouring_page(patch: Patch) -> None:

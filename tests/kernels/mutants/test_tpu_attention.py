@@ -1,4 +1,4 @@
-"""Faults put into the kernels for TPU on purpose: the comparison with the oracle notices each of them."""
+"""Faults put into the attention kernels for TPU: the comparison with the oracle notices each of them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 
-from vsurge.kernels import DecodeBlocks, RaggedBlocks, append_kv, empty_kv_pages, read_kv
-from vsurge.kernels.append import mosaic_tpu as append_tpu
+from vsurge.kernels import DecodeBlocks, RaggedBlocks
 from vsurge.kernels.decode import kernel, step
 from vsurge.kernels.ragged import columns
 from vsurge.kernels.ragged import kernel as ragged_kernel
 from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
 from vsurge.kernels.tpu import streams
-from vsurge.kernels.tpu.fetcher import FIRST, Fetcher
+from vsurge.kernels.tpu.fetcher import FIRST, TOKENS, Fetcher
 from vsurge.kernels.tpu.units import Units
 
-from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
+from ..cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
+from .faults import Patch, changed, named
 
 pytestmark = pytest.mark.usefixtures("traced_anew", "small_units")
 
-Patch = pytest.MonkeyPatch
 SETUP = Setup(page_size=32)
-QUANTIZED = replace(SETUP, query_dtype="bfloat16", cache_dtype="int8")
 OPTIONS: dict[str, Any] = {"sliding_window": 150, "soft_cap": 5.0, "sinks": sinks_of(SETUP)}
 
 
@@ -42,44 +39,15 @@ def check_ragged_kernel() -> None:
     check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 128, 2), **OPTIONS)
 
 
-def check_quantized_decode() -> None:
-    batch = decode_batch(QUANTIZED, (300, 3, 0, 128, 200))
-    check_decode(batch, "mosaic_tpu", block_sizes=DecodeBlocks(128, 1, 2))
+def check_whole_steps() -> None:
+    """Long sequences, without a window: units of 256 tokens that are whole, nearly, or less than half."""
+    batch = decode_batch(SETUP, (900, 3, 0, 256, 640, 200))
+    check_decode(batch, "mosaic_tpu", block_sizes=DecodeBlocks(256, 1, 2))
 
 
-def check_quantized_ragged() -> None:
-    batch = ragged_batch(QUANTIZED, (3, 40, 0), (3, 290, 0))
-    check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 128, 2))
-
-
-def check_quantized_append() -> None:
-    keys, values = jnp.arange(1.0, 129.0).reshape(2, 4, 2, 8)
-    slots = jnp.asarray([3, 17, -1, 9], jnp.int32)
-    got, want = (
-        append_kv(empty_kv_pages(2, 16, 2, 8, "int8"), keys, values, slots, implementation=implementation)
-        for implementation in ("mosaic_tpu", "reference")
-    )
-    np.testing.assert_array_equal(got.data, want.data)
-    np.testing.assert_array_equal(got.scales, want.scales)
-
-
-def check_append_kernel() -> None:
-    keys, values = jnp.arange(128.0).reshape(2, 4, 2, 8)
-    slots = jnp.asarray([3, 17, -1, 9], jnp.int32)
-    empty = empty_kv_pages(2, 16, 2, 8, "float32")
-    got = read_kv(
-        append_kv(empty, keys, values, slots, implementation="mosaic_tpu"), jnp.arange(32, dtype=jnp.int32)
-    )
-    for rows, new in zip(got, (keys, values), strict=True):
-        want = np.zeros(rows.shape)
-        want[[3, 17, 9]] = np.asarray(new)[[0, 1, 3]]
-        np.testing.assert_array_equal(rows, want)
-
-
-def changed(patch: Patch, place: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replaces a function f of a module or class by one that calls change(f, ...)."""
-    original = getattr(place, name)
-    patch.setattr(place, name, lambda *args, **options: change(original, *args, **options))
+def check_wide_blocks() -> None:
+    batch = ragged_batch(SETUP, (40, 3), (290, 512))
+    check_ragged(batch, "mosaic_tpu", block_sizes=RaggedBlocks(16, 256, 2))
 
 
 def neighbouring_page(patch: Patch) -> None:
@@ -131,14 +99,34 @@ def stale_buffer(patch: Patch) -> None:
     changed(patch, ragged_kernel, "attend", ragged)
 
 
-def wide_units_dropped(patch: Patch) -> None:
-    def decode(f: Any, *arguments: Any, **options: Any) -> None:
-        *_, fetcher, _, _, _, width = arguments
-        if width < fetcher.units.tokens:
-            f(*arguments, **options)
+def steps_dropped(dropped: Callable[[int, int, bool], bool]) -> Callable[[Patch], None]:
+    """Of decoding, those for whose width, unit's tokens and whether they are masked `dropped` says so."""
 
-    changed(patch, kernel, "compute", decode)
-    changed(patch, ragged_kernel, "_widths", lambda f, tokens: f(tokens)[:-1])
+    def compute(f: Any, *arguments: Any, masked: bool) -> None:
+        *_, fetcher, _, _, _, width = arguments
+        if not dropped(width, fetcher.units.tokens, masked):
+            f(*arguments, masked=masked)
+
+    return lambda patch: changed(patch, kernel, "compute", compute)
+
+
+def last_partial_unit_dropped(patch: Patch) -> None:
+    def seen(f: Any, attention: Any, units_in: list[Any], width: int) -> Any:
+        whole = [jnp.full((attention.rows, width), unit[TOKENS] % 256 == 0) for unit in units_in]
+        return f(attention, units_in, width) & jnp.concatenate(whole)
+
+    changed(patch, step, "_seen", seen)
+
+
+def blocks_dropped(dropped: Callable[[int, int, int], bool]) -> Callable[[Patch], None]:
+    """Of prompts, those for whose width, unit's tokens and tokens that all queries see `dropped` says so."""
+
+    def attend(f: Any, *arguments: Any) -> None:
+        _, _, fetcher, *_, width, seen_by_all = arguments
+        if not dropped(width, fetcher.units.tokens, seen_by_all):
+            f(*arguments)
+
+    return lambda patch: changed(patch, ragged_kernel, "attend", attend)
 
 
 def one_token_too_many(patch: Patch) -> None:
@@ -240,54 +228,12 @@ def blocks_of_the_next_sequence(patch: Patch) -> None:
     changed(patch, ragged_tpu, "cut_queries", cut)
 
 
-def written(change: Callable[..., tuple[Any, ...]]) -> Callable[[Patch], None]:
-    """Other arguments of the cache write."""
-    return lambda patch: changed(patch, append_tpu, "_write", lambda f, *arguments: f(*change(*arguments)))
-
-
-def other_scales(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    """`change` gives the scales of keys or values from the right function and its last arguments."""
-
-    def scales_of(f: Any, self: Fetcher, slot: Any, lane: int, kind: int, *which: Any) -> Any:
-        return change(lambda kind: f(self, slot, lane, kind, *which), kind)
-
-    return lambda patch: changed(patch, Fetcher, "scales_of", scales_of)
-
-
-def scaled_weights_summed(patch: Patch) -> None:
-    def decode(f: Any, attention: Any, weights: Any, scales: Any, values: Any) -> Any:
-        return f(attention, weights * scales, jnp.ones_like(scales), values)
-
-    def ragged(f: Any, values: Any, scales: Any, weights: Any) -> Any:
-        return f(values, jnp.ones_like(scales), weights * scales)
-
-    changed(patch, step, "_sums", decode)
-    changed(patch, columns, "weighted_sums", ragged)
-
-
-def unwritten_scales_not_zeroed(patch: Patch) -> None:
-    changed(patch, step, "_held", lambda f, *arguments: jnp.ones_like(f(*arguments)))
-    patch.setattr(columns, "zero_behind", lambda rows, _: rows)
-
-
-QUANTIZED_BOTH = {
-    "scale of another token": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=1)),
-    "scale of another head": other_scales(lambda right, kind: jnp.roll(right(kind), 1, axis=0)),
-    "key scales ignored": other_scales(lambda right, kind: right(kind) if kind else right(kind) * 0.0 + 0.02),
-    "value scales ignored": other_scales(
-        lambda right, kind: right(kind) * 0.0 + 0.02 if kind else right(kind)
-    ),
-    "key and value scales swapped": other_scales(lambda right, kind: right(1 - kind)),
-    "scaled weights summed": scaled_weights_summed,
-    "unwritten scales not zeroed": unwritten_scales_not_zeroed,
-}
 BOTH = {
     "neighbouring page": neighbouring_page,
     "table row off by one": table_row_off_by_one,
     "unit begins a page late": unit_begins_a_page_late,
     "keys and values swapped": keys_and_values_swapped,
     "stale buffer": stale_buffer,
-    "wide units dropped": wide_units_dropped,
     "one token too many": one_token_too_many,
     "one token too few": one_token_too_few,
     "window one wider": in_attention(sliding_window=lambda window: window + 1),
@@ -303,77 +249,52 @@ DECODE = {
     "sequences run together": all_units_begin(False),
     "every unit begins a sequence": all_units_begin(True),
 }
+DECODE_IN_WHOLE_STEPS = {
+    "masked steps dropped": steps_dropped(lambda _, __, masked: masked),
+    "whole steps dropped": steps_dropped(lambda _, __, masked: not masked),
+    "wide masked steps dropped": steps_dropped(lambda width, tokens, masked: masked and width == tokens),
+    "narrow masked steps dropped": steps_dropped(lambda width, tokens, masked: masked and width < tokens),
+    "last partial unit dropped": last_partial_unit_dropped,
+}
+RAGGED_WIDE = {
+    "whole blocks dropped": blocks_dropped(lambda width, tokens, _: width == tokens),
+    "narrow blocks dropped": blocks_dropped(lambda width, tokens, _: width < tokens),
+    "last partial block dropped": blocks_dropped(lambda width, _, seen_by_all: seen_by_all < width),
+}
+SAMPLE_OF_DECODE = {
+    *("neighbouring page", "one token too many", "window one wider", "scale one percent off"),
+    *("sequences run together", "products in bfloat16"),
+}
 RAGGED = {
     "mask skipped": mask_skipped,
     "neighbouring queries": neighbouring_queries,
     "output rows off by one": output_rows_off_by_one,
     "blocks of the next sequence": blocks_of_the_next_sequence,
 }
-APPEND = {
-    "write to the neighbour": written(
-        lambda kv, rows, scales, slots: (kv, rows, scales, jnp.where(slots < 0, slots, slots + 1))
-    ),
-    "padding written": written(lambda kv, rows, scales, slots: (kv, rows, scales, jnp.maximum(slots, 0))),
-    "values written as keys": written(lambda kv, rows, scales, slots: (kv, rows[:, ::-1], scales, slots)),
-    "rows in another order": written(lambda kv, rows, scales, slots: (kv, rows[::-1], scales, slots)),
-}
-
-
-QUANTIZED_APPEND = {
-    "scales of the neighbour": written(lambda kv, rows, scales, slots: (kv, rows, scales[::-1], slots)),
-    "scales of values as those of keys": written(
-        lambda kv, rows, scales, slots: (kv, rows, scales[:, ::-1], slots)
-    ),
-    "scales of another head": written(lambda kv, rows, scales, slots: (kv, rows, scales[:, :, ::-1], slots)),
-}
-
-
-SAMPLE = {  # which a run without the slow tests looks at
-    *(f"append-{name}" for name in APPEND),
-    *("ragged-mask skipped", "ragged-output rows off by one"),
-    *("decode-neighbouring page", "decode-one token too many", "decode-window one wider"),
-    *("quantized ragged-key scales ignored", "quantized decode-scaled weights summed"),
-    "quantized append-scales of the neighbour",
-    *("decode-scale one percent off", "decode-sequences run together", "decode-products in bfloat16"),
-}
-
-
-def _cases() -> list[Any]:
-    cases = [("append", check_append_kernel, APPEND), ("decode", check_decode_kernel, BOTH | DECODE)]
-    cases.append(("ragged", check_ragged_kernel, BOTH | RAGGED))
-    cases += [
-        ("quantized append", check_quantized_append, QUANTIZED_APPEND),
-        ("quantized decode", check_quantized_decode, QUANTIZED_BOTH),
-        ("quantized ragged", check_quantized_ragged, QUANTIZED_BOTH),
-    ]
-    named = [
-        (f"{kernel}-{name}", check, fault)
-        for kernel, check, faults in cases
-        for name, fault in faults.items()
-    ]
-    return [
-        pytest.param(check, fault, id=name, marks=() if name in SAMPLE else pytest.mark.slow)
-        for name, check, fault in named
-    ]
 
 
 @pytest.mark.parametrize(
-    "check",
-    [
-        check_decode_kernel,
-        check_ragged_kernel,
-        check_append_kernel,
-        check_quantized_decode,
-        check_quantized_ragged,
-        check_quantized_append,
-    ],
+    "check", [check_decode_kernel, check_ragged_kernel, check_whole_steps, check_wide_blocks]
 )
 def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
     check()
 
 
 @pytest.mark.usefixtures("no_type_checker")
-@pytest.mark.parametrize(("check", "fault"), _cases())
+@pytest.mark.parametrize(
+    ("check", "fault"),
+    [
+        *named("decode", check_decode_kernel, BOTH | DECODE, SAMPLE_OF_DECODE),
+        *named(
+            "decode",
+            check_whole_steps,
+            DECODE_IN_WHOLE_STEPS,
+            {"last partial unit dropped", "masked steps dropped"},
+        ),
+        *named("ragged", check_ragged_kernel, BOTH | RAGGED, {"mask skipped", "output rows off by one"}),
+        *named("ragged", check_wide_blocks, RAGGED_WIDE, {"last partial block dropped"}),
+    ],
+)
 def test_a_fault_is_noticed(
     check: Callable[[], None], fault: Callable[[Patch], None], monkeypatch: Patch
 ) -> None:

@@ -3,16 +3,19 @@
 from .channel import ReturnSample
 from .errors import EngineError, EngineFailed, EngineStopped, OutOfMemory, QueueFull, StepFailed
 from .generation import Generation
+from .metrics import EngineMetrics, RequestMetrics
 from .sampling_params import SamplingParams
 from .surge import vSurge
 
 __all__ = [
     "EngineError",
     "EngineFailed",
+    "EngineMetrics",
     "EngineStopped",
     "Generation",
     "OutOfMemory",
     "QueueFull",
+    "RequestMetrics",
     "ReturnSample",
     "SamplingParams",
     "StepFailed",

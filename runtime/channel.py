@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import EngineError, EngineFailed, StepFailed
+from .metrics import RequestMetrics
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class ReturnSample:
         tokens_per_second: those over the time since the request was submitted.
         time_to_first_token_s: from submission to the first token, seconds; None before it.
         finish_reason: "stop" (an end-of-sequence token, stop token or stop string), "length" (max_tokens or
-            max_length), "abort"; None while it goes on.
+            max_length), "abort", "timeout" (its `timeout_s` was over); None while it goes on.
         num_prompt_tokens: length of the prompt after any truncation.
         num_cached_tokens: of these, those that were found in the cache.
-        num_preemptions: how often its tokens had to be computed anew, because its pages were given to others
-            or a step of theirs failed.
+        num_preemptions: how often its tokens had to be computed anew, because its pages were given to others,
+            a step of theirs failed, or the weights changed.
+        request_id: `vSurge.abort` takes it; unlike that of any other prompt.
+        metrics: how long it waited and took.
     """
 
     text: str
@@ -49,6 +52,8 @@ class ReturnSample:
     num_prompt_tokens: int
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    request_id: str = ""
+    metrics: RequestMetrics = RequestMetrics()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +76,11 @@ class Channel:
 
     Attributes:
         publisher: the engine's thread, which must not wait for itself.
+        request_ids: of the prompts, in their order.
     """
 
     def __init__(self, initial: list[ReturnSample]) -> None:
+        self.request_ids = tuple(sample.request_id for sample in initial)
         self.publisher: threading.Thread | None = None
         self._lock = threading.Condition(threading.Lock())  # guards everything below
         self._samples = initial

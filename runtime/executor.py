@@ -5,29 +5,35 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.profiler import TraceAnnotation
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ..kernels import KVPages, empty_kv_pages
 from ..model import Model, Params
 from ..model.progress import progress_bar
 from ..model.sharding import cache_sharding
-from .cache_size import page_bytes
-from .errors import OutOfMemory
+from .cache_size import check_room, out_of_memory
+from .compilation_cache import compilation_cache
 from .options import EngineOptions
 from .rows import Rows
 from .scheduler import StepKind, StepPlan
 from .step import StepInputs, step, step_inputs
 
-MAX_PROGRAMS = 16
+logger = logging.getLogger("vsurge.runtime")
+
+MAX_PROGRAMS = 16  # and those of `prefill_lengths`, if there are more
 SMALLEST_MIXED = 64  # tokens
 # LLVM's first level of optimization instead of its highest: a quarter less time to compile and, measured on
 # Qwen3-0.6B, steps no slower, for the matrix products are library calls.
@@ -55,6 +61,9 @@ class Executor:
     Args:
         model: shape and weights.
         options: the engine's; `max_length` bounds the page table.
+
+    Attributes:
+        num_compilations: programs compiled, or read from a persistent cache.
     """
 
     def __init__(self, model: Model, options: EngineOptions) -> None:
@@ -80,6 +89,7 @@ class Executor:
         self._layer_sharding = cache_sharding(model.mesh, self._layer_shape, model.partition_axis)
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
         self._empty_layer: Callable[[], KVPages] = jax.jit(empty_layer, out_shardings=self._layer_sharding)
+        self.num_compilations = 0
         self._programs: dict[tuple[StepKind, int], jax.stages.Compiled] = {}
         self._kv_pages: tuple[KVPages, ...] = ()
         self._last_tokens: jax.Array | None = None
@@ -91,6 +101,7 @@ class Executor:
             OutOfMemory: there is no room for it.
         """
         num_pages, page_size = self._options.num_pages, self._options.page_size
+        check_room(self._model, num_pages, page_size)
         try:
             self._kv_pages = tuple(self._empty_layer() for _ in range(self._model.config.num_layers))
             self._last_tokens = jnp.zeros(
@@ -101,20 +112,23 @@ class Executor:
             self.release()
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            num_bytes = num_pages * page_bytes(self._model, page_size)
-            raise OutOfMemory(
-                f"num_pages={num_pages}: a cache of {num_bytes / 2**30:.2f} GiB does not fit, at "
-                f"{num_bytes // num_pages} bytes a page of {page_size} tokens; use fewer pages"
-            ) from error
+            raise out_of_memory(self._model, num_pages, page_size) from error
 
     def release(self) -> None:
         """Gives the cache's memory back; the compiled programs stay."""
         self._kv_pages, self._last_tokens = (), None
 
-    def compile(self, *, show_progress: bool) -> None:
+    def update(self, params: Params) -> None:
+        """Other weights from the next step on, of the same shapes and in the same places."""
+        self._model = replace(self._model, params=params)
+
+    def compile(self, *, show_progress: bool) -> int:
         """Compiles the program of every bucket that is not compiled yet, several at a time.
 
         Only this thread traces and lowers, which is Python; the others are XLA's.
+
+        Returns:
+            How many programs there are.
         """
         buckets: dict[StepKind, tuple[int, ...]] = {
             "decode": self.decode_buckets,
@@ -122,13 +136,28 @@ class Executor:
         }
         wanted: list[tuple[StepKind, int]] = [(k, size) for k, sizes in buckets.items() for size in sizes]
         missing = [key for key in wanted if key not in self._programs]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        if not missing:
+            return len(self._programs)
+        begin = time.perf_counter()
+        with (
+            compilation_cache(self._options.compilation_cache_dir),
+            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+        ):
             futures = [pool.submit(self._compile_lowered, self._lower(*key)) for key in missing]
             for key, future in zip(
                 progress_bar(missing, "compiling", show=show_progress, unit="program"), futures, strict=True
             ):
                 self._programs[key] = future.result()
+                self.num_compilations += 1
         _return_freed_memory()
+        logger.info(
+            "%d programs compiled in %.1f s: decode steps of %s sequences, mixed steps of %s tokens",
+            len(missing),
+            time.perf_counter() - begin,
+            list(self.decode_buckets),
+            list(self.mixed_buckets),
+        )
+        return len(self._programs)
 
     def _lower(self, kind: StepKind, size: int) -> jax.stages.Lowered:
         params = self._model.params
@@ -165,10 +194,14 @@ class Executor:
         bucket = next(b for b in buckets if b >= size)
         if (plan.kind, bucket) not in self._programs:
             self._programs[plan.kind, bucket] = self._compile_lowered(self._lower(plan.kind, bucket))
-        tokens, self._kv_pages, self._last_tokens = self._programs[plan.kind, bucket](
-            self._model.params, self._kv_pages, self._last_tokens, self._inputs(plan, bucket)
-        )
-        tokens.copy_to_host_async()
+            self.num_compilations += 1
+        with TraceAnnotation("vsurge.inputs"):
+            inputs = self._inputs(plan, bucket)
+        with TraceAnnotation("vsurge.dispatch"):
+            tokens, self._kv_pages, self._last_tokens = self._programs[plan.kind, bucket](
+                self._model.params, self._kv_pages, self._last_tokens, inputs
+            )
+            tokens.copy_to_host_async()
         return tokens
 
     def _inputs(self, plan: StepPlan, bucket: int) -> StepInputs:

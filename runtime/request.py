@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from .channel import Channel, FinishReason, ReturnSample
 from .detokenizer import Detokenizer
+from .metrics import RequestMetrics
 from .page_pool import chained
 from .sampling_params import SamplingParams
 
@@ -25,6 +26,8 @@ class Request:
         channel, index: where its samples go, and which of the channel's prompts it is.
         detokenizer: None if no text is wanted.
         priority: those with a smaller one go first.
+        request_id: what its caller may abort it by; unlike that of any other prompt.
+        deadline: when it ends with "timeout", on the clock of `submitted_at`; None for never.
         turn: its place in the queue; smaller ones are served first, and are the last to lose their pages.
         output_ids: generated tokens.
         num_computed: tokens whose keys and values are in the cache once all planned steps have run.
@@ -47,9 +50,14 @@ class Request:
     index: int
     detokenizer: Detokenizer | None
     priority: int = 0
+    request_id: str = ""
+    deadline: float | None = None
     turn: tuple[int, int] = (0, 0)
     submitted_at: float = field(default_factory=time.perf_counter)
+    admitted_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float | None = None
+    ended_at: float | None = None
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list[int])
     num_computed: int = 0
@@ -102,8 +110,9 @@ class Request:
 
     def accept(self, token_id: int) -> None:
         """Takes a generated token, and finds out whether it is the last."""
+        self.last_token_at = time.perf_counter()
         if self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
+            self.first_token_at = self.last_token_at
         may_stop = self.may_stop_at(len(self.output_ids))
         self.output_ids.append(token_id)
         if token_id in self.stop_token_ids:
@@ -127,15 +136,34 @@ class Request:
     def sample(self) -> ReturnSample:
         """What has been generated so far."""
         elapsed = max(time.perf_counter() - self.submitted_at, 1e-9)  # a clock may stand still
-        first = self.first_token_at
         return ReturnSample(
             text="" if self.detokenizer is None else self.detokenizer.text,
             token_ids=tuple(self.output_ids),
             num_generated_tokens=len(self.output_ids),
             tokens_per_second=len(self.output_ids) / elapsed,
-            time_to_first_token_s=None if first is None else first - self.submitted_at,
+            time_to_first_token_s=self._since_submission(self.first_token_at),
             finish_reason=self.finish_reason,
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached or 0,
             num_preemptions=self.num_preemptions,
+            request_id=self.request_id,
+            metrics=self._metrics(),
         )
+
+    def _metrics(self) -> RequestMetrics:
+        first, last, num_gaps = self.first_token_at, self.last_token_at, len(self.output_ids) - 1
+        return RequestMetrics(
+            queue_time_s=self._since_submission(self.admitted_at),
+            ttft_s=self._since_submission(first),
+            time_between_tokens_s=(
+                None if first is None or last is None or num_gaps < 1 else (last - first) / num_gaps
+            ),
+            e2e_time_s=self._since_submission(self.ended_at),
+            num_prompt_tokens=len(self.prompt_ids),
+            num_generated_tokens=len(self.output_ids),
+            num_cached_tokens=self.num_cached or 0,
+            num_preemptions=self.num_preemptions,
+        )
+
+    def _since_submission(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self.submitted_at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from .channel import Channel, ReturnSample
 from .checks import check_vocabulary
 from .detokenizer import Detokenizer, TokenBytes
+from .metrics import RequestMetrics
 from .options import EngineOptions
 from .prompts import Prompt, token_ids_of
 from .request import Request
@@ -53,11 +55,14 @@ class RequestBuilder:
             self._prompt_ids(i, prompt, p, chat_template_kwargs)
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
-        channel = Channel([ReturnSample("", (), 0, 0.0, None, None, len(ids)) for ids in token_ids])
-        return channel, [
+        channel = Channel([_before_the_first_token(len(ids)) for ids in token_ids])
+        requests = [
             self._request(i, ids, p, priority, channel)
             for i, (ids, p, priority) in enumerate(zip(token_ids, params, priorities, strict=True))
         ]
+        for request in requests:
+            request.request_id = channel.request_ids[request.index]
+        return channel, requests
 
     def _prompt_ids(
         self,
@@ -148,3 +153,17 @@ class RequestBuilder:
         entropy = [self._options.seed, next(self._count)]
         high, low = np.random.SeedSequence(entropy).generate_state(2).tolist()
         return high << 32 | low
+
+
+def _before_the_first_token(num_prompt_tokens: int) -> ReturnSample:
+    return ReturnSample(
+        text="",
+        token_ids=(),
+        num_generated_tokens=0,
+        tokens_per_second=0.0,
+        time_to_first_token_s=None,
+        finish_reason=None,
+        num_prompt_tokens=num_prompt_tokens,
+        request_id=uuid.uuid4().hex,
+        metrics=RequestMetrics(num_prompt_tokens=num_prompt_tokens),
+    )

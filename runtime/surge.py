@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
 from ..model import Model
-from .checks import as_integer
+from .checks import as_integer, as_number
 from .engine import Engine
 from .executor import Executor
 from .generation import Generation
+from .metrics import EngineMetrics
 from .options import EngineOptions, options_for
 from .page_pool import PagePool
 from .prompts import Prompt, as_list, check_template_options, token_ids_of
@@ -20,6 +25,7 @@ from .request import Request
 from .request_builder import RequestBuilder
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
+from .weights import placed_like
 
 MAX_PRIORITY = 2**31 - 1  # to both sides of 0
 Surge = TypeVar("Surge", bound="vSurge")  # beartype cannot check typing.Self in a decorated class
@@ -38,6 +44,7 @@ class vSurge:
         self.num_pages, self.page_size = options.num_pages, options.page_size
         self.eos_token_ids = options.eos_token_ids
         self._verbose = options.verbose
+        self._updating = threading.Lock()  # weights, one after another
         self._requests = RequestBuilder(processor, options, model.config.vocab_size)
         self._executor = executor
         self._pool = PagePool(options.num_pages, options.page_size)
@@ -82,6 +89,7 @@ class vSurge:
         seed: int = 0,
         vsurge_name: str = "vsurge",
         verbose: bool = True,
+        compilation_cache_dir: str | PathLike[str] | None = None,
     ) -> Surge:
         """Builds an engine around a model; nothing is compiled or allocated yet.
 
@@ -116,6 +124,9 @@ class vSurge:
             seed: of requests without one of their own.
             vsurge_name: of the engine's thread.
             verbose: show progress bars on a terminal.
+            compilation_cache_dir: a folder for compiled programs, so that the next engine with the same
+                shapes starts sooner; it is made if it does not exist. Trust who can write to it: programs
+                are run as they are found. None: jax's own setting (`jax_compilation_cache_dir`).
 
         Raises:
             ValueError, TypeError: an option out of range.
@@ -139,30 +150,126 @@ class vSurge:
             seed=seed,
             vsurge_name=vsurge_name,
             verbose=verbose,
+            compilation_cache_dir=compilation_cache_dir,
         )
         return cls(model, processor, options, Executor(model, options))
 
     create_odriver = from_model
 
-    def compile(self) -> None:
+    def compile(self) -> int:
         """Compiles the programs of all buckets, with a progress bar; what is compiled stays so.
 
-        jax's persistent compilation cache is used if it is set up (`jax_compilation_cache_dir`).
+        A persistent cache is used if there is one: see `compilation_cache_dir` of `from_model`.
+
+        Returns:
+            The number of programs: at most 16, or as many as `prefill_lengths` has with 8 for decoding. Which
+            ones is logged (level INFO).
+
+        Raises:
+            OSError: `compilation_cache_dir` cannot be made.
         """
-        self._executor.compile(show_progress=self._verbose)
+        return self._executor.compile(show_progress=self._verbose)
 
     def start(self) -> None:
-        """Starts the engine; compiles first what `compile` has not, so that serving never does."""
+        """Starts the engine; compiles first what `compile` has not, so that serving never does.
+
+        Nothing happens if it runs; one that is paused stays so.
+
+        Raises:
+            OutOfMemory: the cache does not fit the device; the message has a `num_pages` that would.
+            EngineError: it is being stopped in another thread.
+        """
         self.compile()
         self._engine.start()
 
-    def stop(self, *, drain: bool = True) -> None:
+    def stop(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
         """Stops the engine and gives the cache's memory back; `start` may be called again.
 
         Args:
-            drain: finish all requests first; otherwise they end with finish_reason "abort".
+            drain: finish all requests first, for which one that is paused goes on; otherwise they end with
+                finish_reason "abort".
+            timeout_s: seconds that finishing may take. What has not finished then is aborted, and `stop`
+                returns as soon as the step under way is over. None for any time.
+
+        Returns:
+            Whether all requests came to their own end. False: since the start some were aborted by a `stop`,
+            or lost to a failure of the engine.
+
+        Raises:
+            ValueError, TypeError: timeout_s is no positive number, or was given with drain=False.
         """
-        self._engine.stop(drain=drain)
+        if timeout_s is not None:
+            timeout_s = as_number("timeout_s", timeout_s, 0.0, math.inf, low_open=True)
+            if not drain:
+                raise ValueError(f"timeout_s={timeout_s}: is for drain=True; drain=False aborts at once")
+        return self._engine.stop(drain=drain, timeout_s=timeout_s)
+
+    def pause(self) -> None:
+        """Runs no further step until `resume`; returns once the one under way is over.
+
+        Requests keep their state and their pages, and new ones are taken, up to `max_queued_requests`. They
+        may be aborted, and their `timeout_s` goes on. Nothing happens if it is paused already.
+
+        Raises:
+            EngineStopped, EngineFailed: the engine does not run.
+        """
+        self._engine.pause()
+
+    def resume(self) -> None:
+        """Goes on after `pause`; nothing happens if it is not paused.
+
+        Raises:
+            EngineStopped, EngineFailed: the engine does not run.
+        """
+        self._engine.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` was called, and nothing since that lets steps run."""
+        return self._engine.is_paused
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """How the engine is doing: the latest snapshot, which costs nothing to read."""
+        return self._engine.metrics
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request with finish_reason "abort", from any thread; its pages are free one step later.
+
+        Args:
+            request_id: of a `ReturnSample` or of `Generation.request_ids`.
+
+        Returns:
+            True if it was under way; it may still come to its own end in the step that runs. False if it has
+            ended, or no request of this engine has that id.
+
+        Raises:
+            TypeError: request_id is no string.
+        """
+        if not isinstance(request_id, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"request_id={request_id!r}: must be a string, as ReturnSample.request_id is")
+        return self._engine.abort_id(request_id)
+
+    def update_params(self, params: Any) -> None:
+        """Gives the engine other weights; returns when every step that begins uses them.
+
+        They are copied, so the caller may donate or delete them; the old ones go when nobody else holds them,
+        and until then both are in memory. The step under way ends with the old weights. Cached prefixes are
+        forgotten, and the keys and values of requests under way are computed anew from all of their tokens
+        (it counts as a preemption of theirs): the tokens that they have stay, the next ones are the new
+        weights'. Works in every state of the engine. `model` is replaced, and other engines keep theirs.
+
+        Args:
+            params: a `Params` like `model.params`, of jax's or NumPy's arrays.
+
+        Raises:
+            ValueError, TypeError: another structure, shape or dtype; the message names the first array that
+                differs, with both. The engine goes on with the old weights.
+        """
+        with self._updating:
+            placed = placed_like(params, self.model.params)
+            self._engine.update(placed)
+            self.model = replace(self.model, params=placed)
 
     def __enter__(self: Surge) -> Surge:
         self.start()
@@ -189,6 +296,7 @@ class vSurge:
         stream: bool = False,
         *,
         priority: int | Sequence[int] = 0,
+        timeout_s: float | Sequence[float | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Queues prompts for generation.
@@ -202,6 +310,9 @@ class vSurge:
             priority: for all prompts, or one per prompt; smaller ones are served first. A step of priority
                 lets a prompt overtake at most `max_queued_requests` that came before it, so that nobody waits
                 for ever.
+            timeout_s: for all prompts, or one per prompt: seconds from now after which it ends with what it
+                has and finish_reason "timeout", wherever it stands: it may wait, run or be paused. Its pages
+                are free one step later. None for any time.
             chat_template_kwargs: options of the chat template, `{"enable_thinking": False}` for one;
                 `{"continue_final_message": True}` has the last message continued instead of answered.
 
@@ -218,7 +329,11 @@ class vSurge:
         check_template_options(chat_template_kwargs, listed)
         params = self._params_of(sampling_params, len(listed))
         priorities = _priorities_of(priority, len(listed))
+        timeouts = _timeouts_of(timeout_s, len(listed))
         channel, requests = self._requests.build(listed, params, priorities, chat_template_kwargs)
+        for request in requests:
+            timeout = timeouts[request.index]
+            request.deadline = None if timeout is None else request.submitted_at + timeout
         self._engine.submit(requests)
         # It holds on to this object, so that the engine lives as long as somebody waits for its output.
         return Generation(channel, partial(self._abort, requests), stream=stream)
@@ -260,4 +375,17 @@ def _priorities_of(priority: int | Sequence[int], count: int) -> list[int]:
         raise ValueError(f"priority: {len(priority)} of them for {count} prompts; give one, or one each")
     return [
         as_integer(f"priority[{i}]", value, -MAX_PRIORITY, MAX_PRIORITY) for i, value in enumerate(priority)
+    ]
+
+
+def _timeouts_of(timeout_s: float | Sequence[float | None] | None, count: int) -> list[float | None]:
+    if timeout_s is None:
+        return [None] * count
+    if isinstance(timeout_s, str) or not isinstance(timeout_s, Sequence):
+        return [as_number("timeout_s", timeout_s, 0.0, math.inf, low_open=True)] * count
+    if len(timeout_s) != count:
+        raise ValueError(f"timeout_s: {len(timeout_s)} of them for {count} prompts; give one, or one each")
+    return [
+        None if value is None else as_number(f"timeout_s[{i}]", value, 0.0, math.inf, low_open=True)
+        for i, value in enumerate(timeout_s)
     ]

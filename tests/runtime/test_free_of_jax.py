@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 FREE_OF_JAX = (
-    "channel", "checks", "detokenizer", "errors", "generation", "page_pool", "prompts", "request",
-    "sampling_params", "scheduler",
+    "channel", "checks", "deadlines", "detokenizer", "errors", "generation", "inbox", "meter", "metrics",
+    "page_pool", "prompts", "request", "sampling_params", "scheduler",
 )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def test_the_queue_holds_as_many_as_it_says_and_all_or_none_of_a_list(
     assert running.result(TIMEOUT_S)
     assert [len(w.result(TIMEOUT_S)) for w in waiting] == [1, 2]
     check_it_serves(scripted)
-    assert scripted.surge._engine._num_waiting == scripted.surge._engine._num_submitted == 0
+    inbox = scripted.surge._engine._inbox
+    assert inbox.num_queued == inbox.num_submitted == 0
 
 
 def test_aborted_requests_leave_the_queue(make_scripted: Callable[..., Scripted]) -> None:

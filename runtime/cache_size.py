@@ -103,8 +103,8 @@ def out_of_memory(model: Model, num_pages: int, page_size: int) -> OutOfMemory:
         free = available_bytes() if device.platform == "cpu" else None
     size = page_bytes(model, page_size)
     asked = (
-        f"num_pages={num_pages}: a cache of {num_pages * size / 2**30:.2f} GiB does not fit, at {size} bytes a "
-        f"page of {page_size} tokens; "
+        f"num_pages={num_pages}: a cache of {num_pages * size / 2**30:.2f} GiB does not fit, at {size} bytes "
+        f"a page of {page_size} tokens; "
     )
     if free is None:
         return OutOfMemory(f"{asked}the {device.platform} does not say how much is free; use fewer pages")

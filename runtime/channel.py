@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import EngineError, EngineFailed, StepFailed
@@ -53,7 +53,7 @@ class ReturnSample:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     request_id: str = ""
-    metrics: RequestMetrics = RequestMetrics()
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
 @dataclass(frozen=True, eq=False)

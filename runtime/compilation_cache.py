@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def compilation_cache(folder: Path | None) -> Iterator[None]:
+def compilation_cache(folder: Path | None) -> Generator[None, None, None]:
     """What is compiled within is read from a folder, or kept there; afterwards jax's settings are as before.
 
     What other threads of the process compile meanwhile goes there too.

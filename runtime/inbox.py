@@ -1,4 +1,4 @@
-"""Between callers and the engine's thread: what state the engine is in, who is under way, what is to be done."""
+"""Between callers and the engine's thread: the engine's state, who is under way, what is to be done."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..model import Model
-from .checks import as_integer, as_number
+from .checks import as_number
 from .engine import Engine
 from .executor import Executor
 from .generation import Generation
 from .metrics import EngineMetrics
 from .options import EngineOptions, options_for
 from .page_pool import PagePool
+from .per_prompt import params_of, priorities_of, timeouts_of
 from .prompts import Prompt, as_list, check_template_options, token_ids_of
 from .request import Request
 from .request_builder import RequestBuilder
@@ -27,7 +28,6 @@ from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .weights import placed_like
 
-MAX_PRIORITY = 2**31 - 1  # to both sides of 0
 Surge = TypeVar("Surge", bound="vSurge")  # beartype cannot check typing.Self in a decorated class
 
 
@@ -182,7 +182,7 @@ class vSurge:
         self.compile()
         self._engine.start()
 
-    def stop(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
+    def stop(self, *, drain: bool = True, timeout_s: float | int | None = None) -> bool:
         """Stops the engine and gives the cache's memory back; `start` may be called again.
 
         Args:
@@ -296,7 +296,7 @@ class vSurge:
         stream: bool = False,
         *,
         priority: int | Sequence[int] = 0,
-        timeout_s: float | Sequence[float | None] | None = None,
+        timeout_s: float | int | Sequence[float | int | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Queues prompts for generation.
@@ -327,9 +327,9 @@ class vSurge:
         """
         listed = as_list(prompts)
         check_template_options(chat_template_kwargs, listed)
-        params = self._params_of(sampling_params, len(listed))
-        priorities = _priorities_of(priority, len(listed))
-        timeouts = _timeouts_of(timeout_s, len(listed))
+        params = params_of(sampling_params, len(listed), self.default_sampling_params)
+        priorities = priorities_of(priority, len(listed))
+        timeouts = timeouts_of(timeout_s, len(listed))
         channel, requests = self._requests.build(listed, params, priorities, chat_template_kwargs)
         for request in requests:
             timeout = timeouts[request.index]
@@ -345,47 +345,3 @@ class vSurge:
         """The sampling parameters of generation_config.json, with changes."""
         defaults: dict[str, Any] = dict(self.model.generation_defaults.sampling)
         return SamplingParams(**(defaults | changes))
-
-    def _params_of(
-        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if sampling_params is None:
-            return [self.default_sampling_params()] * count
-        if isinstance(sampling_params, SamplingParams):
-            return [sampling_params] * count
-        if not isinstance(sampling_params, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"sampling_params={sampling_params!r}: must be a SamplingParams or a list of them"
-            )
-        listed = list(sampling_params)
-        if len(listed) != count:
-            raise ValueError(
-                f"sampling_params: {len(listed)} of them for {count} prompts; give one, or one each"
-            )
-        for params in listed:
-            if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"sampling_params: {params!r} is no SamplingParams")
-        return listed
-
-
-def _priorities_of(priority: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
-        return [as_integer("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)] * count
-    if len(priority) != count:
-        raise ValueError(f"priority: {len(priority)} of them for {count} prompts; give one, or one each")
-    return [
-        as_integer(f"priority[{i}]", value, -MAX_PRIORITY, MAX_PRIORITY) for i, value in enumerate(priority)
-    ]
-
-
-def _timeouts_of(timeout_s: float | Sequence[float | None] | None, count: int) -> list[float | None]:
-    if timeout_s is None:
-        return [None] * count
-    if isinstance(timeout_s, str) or not isinstance(timeout_s, Sequence):
-        return [as_number("timeout_s", timeout_s, 0.0, math.inf, low_open=True)] * count
-    if len(timeout_s) != count:
-        raise ValueError(f"timeout_s: {len(timeout_s)} of them for {count} prompts; give one, or one each")
-    return [
-        None if value is None else as_number(f"timeout_s[{i}]", value, 0.0, math.inf, low_open=True)
-        for i, value in enumerate(timeout_s)
-    ]

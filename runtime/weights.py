@@ -1,4 +1,4 @@
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # (jax's signatures are only partly typed)
 """Other weights in the place of a model's: the same tree, shapes and dtypes, on the same devices."""
 

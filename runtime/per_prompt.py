@@ -43,7 +43,9 @@ def priorities_of(priority: int | Sequence[int], count: int) -> list[int]:
     ]
 
 
-def timeouts_of(timeout_s: float | int | Sequence[float | int | None] | None, count: int) -> list[float | None]:
+def timeouts_of(
+    timeout_s: float | int | Sequence[float | int | None] | None, count: int
+) -> list[float | None]:
     """The timeout of each of `count` prompts, seconds; None for none."""
     if timeout_s is None:
         return [None] * count

@@ -160,6 +160,6 @@ def test_a_stop_aborts_what_has_not_finished_in_time_and_says_so(scripted: Scrip
 
 
 def test_a_stop_that_does_not_drain_takes_no_timeout(scripted: Scripted) -> None:
-    with pytest.raises(ValueError, match="timeout_s=5.0: is for drain=True; drain=False aborts at once"):
+    with pytest.raises(ValueError, match=r"timeout_s=5\.0: is for drain=True; drain=False aborts at once"):
         scripted.surge.stop(drain=False, timeout_s=5.0)
     check_it_serves(scripted)

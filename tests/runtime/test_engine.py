@@ -16,6 +16,7 @@ from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.scheduler import StepPlan
 
+from .compilations import heard
 from .greedy import CAPITAL, GREEDY, STORY, one
 from .scripted import TIMEOUT_S
 
@@ -31,15 +32,8 @@ PROMPTS = [
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    events: list[str] = []
-
-    def listen(event: str, *_: Any, **__: Any) -> None:
-        if "compile" in event or "trace" in event:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with heard() as events:
+        yield events
 
 
 def test_the_listener_below_does_hear_compilations(compilations: list[str]) -> None:

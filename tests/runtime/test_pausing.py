@@ -6,16 +6,22 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
-from vsurge.runtime import EngineFailed, EngineStopped, QueueFull, SamplingParams
+from vsurge.runtime import EngineFailed, EngineStopped, Generation, QueueFull, SamplingParams
 
 from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, tokens_of
 
 
+@dataclass
+class Paused(Scripted):
+    generation: Generation
+
+
 @pytest.fixture
-def paused(scripted: Scripted) -> Scripted:
+def paused(scripted: Scripted) -> Paused:
     """One that runs `[1]`, of which some tokens are there."""
     scripted.executor.hold()
     generation = scripted.surge.generate([1], LONG)
@@ -27,18 +33,13 @@ def paused(scripted: Scripted) -> Scripted:
             assert not pausing.done()
         scripted.executor.let(None)
         pausing.result(TIMEOUT_S)
-    scripted.generation = generation  # pyright: ignore[reportAttributeAccessIssue]
-    return scripted
+    return Paused(scripted.surge, scripted.executor, scripted.pool, generation)
 
 
-def running(paused: Scripted):  # noqa: ANN201
-    return paused.generation  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_pause_returns_when_no_step_is_under_way_and_none_runs_until_resume(paused: Scripted) -> None:
+def test_pause_returns_when_no_step_is_under_way_and_none_runs_until_resume(paused: Paused) -> None:
     num_steps = paused.executor.num_steps
     assert num_steps <= 6  # the five, and the one it stood in
-    assert len(next(iter(running(paused)))[0].token_ids) == num_steps  # all of them were read
+    assert len(next(iter(paused.generation))[0].token_ids) == num_steps  # all of them were read
     assert paused.pool.num_used == 1
     for _ in range(3):
         paused.surge.pause()  # again: nothing happens
@@ -49,8 +50,8 @@ def test_pause_returns_when_no_step_is_under_way_and_none_runs_until_resume(paus
     paused.surge.resume()
     paused.surge.resume()  # of what is not paused: nothing happens
     assert not paused.surge.is_paused
-    assert running(paused).result(TIMEOUT_S)[0].token_ids == tokens_of([1], 100)
-    assert running(paused).result(TIMEOUT_S)[0].num_preemptions == 0
+    assert paused.generation.result(TIMEOUT_S)[0].token_ids == tokens_of([1], 100)
+    assert paused.generation.result(TIMEOUT_S)[0].num_preemptions == 0
     assert late.result(TIMEOUT_S)[0].token_ids == tokens_of([2], 3)
     check_it_serves(paused)
 
@@ -67,34 +68,34 @@ def test_while_paused_the_queue_fills_and_then_refuses(make_scripted: Callable[.
     check_it_serves(scripted)
 
 
-def test_aborts_and_timeouts_take_effect_while_paused(paused: Scripted) -> None:
+def test_aborts_and_timeouts_take_effect_while_paused(paused: Paused) -> None:
     waiting = paused.surge.generate([2], LONG, timeout_s=0.01)
     aborted = paused.surge.generate([3], LONG)
     assert waiting.result(TIMEOUT_S)[0].finish_reason == "timeout"
     assert paused.surge.abort(aborted.request_ids[0])
-    running(paused).abort()
+    paused.generation.abort()
     assert aborted.result(TIMEOUT_S)[0].finish_reason == "abort"
-    assert running(paused).result(TIMEOUT_S)[0].finish_reason == "abort"
+    assert paused.generation.result(TIMEOUT_S)[0].finish_reason == "abort"
     assert paused.surge.is_paused
     assert paused.surge.metrics.num_pages_used == 0
     paused.surge.resume()
     check_it_serves(paused)
 
 
-def test_a_stop_that_drains_lets_a_paused_engine_go_on(paused: Scripted) -> None:
+def test_a_stop_that_drains_lets_a_paused_engine_go_on(paused: Paused) -> None:
     waiting = paused.surge.generate([2], SHORT)
     assert paused.surge.stop(drain=True)
-    assert running(paused).result(0.0)[0].token_ids == tokens_of([1], 100)
+    assert paused.generation.result(0.0)[0].token_ids == tokens_of([1], 100)
     assert waiting.result(0.0)[0].token_ids == tokens_of([2], 3)
     paused.surge.start()
     assert not paused.surge.is_paused
     check_it_serves(paused)
 
 
-def test_a_stop_that_does_not_drain_ends_a_paused_engine_at_once(paused: Scripted) -> None:
+def test_a_stop_that_does_not_drain_ends_a_paused_engine_at_once(paused: Paused) -> None:
     num_steps = paused.executor.num_steps
     assert not paused.surge.stop(drain=False)
-    assert running(paused).result(0.0)[0].finish_reason == "abort"
+    assert paused.generation.result(0.0)[0].finish_reason == "abort"
     assert paused.executor.num_steps == num_steps
     paused.surge.start()
     check_it_serves(paused)

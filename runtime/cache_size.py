@@ -78,41 +78,42 @@ def choose_num_pages(
     return num_pages
 
 
-def check_room(model: Model, num_pages: int, page_size: int) -> None:
+def check_room(device: Any, num_pages: int, page_size: int, num_bytes: int) -> None:
     """Refuses a cache that is larger than what a CPU has left.
 
     Linux hands out more memory than there is, and kills who uses it, so asking for it is no test. Other
     devices refuse what they do not have.
 
+    Args:
+        device: which one.
+        num_pages: of the cache.
+        page_size: tokens per page.
+        num_bytes: of a page over all layers.
+
     Raises:
         OutOfMemory: it is.
     """
-    if model.mesh.devices.flat[0].platform == "cpu":
+    if device.platform == "cpu":
         free = available_bytes()
-        if free is not None and num_pages * page_bytes(model, page_size) > free:
-            raise out_of_memory(model, num_pages, page_size)
+        if free is not None and num_pages * num_bytes > free:
+            raise out_of_memory(device, num_pages, page_size, num_bytes)
 
 
-def out_of_memory(model: Model, num_pages: int, page_size: int) -> OutOfMemory:
-    """The error for a cache that does not fit: its size, what there is, and `num_pages` that would fit."""
-    device = model.mesh.devices.flat[0]
+def out_of_memory(device: Any, num_pages: int, page_size: int, num_bytes: int) -> OutOfMemory:
+    """The error for a cache that does not fit: its size, what there is, and a `num_pages` that would fit."""
     stats: dict[str, Any] | None = device.memory_stats()
     if stats and "bytes_limit" in stats:
         free = int(stats["bytes_limit"] - stats["bytes_in_use"])
     else:
         free = available_bytes() if device.platform == "cpu" else None
-    size = page_bytes(model, page_size)
     asked = (
-        f"num_pages={num_pages}: a cache of {num_pages * size / 2**30:.2f} GiB does not fit, at {size} bytes "
-        f"a page of {page_size} tokens; "
+        f"num_pages={num_pages}: a cache of {num_pages * num_bytes / 2**30:.2f} GiB does not fit, "
+        f"at {num_bytes} bytes a page of {page_size} tokens; "
     )
     if free is None:
         return OutOfMemory(f"{asked}the {device.platform} does not say how much is free; use fewer pages")
-    # Memory may also be refused because it is in pieces: then half of what was asked for is the better guess.
-    fitting = min(
-        int(free * ADVISED_SHARE) // size, num_pages // 2 if num_pages * size <= free else num_pages
-    )
-    advice = (
-        f"num_pages={fitting} would fit" if fitting else "not even one page fits: use a smaller page_size"
-    )
+    fitting = int(free * ADVISED_SHARE) // num_bytes
+    if num_pages * num_bytes <= free:  # it is in pieces
+        fitting = min(fitting, num_pages // 2)
+    advice = f"num_pages={fitting} would fit" if fitting else "not one page does: use a smaller page_size"
     return OutOfMemory(f"{asked}{free / 2**30:.2f} GiB are free; {advice}")

@@ -65,6 +65,7 @@ class Engine:
                 return
             if inbox.state is not State.STOPPED:
                 raise EngineError("the engine is stopping; call start() once stop() has returned")
+            self._executor.check_room()
             self._executor.allocate()
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             try:

@@ -24,7 +24,7 @@ from ..kernels import KVPages, empty_kv_pages
 from ..model import Model, Params
 from ..model.progress import progress_bar
 from ..model.sharding import cache_sharding
-from .cache_size import check_room, out_of_memory
+from .cache_size import check_room, out_of_memory, page_bytes
 from .compilation_cache import compilation_cache
 from .options import EngineOptions
 from .rows import Rows
@@ -85,6 +85,8 @@ class Executor:
             model.config.head_dim,
             model.config.cache_dtype,
         )
+        self._device: Any = model.mesh.devices.flat[0]
+        self._page_bytes = page_bytes(model, options.page_size)
         self._layer_shape: KVPages = jax.eval_shape(empty_layer)
         self._layer_sharding = cache_sharding(model.mesh, self._layer_shape, model.partition_axis)
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
@@ -94,6 +96,14 @@ class Executor:
         self._kv_pages: tuple[KVPages, ...] = ()
         self._last_tokens: jax.Array | None = None
 
+    def check_room(self) -> None:
+        """To be called before the first `allocate`: a process that uses more memory than there is, is killed.
+
+        Raises:
+            OutOfMemory: there is no room for the cache, as far as that can be known.
+        """
+        check_room(self._device, self._options.num_pages, self._options.page_size, self._page_bytes)
+
     def allocate(self) -> None:
         """Makes an empty cache on the devices.
 
@@ -101,7 +111,6 @@ class Executor:
             OutOfMemory: there is no room for it.
         """
         num_pages, page_size = self._options.num_pages, self._options.page_size
-        check_room(self._model, num_pages, page_size)
         try:
             self._kv_pages = tuple(self._empty_layer() for _ in range(self._model.config.num_layers))
             self._last_tokens = jnp.zeros(
@@ -112,7 +121,7 @@ class Executor:
             self.release()
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise out_of_memory(self._model, num_pages, page_size) from error
+            raise out_of_memory(self._device, num_pages, page_size, self._page_bytes) from error
 
     def release(self) -> None:
         """Gives the cache's memory back; the compiled programs stay."""
@@ -175,8 +184,7 @@ class Executor:
         return jitted.lower(params, kv_pages, last_tokens, inputs)
 
     def _compile_lowered(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        platform = self._model.mesh.devices.flat[0].platform
-        return lowered.compile(CPU_COMPILER_OPTIONS if platform == "cpu" else None)
+        return lowered.compile(CPU_COMPILER_OPTIONS if self._device.platform == "cpu" else None)
 
     def run(self, plan: StepPlan) -> jax.Array:
         """Dispatches a step.

@@ -258,6 +258,7 @@ class vSurge:
         forgotten, and the keys and values of requests under way are computed anew from all of their tokens
         (it counts as a preemption of theirs): the tokens that they have stay, the next ones are the new
         weights'. Works in every state of the engine. `model` is replaced, and other engines keep theirs.
+        The first call compiles the copying, in the caller's thread.
 
         Args:
             params: a `Params` like `model.params`, of jax's or NumPy's arrays.

@@ -23,7 +23,7 @@ CALLERS = 12
 Job = tuple[tuple[int, ...], SamplingParams]
 
 
-class InjectedFault(Exception):
+class InjectedFault(Exception):  # noqa: N818
     """What a step raises here and nowhere else."""
 
 
@@ -127,7 +127,7 @@ class Chaos:
             try:
                 samples = WAYS[way](self.surge, generation, rng)
             except StepFailed as error:
-                assert isinstance(error.__cause__, InjectedFault)
+                assert isinstance(error.__cause__, InjectedFault)  # noqa: PT017
                 with self._lock:
                     self.outcomes["failed"] += len(mine)
                 continue

@@ -66,6 +66,9 @@ class ScriptedExecutor(Executor):
     def update(self, params: Any) -> None:
         self.weights.append(params)
 
+    def check_room(self) -> None:
+        pass
+
     def allocate(self) -> None:
         self.is_allocated = True
         self.num_allocations += 1

@@ -1,4 +1,4 @@
-"""Whatever callers and steps do, nothing hangs, nothing is lost, and no answer is another than its solo run."""
+"""Whatever callers and steps do, nothing hangs or is lost, and every answer is that of its solo run."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def small(model: Model, demo_surge: vSurge) -> Iterator[vSurge]:
         verbose=False,
     )
     with surge:
+        surge.update_params(model.params)  # the first time compiles a copy for each shape
         yield surge
 
 
@@ -59,7 +60,9 @@ def test_random_callers_and_faults(
         assert outcomes[what] >= count // 100, (what, outcomes)
     assert outcomes["refused"] > 0
     assert chaos.num_faults >= 3
-    assert metrics.num_failed - before.num_failed >= outcomes["failed"]
+    assert metrics.num_requests - before.num_requests == count + 1
+    # Of a call that failed some prompts may have ended before, and who drops one does not see it fail.
+    assert 0 < metrics.num_failed - before.num_failed <= outcomes["failed"] + outcomes["dropped"]
     # Nothing is left of it.
     engine = small._engine
     assert (metrics.num_running, metrics.num_waiting, metrics.num_preempted) == (0, 0, 0)

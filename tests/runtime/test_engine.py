@@ -7,7 +7,6 @@ import random
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import jax
 import pytest

@@ -151,7 +151,7 @@ class Channel:
                 remaining = None if deadline is None else deadline - time.monotonic()
                 if remaining is not None and remaining <= 0:
                     return False
-                self._lock.wait(remaining)
+                self._lock.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
             return True
 
     async def wait_async(self, seen: int, *, until_finished: bool) -> None:

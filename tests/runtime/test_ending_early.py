@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vsurge.runtime import SamplingParams
+from vsurge.runtime import Generation, SamplingParams
 
 from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, tokens_of
 
@@ -23,18 +24,76 @@ def test_every_prompt_has_an_id_of_its_own_from_the_first_sample_to_the_last(scr
             assert tuple(sample.request_id for sample in samples) == call.request_ids
 
 
-def test_abort_by_id_ends_that_prompt_and_frees_its_pages_within_a_step(scripted: Scripted) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def by_id(scripted: Scripted, held: list[Generation]) -> None:
+    assert all(scripted.surge.abort(request_id) for request_id in held[0].request_ids)
+
+
+def by_dropping_it(_: Scripted, held: list[Generation]) -> None:
+    held.clear()
+
+
+def by_aclose(_: Scripted, held: list[Generation]) -> None:
+    asyncio.run(held[0].aclose())
+
+
+def by_leaving_the_iterator(_: Scripted, held: list[Generation]) -> None:
+    for _samples in held.pop():
+        break
+
+
+def by_cancelling(_: Scripted, held: list[Generation]) -> None:
+    async def cancel() -> None:
+        task = asyncio.ensure_future(held[0])
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+
+
+def by_its_timeout(_: Scripted, __: list[Generation]) -> None:
+    time.sleep(0.06)  # see below
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [by_id, by_dropping_it, by_aclose, by_leaving_the_iterator, by_cancelling, by_its_timeout],
+)
+def test_pages_are_free_within_one_step(
+    scripted: Scripted, leave: Callable[[Scripted, list[Generation]], None]
+) -> None:
+    scripted.executor.hold()
+    timeout_s = 0.05 if leave is by_its_timeout else None
+    held = [scripted.surge.generate([[1], [2]], LONG, timeout_s=timeout_s)]
+    other = scripted.surge.generate([3], SamplingParams(max_tokens=20))
+    scripted.executor.let(3)
+    scripted.executor.wait_until_held()
+    assert scripted.pool.num_used == 3
+    leave(scripted, held)
+    scripted.executor.let(1)  # the step that it stands in
+    wait_until(lambda: scripted.surge.metrics.num_aborted + scripted.surge.metrics.num_timed_out == 2)
+    assert scripted.surge.metrics.num_pages_used == 1
+    assert scripted.executor.num_steps == 4
+    scripted.executor.let(None)
+    assert other.result(TIMEOUT_S)[0].token_ids == tokens_of([3], 20)
+    check_it_serves(scripted)
+
+
+def test_abort_by_id_ends_one_prompt_of_a_call_from_any_thread(scripted: Scripted) -> None:
     scripted.executor.hold()
     generation = scripted.surge.generate([[1], [2]], SamplingParams(max_tokens=20))
     scripted.executor.let(3)
     scripted.executor.wait_until_held()
-    assert scripted.pool.num_used == 2
-    with ThreadPoolExecutor(1) as pool:  # from any thread
+    with ThreadPoolExecutor(1) as pool:
         assert pool.submit(scripted.surge.abort, generation.request_ids[0]).result(TIMEOUT_S)
-    scripted.executor.let(1)  # the step it stood in
-    while scripted.executor.num_steps < 4 or scripted.surge.metrics.num_aborted == 0:
-        time.sleep(0.001)
-    assert scripted.surge.metrics.num_pages_used == 1
     scripted.executor.let(None)
     aborted, other = generation.result(TIMEOUT_S)
     assert (aborted.finish_reason, other.finish_reason) == ("abort", "length")
@@ -108,7 +167,7 @@ def test_a_timeout_may_be_shorter_than_a_step_or_longer_than_any(
     if timeout_s < 1:
         assert generation.result(TIMEOUT_S)[0].finish_reason == "timeout"
     scripted.surge.resume()
-    assert generation.result(TIMEOUT_S)[0].finish_reason == ("timeout" if timeout_s < 1 else "length")
+    assert generation.result(1e300)[0].finish_reason == ("timeout" if timeout_s < 1 else "length")
     assert scripted.surge._engine._loop._deadlines.next() is None  # what has ended is not watched
     check_it_serves(scripted)
 

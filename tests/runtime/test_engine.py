@@ -168,6 +168,13 @@ def test_two_engines_serve_side_by_side(surge: vSurge, model: Model) -> None:
     with other:
         generations = [engine.generate(STORY, GREEDY) for engine in (surge, other) for _ in range(3)]
         assert [g.result(TIMEOUT_S)[0].token_ids for g in generations] == [alone] * 6
+        other.pause()
+        waits = other.generate(STORY, GREEDY)
+        assert one(surge, STORY).token_ids == alone
+        assert not surge.abort(waits.request_ids[0])
+        other.resume()
+        assert waits.result(TIMEOUT_S)[0].token_ids == alone
+        assert other.metrics.num_finished == 4
     assert one(surge, STORY).token_ids == alone
 
 

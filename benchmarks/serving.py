@@ -18,12 +18,8 @@ Prints a table, and writes JSON with every sample.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..model import PUBLISHED, Model, load_model, random_model
+from ..model import Model
 from ..model.progress import progress_bar
 from ..runtime import SamplingParams, vSurge
 from ..runtime.logprobs import logprobs_of
@@ -46,7 +42,7 @@ from ..runtime.shaping import (
     shape_logits,
     with_tokens,
 )
-from .machine import describe_machine, seconds_of
+from .machine import seconds_of
 from .workload import Workload
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
@@ -69,9 +65,7 @@ def beside_a_prefill(model: Model, turns: int) -> dict[str, Any]:
         for turn in range(turns):
             prompts = [work.prompt(64, model.config.vocab_size, 10 * turn + i) for i in range(4)]
             generation = surge.generate(prompts, _greedy(2000))
-            times = [
-                time.perf_counter() for _, _ in zip(range(24), generation, strict=False)
-            ]
+            times = [time.perf_counter() for _, _ in zip(range(24), generation, strict=False)]
             alone += np.diff(times[8:]).tolist()
             long = surge.generate(work.prompt(LONG_PROMPT, model.config.vocab_size, turn), _greedy(1))
             times = []
@@ -133,7 +127,7 @@ def sampling_step(model: Model, repeats: int) -> dict[str, Any]:
     vocab = model.config.vocab_size
     logits = 3 * jax.random.normal(jax.random.key(0), (BATCH, vocab), jnp.float32)
     masks = jnp.full((BATCH, mask_words(vocab)), 0xFFFFFFFF, jnp.uint32)
-    rows = np.arange(BATCH, dtype=np.int32)
+    rows = jnp.arange(BATCH, dtype=jnp.int32)
 
     @partial(jax.jit, donate_argnums=0)
     def choose(
@@ -186,7 +180,7 @@ def decode_step(model: Model, repeats: int) -> dict[str, Any]:
         times = [
             time.perf_counter()
             for samples in generation
-            if BATCH <= min(sample.num_generated_tokens for sample in samples) + BATCH - 1
+            if min(sample.num_generated_tokens for sample in samples) + BATCH - 1 >= BATCH
         ]
     return {"step_s": np.diff(times[4:-2]).tolist(), "batch": BATCH}
 

@@ -4,6 +4,7 @@ from .channel import ReturnSample
 from .errors import EngineError, EngineFailed, EngineStopped, OutOfMemory, QueueFull, StepFailed
 from .generation import Generation
 from .guided_params import GuidedDecodingParams
+from .metrics import EngineMetrics, RequestMetrics
 from .sampling_params import SamplingParams
 from .surge import vSurge
 from .token_logprobs import Logprob
@@ -11,12 +12,14 @@ from .token_logprobs import Logprob
 __all__ = [
     "EngineError",
     "EngineFailed",
+    "EngineMetrics",
     "EngineStopped",
     "Generation",
     "GuidedDecodingParams",
     "Logprob",
     "OutOfMemory",
     "QueueFull",
+    "RequestMetrics",
     "ReturnSample",
     "SamplingParams",
     "StepFailed",

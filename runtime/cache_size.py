@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
-"""How many pages the cache gets."""
+"""How many pages the cache gets, and what to say where they do not fit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import jax
 from ..kernels import empty_kv_pages
 from ..model import Model
 from .errors import OutOfMemory
+from .host_memory import available_bytes
 
 logger = logging.getLogger("vsurge.runtime")
 
 # Of a CPU's memory the cache takes this much unless `num_pages` says otherwise: the operating system and
 # other programs use that memory too, so "what is left" is no measure.
 CPU_CACHE_BYTES = 1 << 30
+# Of what is free a setting that is recommended takes this share: steps need memory too.
+ADVISED_SHARE = 0.9
 
 
 def page_bytes(model: Model, page_size: int) -> int:
@@ -73,3 +76,44 @@ def choose_num_pages(
         "cache: %d pages of %d tokens, %.2f GiB (%s)", num_pages, page_size, num_pages * size / 2**30, source
     )
     return num_pages
+
+
+def check_room(device: Any, num_pages: int, page_size: int, num_bytes: int) -> None:
+    """Refuses a cache that is larger than what a CPU has left.
+
+    Linux hands out more memory than there is, and kills who uses it, so asking for it is no test. Other
+    devices refuse what they do not have.
+
+    Args:
+        device: which one.
+        num_pages: of the cache.
+        page_size: tokens per page.
+        num_bytes: of a page over all layers.
+
+    Raises:
+        OutOfMemory: it is.
+    """
+    if device.platform == "cpu":
+        free = available_bytes()
+        if free is not None and num_pages * num_bytes > free:
+            raise out_of_memory(device, num_pages, page_size, num_bytes)
+
+
+def out_of_memory(device: Any, num_pages: int, page_size: int, num_bytes: int) -> OutOfMemory:
+    """The error for a cache that does not fit: its size, what there is, and a `num_pages` that would fit."""
+    stats: dict[str, Any] | None = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = int(stats["bytes_limit"] - stats["bytes_in_use"])
+    else:
+        free = available_bytes() if device.platform == "cpu" else None
+    asked = (
+        f"num_pages={num_pages}: a cache of {num_pages * num_bytes / 2**30:.2f} GiB does not fit, "
+        f"at {num_bytes} bytes a page of {page_size} tokens; "
+    )
+    if free is None:
+        return OutOfMemory(f"{asked}the {device.platform} does not say how much is free; use fewer pages")
+    fitting = int(free * ADVISED_SHARE) // num_bytes
+    if num_pages * num_bytes <= free:  # it is in pieces
+        fitting = min(fitting, num_pages // 2)
+    advice = f"num_pages={fitting} would fit" if fitting else "not one page does: use a smaller page_size"
+    return OutOfMemory(f"{asked}{free / 2**30:.2f} GiB are free; {advice}")

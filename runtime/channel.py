@@ -14,13 +14,14 @@ import asyncio
 import contextlib
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .errors import EngineError, EngineFailed, StepFailed
+from .metrics import RequestMetrics
 from .token_logprobs import Logprob
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 # With n > 1 a sample has lists of these, which is left out of the types that a checker sees.
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     OptionalNumber: TypeAlias = float | None
     OptionalReason: TypeAlias = FinishReason | None
     OptionalLogprobs: TypeAlias = tuple[dict[int, Logprob], ...] | None
+    Metrics: TypeAlias = RequestMetrics
 else:
-    Text = TokenIds = Count = Number = OptionalNumber = OptionalReason = OptionalLogprobs = Any
+    Text = TokenIds = Count = Number = OptionalNumber = OptionalReason = OptionalLogprobs = Metrics = Any
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ class ReturnSample:
         tokens_per_second: those over the time since the request was submitted.
         time_to_first_token_s: from submission to the first token, seconds; None before it.
         finish_reason: "stop" (an end-of-sequence token, stop token or stop string), "length" (max_tokens or
-            max_length), "abort"; None while it goes on.
-        num_preemptions: how often its tokens had to be computed anew, because its pages were given to others
-            or a step of theirs failed.
+            max_length), "abort", "timeout" (its `timeout_s` was over); None while it goes on.
+        num_preemptions: how often its tokens had to be computed anew, because its pages were given to others,
+            a step of theirs failed, or the weights changed.
         logprobs: of each generated token, by token id: itself and the `logprobs` likeliest in its place; None
             if they are not asked for.
         cumulative_logprob: the sum of the generated tokens' log-probabilities; None likewise.
+        metrics: how long it waited and took.
         num_prompt_tokens: length of the prompt after any truncation.
         num_cached_tokens: of these, those that were found in the cache.
         prompt_logprobs: as `logprobs`, of each token of the prompt, as far as it is processed; None for the
             first, which nothing comes before.
+        request_id: `vSurge.abort` takes it; unlike that of any other prompt.
     """
 
     text: Text
@@ -72,6 +76,8 @@ class ReturnSample:
     logprobs: OptionalLogprobs = None
     cumulative_logprob: OptionalNumber = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    request_id: str = ""
+    metrics: Metrics = field(default_factory=RequestMetrics)
 
     @property
     def is_finished(self) -> bool:
@@ -100,9 +106,11 @@ class Channel:
 
     Attributes:
         publisher: the engine's thread, which must not wait for itself.
+        request_ids: of the prompts, in their order.
     """
 
     def __init__(self, initial: list[ReturnSample]) -> None:
+        self.request_ids = tuple(sample.request_id for sample in initial)
         self.publisher: threading.Thread | None = None
         self._lock = threading.Condition(threading.Lock())  # guards everything below
         self._samples = initial
@@ -173,7 +181,7 @@ class Channel:
                 remaining = None if deadline is None else deadline - time.monotonic()
                 if remaining is not None and remaining <= 0:
                     return False
-                self._lock.wait(remaining)
+                self._lock.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
             return True
 
     async def wait_async(self, seen: int, *, until_finished: bool) -> None:

@@ -5,24 +5,28 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.profiler import TraceAnnotation
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ..kernels import KVPages, empty_kv_pages
 from ..model import Model, Params
 from ..model.progress import progress_bar
 from ..model.sharding import cache_sharding
-from .cache_size import page_bytes
-from .errors import OutOfMemory
+from .cache_size import check_room, out_of_memory, page_bytes
+from .compilation_cache import compilation_cache
 from .options import EngineOptions
 from .request import Request
 from .results import start_reading
@@ -32,7 +36,9 @@ from .shaping import RowState, empty_row_state, mask_words, with_row
 from .step import StepOutput, step
 from .step_inputs import StepInputs, step_inputs
 
-MAX_PROGRAMS = 16
+logger = logging.getLogger("vsurge.runtime")
+
+MAX_PROGRAMS = 16  # and those of `prefill_lengths`, if there are more
 SMALLEST_MIXED = 64  # tokens
 # LLVM's first level of optimization instead of its highest: a quarter less time to compile and, measured on
 # Qwen3-0.6B, steps no slower, for the matrix products are library calls.
@@ -60,6 +66,9 @@ class Executor:
     Args:
         model: shape and weights.
         options: the engine's; `max_length` bounds the page table.
+
+    Attributes:
+        num_compilations: programs compiled, or read from a persistent cache.
     """
 
     def __init__(self, model: Model, options: EngineOptions) -> None:
@@ -81,6 +90,8 @@ class Executor:
             model.config.head_dim,
             model.config.cache_dtype,
         )
+        self._device: Any = model.mesh.devices.flat[0]
+        self._page_bytes = page_bytes(model, options.page_size)
         self._layer_shape: KVPages = jax.eval_shape(empty_layer)
         self._layer_sharding = cache_sharding(model.mesh, self._layer_shape, model.partition_axis)
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
@@ -89,11 +100,20 @@ class Executor:
         self._empty_row_state: Callable[[], RowState] = jax.jit(
             partial(empty_row_state, num_rows, vocab_size), out_shardings=self._everywhere
         )
+        self.num_compilations = 0
         self._programs: dict[tuple[StepKind, int], jax.stages.Compiled] = {}
         self._kv_pages: tuple[KVPages, ...] = ()
         self._row_state: RowState | None = None
         self._no_masks: jax.Array | None = None  # on the device, for steps without any
         self._set_row: jax.stages.Compiled | None = None
+
+    def check_room(self) -> None:
+        """To be called before the first `allocate`: a process that uses more memory than there is, is killed.
+
+        Raises:
+            OutOfMemory: there is no room for the cache, as far as that can be known.
+        """
+        check_room(self._device, self._options.num_pages, self._options.page_size, self._page_bytes)
 
     def allocate(self) -> None:
         """Makes an empty cache on the devices.
@@ -111,20 +131,23 @@ class Executor:
             self.release()
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            num_bytes = num_pages * page_bytes(self._model, page_size)
-            raise OutOfMemory(
-                f"num_pages={num_pages}: a cache of {num_bytes / 2**30:.2f} GiB does not fit, at "
-                f"{num_bytes // num_pages} bytes a page of {page_size} tokens; use fewer pages"
-            ) from error
+            raise out_of_memory(self._device, num_pages, page_size, self._page_bytes) from error
 
     def release(self) -> None:
         """Gives the cache's memory back; the compiled programs stay."""
         self._kv_pages, self._row_state, self._no_masks = (), None, None
 
-    def compile(self, *, show_progress: bool) -> None:
+    def update(self, params: Params) -> None:
+        """Other weights from the next step on, of the same shapes and in the same places."""
+        self._model = replace(self._model, params=params)
+
+    def compile(self, *, show_progress: bool) -> int:
         """Compiles the program of every bucket that is not compiled yet, several at a time.
 
         Only this thread traces and lowers, which is Python; the others are XLA's.
+
+        Returns:
+            How many programs there are.
         """
         buckets: dict[StepKind, tuple[int, ...]] = {
             "decode": self.decode_buckets,
@@ -132,15 +155,30 @@ class Executor:
         }
         wanted: list[tuple[StepKind, int]] = [(k, size) for k, sizes in buckets.items() for size in sizes]
         missing = [key for key in wanted if key not in self._programs]
-        if self._set_row is None:
-            self._set_row = self._compile_lowered(self._lower_set_row())
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        if not missing:
+            return len(self._programs)
+        begin = time.perf_counter()
+        with (
+            compilation_cache(self._options.compilation_cache_dir),
+            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+        ):
+            if self._set_row is None:
+                self._set_row = self._compile_lowered(self._lower_set_row())
             futures = [pool.submit(self._compile_lowered, self._lower(*key)) for key in missing]
             for key, future in zip(
                 progress_bar(missing, "compiling", show=show_progress, unit="program"), futures, strict=True
             ):
                 self._programs[key] = future.result()
+                self.num_compilations += 1
         _return_freed_memory()
+        logger.info(
+            "%d programs compiled in %.1f s: decode steps of %s sequences, mixed steps of %s tokens",
+            len(missing),
+            time.perf_counter() - begin,
+            list(self.decode_buckets),
+            list(self.mixed_buckets),
+        )
+        return len(self._programs)
 
     def _lower(self, kind: StepKind, size: int) -> jax.stages.Lowered:
         return self._trace(kind, size).lower()
@@ -174,8 +212,7 @@ class Executor:
         )
 
     def _compile_lowered(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        platform = self._model.mesh.devices.flat[0].platform
-        return lowered.compile(CPU_COMPILER_OPTIONS if platform == "cpu" else None)
+        return lowered.compile(CPU_COMPILER_OPTIONS if self._device.platform == "cpu" else None)
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Dispatches a step; what comes out of it is on the device."""
@@ -188,14 +225,18 @@ class Executor:
         bucket = next(b for b in buckets if b >= size)
         if (plan.kind, bucket) not in self._programs:
             self._programs[plan.kind, bucket] = self._compile_lowered(self._lower(plan.kind, bucket))
-        inputs = self._inputs(plan, bucket)
-        for request in self._rows.taken():
-            self._take_row(request)
-        output: StepOutput
-        output, self._kv_pages, self._row_state = self._programs[plan.kind, bucket](
-            self._model.params, self._kv_pages, self._row_state, self._masks(plan), inputs
-        )
-        start_reading(plan, output)
+            self.num_compilations += 1
+        with TraceAnnotation("vsurge.inputs"):
+            inputs = self._inputs(plan, bucket)
+            masks = self._masks(plan)
+        with TraceAnnotation("vsurge.dispatch"):
+            for request in self._rows.taken():
+                self._take_row(request)
+            output: StepOutput
+            output, self._kv_pages, self._row_state = self._programs[plan.kind, bucket](
+                self._model.params, self._kv_pages, self._row_state, masks, inputs
+            )
+            start_reading(plan, output)
         return output
 
     def _take_row(self, request: Request) -> None:

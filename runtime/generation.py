@@ -49,6 +49,11 @@ class Generation:
         self._finalizer = weakref.finalize(self, abort)
         self._finalizer.atexit = False
 
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """One per prompt, in their order, for `vSurge.abort`."""
+        return self._channel.request_ids
+
     def result(self, timeout_s: float | None = None) -> list[ReturnSample]:
         """Blocks until every prompt has ended.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 from ..model import Model, Qwen3Config
@@ -34,6 +35,7 @@ class EngineOptions:
         seed: of requests without one of their own.
         vsurge_name: of the engine's thread.
         verbose: show progress bars on a terminal.
+        compilation_cache_dir: where compiled programs are kept; None for jax's own setting.
     """
 
     max_concurrent_decodes: int
@@ -51,6 +53,7 @@ class EngineOptions:
     seed: int
     vsurge_name: str
     verbose: bool
+    compilation_cache_dir: Path | None = None
 
     @property
     def pages_per_seq(self) -> int:
@@ -82,6 +85,7 @@ def options_for(
     seed: int,
     vsurge_name: str,
     verbose: bool,
+    compilation_cache_dir: str | PathLike[str] | None,
 ) -> EngineOptions:
     """The options of an engine around a model; parameters and errors are those of `vSurge.from_model`."""
     config = _check_model(model).config
@@ -113,6 +117,7 @@ def options_for(
         seed=as_integer("seed", seed, 0),
         vsurge_name=vsurge_name,
         verbose=as_flag("verbose", verbose),
+        compilation_cache_dir=_folder("compilation_cache_dir", compilation_cache_dir),
         num_pages=num_pages  # last: it looks at the device
         or choose_num_pages(
             model,
@@ -135,6 +140,16 @@ def _check_model(model: Any) -> Model:
                 f"compiled program, and an engine compiles its steps; use {name}=None or 'xla'"
             )
     return model
+
+
+def _folder(name: str, value: Any) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | PathLike):
+        raise TypeError(f"{name}={value!r}: must be the path of a folder, or None")
+    if not fspath(value):  # pyright: ignore[reportUnknownArgumentType]
+        raise ValueError(f"{name}={value!r}: must be the path of a folder, or None")  # Path("") is "."
+    return Path(value)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _length(wanted: int | None, config: Qwen3Config) -> int:

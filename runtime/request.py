@@ -9,6 +9,7 @@ from typing import Any
 
 from .channel import Channel, FinishReason, ReturnSample
 from .detokenizer import Detokenizer
+from .metrics import RequestMetrics
 from .page_pool import chained
 from .sampling_params import SamplingParams
 from .token_logprobs import Logprob, TokenLogprobs
@@ -16,7 +17,7 @@ from .token_mask import TokenMask
 
 NO_TOKEN = -1  # what a step gives where no token was allowed
 # Of a sample of several completions these are the prompt's; all others are lists, one entry for each.
-OF_THE_PROMPT = ("num_prompt_tokens", "num_cached_tokens", "prompt_logprobs")
+OF_THE_PROMPT = ("num_prompt_tokens", "num_cached_tokens", "prompt_logprobs", "request_id")
 
 
 @dataclass(eq=False)
@@ -36,6 +37,8 @@ class Request:
         bias: what is added to the logits of single tokens; -inf forbids.
         masks: which tokens may be next, as a function of those before.
         priority: those with a smaller one go first.
+        request_id: what its caller may abort it by; unlike that of any other prompt.
+        deadline: when it ends with "timeout", on the clock of `submitted_at`; None for never.
         turn: its place in the queue; smaller ones are served first, and are the last to lose their pages.
         output_ids: generated tokens.
         logprobs: of these, if they are wanted.
@@ -65,9 +68,14 @@ class Request:
     bias: dict[int, float] = field(default_factory=dict[int, float])
     masks: Sequence[TokenMask] = ()
     priority: int = 0
+    request_id: str = ""
+    deadline: float | None = None
     turn: tuple[int, int] = (0, 0)
     submitted_at: float = field(default_factory=time.perf_counter)
+    admitted_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float | None = None
+    ended_at: float | None = None
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list[int])
     logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
@@ -146,8 +154,9 @@ class Request:
         if token_id == NO_TOKEN:
             self.finish("stop")
             return
+        self.last_token_at = time.perf_counter()
         if self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
+            self.first_token_at = self.last_token_at
         may_stop = self.may_stop_at(len(self.output_ids))
         self.output_ids.append(token_id)
         if logprobs is not None:
@@ -179,13 +188,12 @@ class Request:
     def sample(self) -> ReturnSample:
         """What has been generated so far."""
         elapsed = max(time.perf_counter() - self.submitted_at, 1e-9)  # a clock may stand still
-        first = self.first_token_at
         return ReturnSample(
             text="" if self.detokenizer is None else self.detokenizer.text,
             token_ids=tuple(self.output_ids),
             num_generated_tokens=len(self.output_ids),
             tokens_per_second=len(self.output_ids) / elapsed,
-            time_to_first_token_s=None if first is None else first - self.submitted_at,
+            time_to_first_token_s=self._since_submission(self.first_token_at),
             finish_reason=self.finish_reason,
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached or 0,
@@ -193,7 +201,27 @@ class Request:
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
             cumulative_logprob=self.cumulative_logprob if self.wants_logprobs else None,
+            request_id=self.request_id,
+            metrics=self._metrics(),
         )
+
+    def _metrics(self) -> RequestMetrics:
+        first, last, num_gaps = self.first_token_at, self.last_token_at, len(self.output_ids) - 1
+        return RequestMetrics(
+            queue_time_s=self._since_submission(self.admitted_at),
+            ttft_s=self._since_submission(first),
+            time_between_tokens_s=(
+                None if first is None or last is None or num_gaps < 1 else (last - first) / num_gaps
+            ),
+            e2e_time_s=self._since_submission(self.ended_at),
+            num_prompt_tokens=len(self.prompt_ids),
+            num_generated_tokens=len(self.output_ids),
+            num_cached_tokens=self.num_cached or 0,
+            num_preemptions=self.num_preemptions,
+        )
+
+    def _since_submission(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self.submitted_at
 
 
 @dataclass(eq=False)

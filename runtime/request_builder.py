@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from .channel import Channel, ReturnSample
 from .checks import check_vocabulary
 from .detokenizer import Detokenizer, TokenBytes
 from .guided import Grammars
+from .metrics import RequestMetrics
 from .options import EngineOptions
 from .prompts import Prompt, token_ids_of
 from .request import Group, Request, combined
@@ -57,12 +59,15 @@ class RequestBuilder:
             self._prompt_ids(i, prompt, p, chat_template_kwargs)
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
-        channel = Channel([_nothing_yet(ids, p) for ids, p in zip(token_ids, params, strict=True)])
-        return channel, [
+        channel = Channel([_before_the_first_token(ids, p) for ids, p in zip(token_ids, params, strict=True)])
+        requests = [
             request
             for i, (ids, p, priority) in enumerate(zip(token_ids, params, priorities, strict=True))
             for request in self._completions(i, ids, p, priority, channel)
         ]
+        for request in requests:
+            request.request_id = channel.request_ids[request.index]
+        return channel, requests
 
     def _prompt_ids(
         self,
@@ -203,6 +208,16 @@ class RequestBuilder:
         return high << 32 | low
 
 
-def _nothing_yet(ids: Sequence[int], params: SamplingParams) -> ReturnSample:
-    one = ReturnSample("", (), 0, 0.0, None, None, len(ids))
+def _before_the_first_token(ids: Sequence[int], params: SamplingParams) -> ReturnSample:
+    one = ReturnSample(
+        text="",
+        token_ids=(),
+        num_generated_tokens=0,
+        tokens_per_second=0.0,
+        time_to_first_token_s=None,
+        finish_reason=None,
+        num_prompt_tokens=len(ids),
+        request_id=uuid.uuid4().hex,
+        metrics=RequestMetrics(num_prompt_tokens=len(ids)),
+    )
     return one if params.n == 1 else combined([one] * params.n)

@@ -15,13 +15,15 @@ fills it is planned.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .channel import FinishReason
 from .page_pool import PagePool
-from .request import Request
+from .request import NO_TOKEN, Request
 from .token_logprobs import TokenLogprobs
 
 HEADROOM = 64  # one page in so many is left to those that run when a request is admitted
@@ -115,6 +117,8 @@ class Scheduler:
         self.waiting: list[Request] = []  # both in the order of their turns
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_computed_prompt_tokens = 0  # in planned steps, and tokens computed anew
+        self.num_generated_tokens = 0
         self.num_prompt_tokens = 0  # of those admitted for the first time; and how many of these were cached
         self.num_cached_tokens = 0
         self._max_batched_tokens = max_batched_tokens
@@ -126,6 +130,12 @@ class Scheduler:
         self._num_rows = max_concurrent_decodes
         self._free_rows = list(range(max_concurrent_decodes))[::-1]
         self._num_arrived = 0
+        self._num_returning = 0  # of those that wait, how many had been admitted before
+
+    @property
+    def num_queued(self) -> int:
+        """Those that wait to be admitted for the first time."""
+        return len(self.waiting) - self._num_returning
 
     @property
     def has_work(self) -> bool:
@@ -200,6 +210,7 @@ class Scheduler:
         self.running.remove(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
+        self._num_returning += 1
         _insert(self.waiting, request)
 
     def _prompts(self, budget: int, *, admits: bool) -> list[Chunk]:
@@ -219,6 +230,7 @@ class Scheduler:
             length = min(budget, rest)
             chunks.append(Chunk(request, request.num_computed, length, int(length == rest)))
             self._count(chunks[-1])  # at once, for the next one may begin alike
+            self.num_computed_prompt_tokens += length
             budget -= length
         return chunks
 
@@ -247,8 +259,11 @@ class Scheduler:
         request.row = self._free_rows.pop()
         if request.num_cached is None:
             request.num_cached = request.num_computed
+            request.admitted_at = time.perf_counter()
             self.num_prompt_tokens += known
             self.num_cached_tokens += request.num_computed
+        else:
+            self._num_returning -= 1
         _insert(self.running, request)
         return request
 
@@ -285,6 +300,7 @@ class Scheduler:
             for j, token_id in enumerate(tokens[: chunk.num_outputs]):
                 if request.finish_reason is None:
                     request.accept(token_id, None if logprobs is None else logprobs[j])
+                    self.num_generated_tokens += token_id != NO_TOKEN
             changed.append(request)
             if request.row >= 0:
                 self._register(request)
@@ -292,11 +308,11 @@ class Scheduler:
                 self._retire(request)
         return changed
 
-    def abort(self, request: Request) -> bool:
+    def abort(self, request: Request, reason: FinishReason = "abort") -> bool:
         """Ends a request wherever it stands; False if it had ended already."""
         if request.finish_reason is not None:
             return False
-        request.finish("abort")
+        request.finish(reason)
         self._retire(request)
         return True
 
@@ -306,11 +322,13 @@ class Scheduler:
         self._retire(request)
 
     def _retire(self, request: Request) -> None:
+        request.ended_at = time.perf_counter()
         if request.row >= 0:
             self._take_from(request)
             self.running.remove(request)
         else:
             self.waiting.remove(request)
+            self._num_returning -= request.num_cached is not None
 
     def _take_from(self, request: Request) -> None:
         """Its pages and its row."""
@@ -335,6 +353,7 @@ class Scheduler:
         self.waiting.clear()
         self.running.clear()
         self.pool.clear()
+        self._num_returning = 0
         self._free_rows = list(range(self._num_rows))[::-1]
         return unfinished
 

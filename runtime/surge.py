@@ -5,41 +5,38 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import TracebackType
+from os import PathLike
 from typing import Any, TypeVar
 
 from ..model import Model
-from .checks import as_integer
 from .engine import Engine
 from .executor import Executor
 from .generation import Generation
+from .life_cycle import LifeCycle
 from .options import EngineOptions, options_for
 from .page_pool import PagePool
+from .per_prompt import params_of, priorities_of, timeouts_of
 from .prompts import Prompt, as_list, check_template_options, token_ids_of
 from .request import Request
 from .request_builder import RequestBuilder
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
-MAX_PRIORITY = 2**31 - 1  # to both sides of 0
 Surge = TypeVar("Surge", bound="vSurge")  # beartype cannot check typing.Self in a decorated class
 
 
-class vSurge:
+class vSurge(LifeCycle):
     """An inference engine: continuous batching over a paged cache. Build it with `from_model`.
 
     `start` it, `generate` from any number of threads and event loops, `stop` it; or use it in a `with` block.
     """
 
     def __init__(self, model: Model, processor: Any, options: EngineOptions, executor: Executor) -> None:
-        self.model = model
         self.processor = processor
         self.max_length = options.max_length
         self.num_pages, self.page_size = options.num_pages, options.page_size
         self.eos_token_ids = options.eos_token_ids
-        self._verbose = options.verbose
         self._requests = RequestBuilder(processor, options, model.config.vocab_size)
-        self._executor = executor
         self._pool = PagePool(options.num_pages, options.page_size)
         scheduler = Scheduler(
             self._pool,
@@ -51,12 +48,13 @@ class vSurge:
             prefix_caching=options.prefix_caching,
             priority_places=options.max_queued_requests,
         )
-        self._engine = Engine(
+        engine = Engine(
             scheduler,
             executor,
             max_queued_requests=options.max_queued_requests,
             name=options.vsurge_name,
         )
+        super().__init__(model, engine, executor, verbose=options.verbose)
         # Neither the engine nor its thread holds this object, so it can be dropped.
         weakref.finalize(self, self._engine.abandon).atexit = False
 
@@ -82,6 +80,7 @@ class vSurge:
         seed: int = 0,
         vsurge_name: str = "vsurge",
         verbose: bool = True,
+        compilation_cache_dir: str | PathLike[str] | None = None,
     ) -> Surge:
         """Builds an engine around a model; nothing is compiled or allocated yet.
 
@@ -116,6 +115,9 @@ class vSurge:
             seed: of requests without one of their own.
             vsurge_name: of the engine's thread.
             verbose: show progress bars on a terminal.
+            compilation_cache_dir: a folder for compiled programs, so that the next engine with the same
+                shapes starts sooner; it is made if it does not exist. Trust who can write to it: programs
+                are run as they are found. None: jax's own setting (`jax_compilation_cache_dir`).
 
         Raises:
             ValueError, TypeError: an option out of range.
@@ -139,39 +141,11 @@ class vSurge:
             seed=seed,
             vsurge_name=vsurge_name,
             verbose=verbose,
+            compilation_cache_dir=compilation_cache_dir,
         )
         return cls(model, processor, options, Executor(model, options))
 
     create_odriver = from_model
-
-    def compile(self) -> None:
-        """Compiles the programs of all buckets, with a progress bar; what is compiled stays so.
-
-        jax's persistent compilation cache is used if it is set up (`jax_compilation_cache_dir`).
-        """
-        self._executor.compile(show_progress=self._verbose)
-
-    def start(self) -> None:
-        """Starts the engine; compiles first what `compile` has not, so that serving never does."""
-        self.compile()
-        self._engine.start()
-
-    def stop(self, *, drain: bool = True) -> None:
-        """Stops the engine and gives the cache's memory back; `start` may be called again.
-
-        Args:
-            drain: finish all requests first; otherwise they end with finish_reason "abort".
-        """
-        self._engine.stop(drain=drain)
-
-    def __enter__(self: Surge) -> Surge:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop(drain=error is None)
 
     def count_tokens(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
         """Tokens of one prompt, a string, token ids or chat messages (the template's own tokens included).
@@ -189,6 +163,7 @@ class vSurge:
         stream: bool = False,
         *,
         priority: int | Sequence[int] = 0,
+        timeout_s: float | int | Sequence[float | int | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Queues prompts for generation.
@@ -202,6 +177,9 @@ class vSurge:
             priority: for all prompts, or one per prompt; smaller ones are served first. A step of priority
                 lets a prompt overtake at most `max_queued_requests` that came before it, so that nobody waits
                 for ever.
+            timeout_s: for all prompts, or one per prompt: seconds from now after which it ends with what it
+                has and finish_reason "timeout", wherever it stands: it may wait, run or be paused. Its pages
+                are free one step later. None for any time.
             chat_template_kwargs: options of the chat template, `{"enable_thinking": False}` for one;
                 `{"continue_final_message": True}` has the last message continued instead of answered.
 
@@ -216,9 +194,13 @@ class vSurge:
         """
         listed = as_list(prompts)
         check_template_options(chat_template_kwargs, listed)
-        params = self._params_of(sampling_params, len(listed))
-        priorities = _priorities_of(priority, len(listed))
+        params = params_of(sampling_params, len(listed), self.default_sampling_params)
+        priorities = priorities_of(priority, len(listed))
+        timeouts = timeouts_of(timeout_s, len(listed))
         channel, requests = self._requests.build(listed, params, priorities, chat_template_kwargs)
+        for request in requests:
+            timeout = timeouts[request.index]
+            request.deadline = None if timeout is None else request.submitted_at + timeout
         self._engine.submit(requests)
         # It holds on to this object, so that the engine lives as long as somebody waits for its output.
         deltas = frozenset(i for i, p in enumerate(params) if p.output_kind == "delta")
@@ -231,34 +213,3 @@ class vSurge:
         """The sampling parameters of generation_config.json, with changes."""
         defaults: dict[str, Any] = dict(self.model.generation_defaults.sampling)
         return SamplingParams(**(defaults | changes))
-
-    def _params_of(
-        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if sampling_params is None:
-            return [self.default_sampling_params()] * count
-        if isinstance(sampling_params, SamplingParams):
-            return [sampling_params] * count
-        if not isinstance(sampling_params, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"sampling_params={sampling_params!r}: must be a SamplingParams or a list of them"
-            )
-        listed = list(sampling_params)
-        if len(listed) != count:
-            raise ValueError(
-                f"sampling_params: {len(listed)} of them for {count} prompts; give one, or one each"
-            )
-        for params in listed:
-            if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"sampling_params: {params!r} is no SamplingParams")
-        return listed
-
-
-def _priorities_of(priority: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(priority, Sequence):
-        return [as_integer("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)] * count
-    if len(priority) != count:
-        raise ValueError(f"priority: {len(priority)} of them for {count} prompts; give one, or one each")
-    return [
-        as_integer(f"priority[{i}]", value, -MAX_PRIORITY, MAX_PRIORITY) for i, value in enumerate(priority)
-    ]

@@ -239,26 +239,10 @@ class vSurge(Engine):
 
     create_odriver = from_model
 
-    def pause(self) -> NoReturn:
-        """Is not supported yet."""
-        raise NotImplementedError(
-            "vSurge.pause: not supported yet; stop() finishes what is queued, then ends"
-        )
-
-    def resume(self) -> NoReturn:
-        """Is not supported yet."""
-        raise NotImplementedError("vSurge.resume: not supported yet; start() begins again after stop()")
-
     def complete(self, *_: Any, **__: Any) -> NoReturn:
         """Is not supported yet."""
         raise NotImplementedError(
             "vSurge.complete: not supported yet; generate(..., stream=True) does its work"
-        )
-
-    def metrics(self, *_: Any, **__: Any) -> NoReturn:
-        """Is not supported yet."""
-        raise NotImplementedError(
-            "vSurge.metrics: not supported yet; a ReturnSample tells of its own request's speed"
         )
 
 

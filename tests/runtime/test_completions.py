@@ -34,9 +34,9 @@ def test_n_gives_lists_whose_entries_are_those_of_the_seeds_that_follow(surge: v
 
 def test_completions_share_the_prompts_pages(surge: vSurge) -> None:
     prompt = [7] * 50  # three full pages of 16
-    cached_before = surge._engine._scheduler.num_cached_tokens
+    cached_before = surge.metrics.num_cached_tokens
     surge.generate(prompt, replace(HOT, n=4)).result(TIMEOUT_S)
-    assert surge._engine._scheduler.num_cached_tokens - cached_before >= 3 * 48
+    assert surge.metrics.num_cached_tokens - cached_before >= 3 * 48
 
 
 def test_best_of_gives_the_likeliest_in_order_once_all_have_ended(surge: vSurge) -> None:

@@ -7,7 +7,6 @@ import random
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import jax
 import pytest
@@ -17,6 +16,7 @@ from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.scheduler import StepPlan
 from vsurge.runtime.step import StepOutput
 
+from .compilations import heard
 from .greedy import CAPITAL, GREEDY, STORY, one
 from .scripted import TIMEOUT_S
 
@@ -32,15 +32,8 @@ PROMPTS = [
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    events: list[str] = []
-
-    def listen(event: str, *_: Any, **__: Any) -> None:
-        if "compile" in event or "trace" in event:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with heard() as events:
+        yield events
 
 
 def test_the_listener_below_does_hear_compilations(compilations: list[str]) -> None:
@@ -176,6 +169,13 @@ def test_two_engines_serve_side_by_side(surge: vSurge, model: Model) -> None:
     with other:
         generations = [engine.generate(STORY, GREEDY) for engine in (surge, other) for _ in range(3)]
         assert [g.result(TIMEOUT_S)[0].token_ids for g in generations] == [alone] * 6
+        other.pause()
+        waits = other.generate(STORY, GREEDY)
+        assert one(surge, STORY).token_ids == alone
+        assert not surge.abort(waits.request_ids[0])
+        other.resume()
+        assert waits.result(TIMEOUT_S)[0].token_ids == alone
+        assert other.metrics.num_finished == 4
     assert one(surge, STORY).token_ids == alone
 
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 FREE_OF_JAX = (
-    "channel", "checks", "detokenizer", "errors", "generation", "page_pool", "prompts", "request",
-    "sampling_params", "scheduler", "guided", "guided_params", "token_logprobs", "token_mask",
+    "channel", "checks", "deadlines", "detokenizer", "errors", "generation", "guided", "guided_params",
+    "inbox", "meter", "metrics", "page_pool", "prompts", "request", "sampling_params", "scheduler",
+    "token_logprobs", "token_mask",
 )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_a_stop_that_drains_can_be_hurried_by_one_that_does_not(scripted: Script
         draining = pool.submit(scripted.surge.stop, drain=True)
         refused_meanwhile(scripted)
         hurrying = pool.submit(scripted.surge.stop, drain=False)
-        while scripted.surge._engine._state.value != "stopping":
+        while scripted.surge._engine._inbox.state.value != "stopping":
             assert not hurrying.done()
         draining_again = pool.submit(scripted.surge.stop, drain=True)  # takes nothing back
         scripted.executor.let(None)
@@ -149,7 +149,7 @@ def test_a_with_block_drains_and_one_that_fails_aborts(
 def test_an_engine_that_nobody_refers_to_ends_its_thread(make_scripted: Callable[..., Scripted]) -> None:
     scripted = make_scripted()
     scripted.surge.start()
-    thread = scripted.surge._engine._thread
+    thread = scripted.surge._engine._inbox.thread
     assert thread is not None
     generation = scripted.surge.generate([1], SHORT)
     alive = weakref.ref(scripted.surge)

@@ -8,7 +8,7 @@ import pytest
 
 from vsurge.runtime import QueueFull, SamplingParams
 
-from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves
+from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, tokens_of
 
 
 def test_the_queue_holds_as_many_as_it_says_and_all_or_none_of_a_list(
@@ -32,7 +32,8 @@ def test_the_queue_holds_as_many_as_it_says_and_all_or_none_of_a_list(
     assert running.result(TIMEOUT_S)
     assert [len(w.result(TIMEOUT_S)) for w in waiting] == [1, 2]
     check_it_serves(scripted)
-    assert scripted.surge._engine._num_waiting == scripted.surge._engine._num_submitted == 0
+    inbox = scripted.surge._engine._inbox
+    assert inbox.num_queued == inbox.num_submitted == 0
 
 
 def test_aborted_requests_leave_the_queue(make_scripted: Callable[..., Scripted]) -> None:
@@ -60,4 +61,24 @@ def test_all_prompts_of_a_call_begin_in_the_queue_though_places_are_free(
     with pytest.raises(QueueFull, match=message):
         scripted.surge.generate([[1], [2], [3]], SHORT)
     assert len(scripted.surge.generate([[1], [2]], SHORT).result(TIMEOUT_S)) == 2
+    check_it_serves(scripted)
+
+
+def test_who_lost_its_pages_takes_no_place_in_the_queue(make_scripted: Callable[..., Scripted]) -> None:
+    scripted = make_scripted(rows=4, num_pages=5, max_queued_requests=4)
+    scripted.surge.start()
+    scripted.executor.hold()
+    # Four prompts of a page each, which soon need two: some lose theirs.
+    running = scripted.surge.generate([[i] * 14 for i in range(1, 5)], SamplingParams(max_tokens=30))
+    scripted.executor.let(6)
+    scripted.executor.wait_until_held()
+    assert scripted.surge.metrics.num_preempted >= 1
+    waiting = [scripted.surge.generate([9, i], SHORT) for i in range(4)]
+    with pytest.raises(QueueFull, match="4 requests are waiting and 1 more came"):
+        scripted.surge.generate([9], SHORT)
+    scripted.executor.let(None)
+    samples = running.result(TIMEOUT_S)
+    assert [s.token_ids for s in samples] == [tokens_of([i] * 14, 30) for i in range(1, 5)]
+    assert sum(s.num_preemptions for s in samples) >= 1
+    assert [w.result(TIMEOUT_S)[0].token_ids for w in waiting] == [tokens_of([9, i], 3) for i in range(4)]
     check_it_serves(scripted)

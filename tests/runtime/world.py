@@ -206,6 +206,7 @@ class World:
         assert len(set(rows)) == len(rows) <= self.rows
         assert all(0 <= row < self.rows for row in rows)
         assert all(request.row == -1 and not request.pages for request in self.scheduler.waiting)
+        assert self.scheduler.num_queued == sum(r.num_cached is None for r in self.scheduler.waiting)
 
     def run_to_the_end(self) -> None:
         # Of those that run, the one whose turn is first is never stopped; so each needs these steps at most.

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
-from ..validation import check_rows, check_written_when_run
+from ..slots import check_written_when_run
+from ..validation import check_rows
 from . import reference, xla
 
 __all__ = ["append_kv"]

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 from ..append import append_kv
 from ..dispatch import Implementation, choose_implementation
 from ..kv_pages import KVPages
+from ..slots import check_slots_when_run
 from ..validation import (
     check_has_blocks,
     check_metadata_when_run,
     check_new_kv,
-    check_slots_when_run,
     check_static,
 )
 from . import reference, xla

@@ -19,6 +19,8 @@ from vsurge.kernels import (
     paged_decode_attention,
     ragged_paged_attention,
 )
+from vsurge.kernels.decode import blocks as decode_blocks
+from vsurge.kernels.decode.rows import seq_bytes
 from vsurge.kernels.ragged.blocks import Sizes, default_blocks
 from vsurge.kernels.ragged.heads import Heads
 from vsurge.kernels.ragged.query_blocks import cut_queries, most_blocks
@@ -27,6 +29,7 @@ from vsurge.kernels.tpu.units import SMEM_BYTES, SMEM_TILE, TABLES, Units, most_
 from vsurge.kernels.tuning import Call
 from vsurge.kernels.tuning.compiler import trace_for
 
+from .geometries import HEADS
 from .jaxprs import equations
 
 BLOCKS: dict[str, Any] = {"decode": DecodeBlocks(128), "ragged": RaggedBlocks(16, 128)}
@@ -149,6 +152,27 @@ def test_default_block_sizes_fit_and_serve_the_context(heads: tuple[int, int], v
     blocks.check(sizes, vmem_bytes)
     assert blocks.scratch_bytes(sizes) + blocks.step_bytes(sizes) <= vmem_bytes * 3 // 4
     assert default_blocks(sizes, pages_per_seq=2, vmem_bytes=vmem_bytes).kv_tokens == 128
+
+
+@pytest.mark.parametrize("num_queries", [1, 4, 8])
+@pytest.mark.parametrize("vmem_bytes", [2**24, 2**25, 2**26, 2**27])
+def test_default_block_sizes_of_decoding_fit_every_shard(vmem_bytes: int, num_queries: int) -> None:
+    """With a cache write of one token, whose rows and tiles take room as well."""
+    for num_q_heads, num_kv_heads in HEADS:
+        token_bytes, written = 2 * num_kv_heads * 128 * 2, 0
+        each = seq_bytes(num_queries * num_q_heads, 128, 2)
+        if num_queries == 1:
+            each, written = each + 2 * max(token_bytes, 1024), 8 * 16 * token_bytes
+        sizes = {"page_size": 64, "token_bytes": token_bytes, "seq_bytes": each}
+        blocks = decode_blocks.default_blocks(
+            **sizes,
+            num_kv_heads=num_kv_heads,
+            pages_per_seq=128,
+            most_seqs=64,
+            vmem_bytes=vmem_bytes if num_queries == 1 else vmem_bytes * 3 // 4,
+        )
+        blocks.check(**sizes, vmem_bytes=vmem_bytes - written, num_queries=num_queries)
+        assert blocks.scratch_bytes(token_bytes, each, num_queries) + written <= vmem_bytes
 
 
 def test_queries_are_cut_at_the_ends_of_sequences_and_at_multiples_of_a_block() -> None:

@@ -156,14 +156,13 @@ class Executor:
         wanted: list[tuple[StepKind, int]] = [(k, size) for k, sizes in buckets.items() for size in sizes]
         missing = [key for key in wanted if key not in self._programs]
         if not missing:
-            return len(self._programs)
+            return len(self._programs) + 1  # and the one that writes a row
         begin = time.perf_counter()
         with (
             compilation_cache(self._options.compilation_cache_dir),
             ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
         ):
-            if self._set_row is None:
-                self._set_row = self._compile_lowered(self._lower_set_row())
+            self._compile_set_row()
             futures = [pool.submit(self._compile_lowered, self._lower(*key)) for key in missing]
             for key, future in zip(
                 progress_bar(missing, "compiling", show=show_progress, unit="program"), futures, strict=True
@@ -178,7 +177,13 @@ class Executor:
             list(self.decode_buckets),
             list(self.mixed_buckets),
         )
-        return len(self._programs)
+        return len(self._programs) + 1
+
+    def _compile_set_row(self) -> jax.stages.Compiled:
+        if self._set_row is None:
+            self._set_row = self._compile_lowered(self._lower_set_row())
+            self.num_compilations += 1
+        return self._set_row
 
     def _lower(self, kind: StepKind, size: int) -> jax.stages.Lowered:
         return self._trace(kind, size).lower()
@@ -243,10 +248,8 @@ class Executor:
         """Writes what the device is to remember of a request that has come to its row."""
         if not (request.is_biased or request.params.has_penalties):
             return
-        if self._set_row is None:
-            self._set_row = self._compile_lowered(self._lower_set_row())
         vocab_size = self._model.config.vocab_size
-        self._row_state = self._set_row(
+        self._row_state = self._compile_set_row()(
             self._row_state,
             np.int32(request.row),
             bias_of(request, vocab_size),

@@ -70,7 +70,7 @@ class EngineMetrics:
             start, if that is less) over these seconds, idle ones included.
         generated_tokens_per_second: the same of `num_generated_tokens`.
         num_preemptions: how often requests had to give their pages back, or begin anew.
-        num_compilations: programs of steps compiled, or read from a persistent cache. It stands still while
+        num_compilations: programs compiled, or read from a persistent cache. It stands still while
             the engine serves.
         device_idle_share: of the time in the last 10 seconds in which the thread had something to do, the
             share in which no step of this engine may have been on the device: at most, from host timestamps.

@@ -66,7 +66,7 @@ def test_the_next_engine_reads_every_program_from_the_folder(tiny: Model, tmp_pa
     first, second = build(tiny, folder), build(tiny, str(folder))
     with counted() as counts:
         num_programs = first.compile()
-    assert num_programs == 3  # one for decoding
+    assert num_programs == 4  # one for decoding, two for prompts, and one that writes a row
     assert (counts["cache_hits"], counts["cache_misses"]) == (0, num_programs)
     kept = files(folder)
     assert len(kept) == num_programs

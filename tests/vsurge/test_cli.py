@@ -199,12 +199,12 @@ def demo_asking_for(tmp_path: Path) -> Callable[..., str]:
 def test_a_default_that_is_not_supported_yet_is_a_warning(
     command: Callable, demo_asking_for: Callable
 ) -> None:
-    folder = demo_asking_for(repetition_penalty=1.05)
+    folder = demo_asking_for(num_beams=3)
     done = command("generate", FRANCE, "--model", folder, *SMALL)
     assert (done.code, done.out) == (0, " The capital of France is Paris.\n")
     warning, _ = done.err.splitlines()
     assert warning.startswith(f"vsurge: {folder}/generation_config.json: not supported yet")
-    assert warning.endswith("repetition_penalty=1.05")
+    assert warning.endswith("num_beams=3")
 
 
 def test_a_default_out_of_range_is_an_error_that_names_the_file(

@@ -172,6 +172,18 @@ def test_a_timeout_may_be_shorter_than_a_step_or_longer_than_any(
     check_it_serves(scripted)
 
 
+def test_a_timeout_wakes_an_engine_whose_figures_have_come_to_rest(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vsurge.runtime.meter.WINDOW_S", 0.02)
+    monkeypatch.setattr("vsurge.runtime.loop.REFRESH_S", 0.01)
+    scripted.surge.pause()
+    generation = scripted.surge.generate([1], SHORT, timeout_s=0.3)
+    assert generation.result(TIMEOUT_S)[0].finish_reason == "timeout"
+    scripted.surge.resume()
+    check_it_serves(scripted)
+
+
 @pytest.mark.parametrize(
     ("timeout_s", "error", "message"),
     [
@@ -200,6 +212,7 @@ def test_a_stop_aborts_what_has_not_finished_in_time_and_says_so(scripted: Scrip
     ends = scripted.surge.generate([1], SamplingParams(max_tokens=1))
     scripted.executor.let(1)
     generations = [scripted.surge.generate([i], LONG) for i in range(2, 9)]  # more than there are rows
+    scripted.executor.wait_until_held()  # else they might all be cut between two steps
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(scripted.surge.stop, timeout_s=0.02)
         while scripted.surge._engine._inbox.state.value != "stopping":

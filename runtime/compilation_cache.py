@@ -34,7 +34,7 @@ def compilation_cache(folder: Path | None) -> Generator[None, None, None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {
-        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_dir": str(folder.absolute()),
         "jax_enable_compilation_cache": True,
         # By default only what took a second to compile is kept.
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -75,6 +75,10 @@ def test_the_next_engine_reads_every_program_from_the_folder(tiny: Model, tmp_pa
     assert (counts["cache_hits"], counts["cache_misses"]) == (num_programs, 0)
     assert files(folder) == kept
     assert [getattr(jax.config, name) for name in SETTINGS] == before
+    with counted() as counts:  # jax would go on with the folder that it has opened
+        build(tiny, tmp_path / "another").compile()
+    assert (counts["cache_hits"], counts["cache_misses"]) == (0, num_programs)
+    assert len(files(tmp_path / "another")) == num_programs
     params = SamplingParams(temperature=0.0, max_tokens=8)
     with first, second:
         one, two = (surge.generate([1, 2, 3], params).result(TIMEOUT_S) for surge in (first, second))
@@ -89,7 +93,11 @@ def test_settings_come_back_after_a_compilation_that_fails(
     surge, before = build(tiny, tmp_path), [getattr(jax.config, name) for name in SETTINGS]
 
     def fail(*_: Any) -> Any:
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)  # pyright: ignore[reportAttributeAccessIssue]
+        assert [getattr(jax.config, name) for name in SETTINGS] == [
+            str(tmp_path),
+            True,
+            0.0,
+        ]  # small ones too
         raise ZeroDivisionError
 
     monkeypatch.setattr(surge._executor, "_compile_lowered", fail)

@@ -158,7 +158,7 @@ def test_a_request_that_waits_in_the_queue_times_out_there(make_scripted: Callab
     check_it_serves(scripted)
 
 
-@pytest.mark.parametrize("timeout_s", [1e-9, 60, 1e300])
+@pytest.mark.parametrize("timeout_s", [1e-9, 0.02, 60, 1e300])
 def test_a_timeout_may_be_shorter_than_a_step_or_longer_than_any(
     scripted: Scripted, timeout_s: float
 ) -> None:
@@ -169,6 +169,18 @@ def test_a_timeout_may_be_shorter_than_a_step_or_longer_than_any(
     scripted.surge.resume()
     assert generation.result(1e300)[0].finish_reason == ("timeout" if timeout_s < 1 else "length")
     assert scripted.surge._engine._loop._deadlines.next() is None  # what has ended is not watched
+    check_it_serves(scripted)
+
+
+def test_a_timeout_wakes_an_engine_whose_figures_have_come_to_rest(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vsurge.runtime.meter.WINDOW_S", 0.02)
+    monkeypatch.setattr("vsurge.runtime.loop.REFRESH_S", 0.01)
+    scripted.surge.pause()
+    generation = scripted.surge.generate([1], SHORT, timeout_s=0.3)
+    assert generation.result(TIMEOUT_S)[0].finish_reason == "timeout"
+    scripted.surge.resume()
     check_it_serves(scripted)
 
 
@@ -200,6 +212,7 @@ def test_a_stop_aborts_what_has_not_finished_in_time_and_says_so(scripted: Scrip
     ends = scripted.surge.generate([1], SamplingParams(max_tokens=1))
     scripted.executor.let(1)
     generations = [scripted.surge.generate([i], LONG) for i in range(2, 9)]  # more than there are rows
+    scripted.executor.wait_until_held()  # else they might all be cut between two steps
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(scripted.surge.stop, timeout_s=0.02)
         while scripted.surge._engine._inbox.state.value != "stopping":

@@ -61,6 +61,10 @@ def test_while_paused_the_queue_fills_and_then_refuses(make_scripted: Callable[.
     scripted.surge.start()
     scripted.surge.pause()
     waiting = [scripted.surge.generate([i], SHORT) for i in range(1, 4)]
+    deadline = time.monotonic() + TIMEOUT_S
+    while scripted.surge.metrics.num_waiting < 3:  # the thread takes them, though it runs none
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     with pytest.raises(QueueFull, match="3 requests are waiting and 1 more came"):
         scripted.surge.generate([4], SHORT)
     scripted.surge.resume()

@@ -83,11 +83,21 @@ def test_a_request_under_way_goes_on_as_if_the_new_weights_had_read_all_of_it(
     assert after.num_preemptions == after.metrics.num_preemptions == 1
 
 
-def test_weights_may_change_at_any_moment_while_it_serves(own: vSurge, others: Any) -> None:
-    texts = [own.generate(STORY, replace(GREEDY, max_tokens=100)) for _ in range(6)]
+def test_swapping_weights_at_any_moment_loses_and_doubles_no_token(own: vSurge, others: Any) -> None:
+    params = replace(GREEDY, max_tokens=100)
+    alone = one(own, STORY, params).token_ids
+    generations = [own.generate(STORY, params) for _ in range(6)]
+    num_swaps = 0
+    while not all(generation._channel.is_over() for generation in generations):
+        own.update_params(own.model.params)  # equal ones, so that the answer must not change
+        next(iter(generations[-1]))  # some step later
+        num_swaps += 1
+    assert num_swaps > 3
+    assert [g.result(TIMEOUT_S)[0].token_ids for g in generations] == [alone] * 6
+    mixed = [own.generate(STORY, params) for _ in range(6)]
     for weights in (others, own.model.params) * 3:
         own.update_params(weights)
-    assert all(len(g.result(TIMEOUT_S)[0].token_ids) == 100 for g in texts)
+    assert all(len(g.result(TIMEOUT_S)[0].token_ids) == 100 for g in mixed)
 
 
 def test_the_callers_arrays_are_not_the_engines(own: vSurge, others: Any) -> None:

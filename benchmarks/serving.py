@@ -19,8 +19,13 @@ Prints a table, and writes JSON with every sample.
 from __future__ import annotations
 
 import os
+import argparse
+import json
+import os
+import statistics
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..model import Model
+from .. import demo_model_path
+from ..model import PUBLISHED, Model, load_model, random_model
 from ..model.progress import progress_bar
 from ..runtime import SamplingParams, vSurge
 from ..runtime.logprobs import logprobs_of
@@ -42,10 +48,9 @@ from ..runtime.shaping import (
     shape_logits,
     with_tokens,
 )
-from .machine import seconds_of
+from .machine import describe_machine, seconds_of
 from .workload import Workload
 
-GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 LONG_PROMPT, REPEATED_PROMPT = 4096, 2048  # tokens
 BUDGET = 64  # tokens of a step beside the long prompt
 BATCH = 16
@@ -244,3 +249,128 @@ def _resident_bytes() -> int:
 
 def _greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
+
+
+def host_time(demo: Model, steps: int) -> dict[str, Any]:
+    """Seconds of Python per decode step at 64 sequences: all of the thread's phases but waiting."""
+    surge = vSurge.from_model(
+        demo, max_concurrent_decodes=64, max_length=512, page_size=16, num_pages=64 * 32, verbose=False
+    )
+    result: dict[str, Any] = {"sequences": 64}
+    with surge:
+        loop: Any = surge._engine._loop
+        executor, scheduler = surge._executor, loop._scheduler
+        phases: dict[str, tuple[Any, str]] = {
+            "plan": (scheduler, "plan"), "inputs": (executor, "_inputs"),
+            "commit": (scheduler, "commit"), "publish": (loop, "_publish"),
+        }  # fmt: skip
+        seconds: dict[str, list[float]] = {name: [] for name in phases}
+        prompts = [[5 + i] * 8 for i in range(64)]
+        generation = surge.generate(prompts, _greedy(steps + 60))
+        for samples in generation:
+            if min(sample.num_generated_tokens for sample in samples) > 20:
+                break
+        with ExitStack() as stack:
+            for name, (owner, method) in phases.items():
+                stack.enter_context(_timed(owner, method, seconds[name]))
+            for samples in generation:
+                if max(sample.num_generated_tokens for sample in samples) > steps + 30:
+                    break
+        generation.abort()
+    result["phases_s"] = {name: statistics.median(each) for name, each in seconds.items()}
+    result["python_s"] = sum(result["phases_s"].values())
+    return result
+
+
+Row = tuple[str, str, str, str]
+
+
+def rows_of(result: dict[str, Any]) -> list[Row]:
+    """What is printed: a figure's name, its value, its goal, and what it is divided by."""
+    rows: list[Row] = []
+    median = statistics.median
+    if beside := result.get("beside_a_prefill"):
+        alone, with_prompt = median(beside["alone_s"]), median(beside["beside_s"])
+        rows.append((
+            f"time between tokens beside a prompt of {beside['prompt_tokens']}",
+            f"{with_prompt / alone:.2f}x", "<= 2x",
+            f"{1e3 * with_prompt:.0f} ms over {1e3 * alone:.0f} ms, "
+            f"max_batched_tokens={beside['max_batched_tokens']}",
+        ))  # fmt: skip
+    if repeated := result.get("repeated_prompt"):
+        first, again = median(repeated["first_s"]), median(repeated["again_s"])
+        rows.append((
+            f"first token of a repeated prompt of {repeated['prompt_tokens']}",
+            f"{first / again:.1f}x sooner",
+            ">= 10x", f"{first:.2f} s over {1e3 * again:.0f} ms",
+        ))  # fmt: skip
+    if idle := result.get("idle_while_decoding"):
+        rows.append((
+            f"device idle while {idle['batch']} decode", f"{100 * max(idle['idle_share']):.2f} %", "<= 5 %",
+            f"largest of {len(idle['idle_share'])} windows of 10 s, "
+            f"{median(idle['tokens_per_second']):.0f} tokens/s",
+        ))  # fmt: skip
+    if sampling := result.get("sampling_step"):
+        step = median(result["decode_step"]["step_s"])
+        for name in ("greedy", "drawn", "qwen3_default", "shaped", "logprobs", "everything"):
+            seconds = median(sampling[f"{name}_s"])
+            rows.append((
+                f"sampling at batch {sampling['batch']}: {name}", f"{100 * seconds / step:.1f} %", "<= 10 %",
+                f"{1e3 * seconds:.1f} ms of a step of {1e3 * step:.0f} ms",
+            ))  # fmt: skip
+    if host := result.get("host_time"):
+        rows.append((
+            f"Python per step at {host['sequences']} sequences",
+            f"{1e3 * host['python_s']:.2f} ms", "<= 1 ms",
+            ", ".join(f"{name} {1e3 * each:.2f}" for name, each in host["phases_s"].items()),
+        ))  # fmt: skip
+    if soaked := result.get("soak"):
+        resident = dict(soaked["resident_bytes"])
+        grown = (resident[max(resident)] - resident[SOAK_AFTER]) / 2**20
+        rows.append((
+            f"memory from request {SOAK_AFTER} to {soaked['requests']}", f"{grown:+.1f} MiB", "flat",
+            f"of {resident[SOAK_AFTER] / 2**20:.0f} MiB; {soaked['aborted']} aborted, "
+            f"{soaked['failed']} failed, {soaked['requests'] / soaked['seconds']:.0f} requests/s",
+        ))  # fmt: skip
+    return rows
+
+
+def print_table(rows: list[Row]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vsurge.benchmarks.serving", description=__doc__)
+    parser.add_argument("--model", default="Qwen/Qwen3-0.6B", choices=sorted(PUBLISHED))
+    parser.add_argument("--turns", type=int, default=2, help="how often each figure is taken (default: 2)")
+    parser.add_argument("--requests", type=int, default=SOAK_REQUESTS, help="of the soak")
+    parser.add_argument("--only", action="append", help="one of the measurements, by name; may be repeated")
+    parser.add_argument("--out", type=Path, help="JSON, with every sample")
+    options = parser.parse_args(arguments)
+    demo = load_model(demo_model_path())
+    model = random_model(options.model, seed=0)
+    measured: dict[str, Callable[[], dict[str, Any]]] = {
+        "host_time": lambda: host_time(demo, 200),
+        "soak": lambda: soak(demo, options.requests),
+        "sampling_step": lambda: sampling_step(model, 20),
+        "decode_step": lambda: decode_step(model, 40),
+        "idle_while_decoding": lambda: idle_while_decoding(model, options.turns),
+        "repeated_prompt": lambda: repeated_prompt(model, options.turns),
+        "beside_a_prefill": lambda: beside_a_prefill(model, options.turns),
+    }
+    unknown = set(options.only or ()) - measured.keys()
+    if unknown:
+        parser.error(f"--only {sorted(unknown)}: must be among {list(measured)}")
+    result: dict[str, Any] = {"machine": describe_machine(), "model": options.model}
+    for name, measure in measured.items():
+        if options.only is None or name in options.only:
+            result[name] = measure()
+    print_table(rows_of(result))
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

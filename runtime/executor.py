@@ -207,7 +207,7 @@ class Executor:
     def _lower_set_row(self) -> jax.stages.Lowered:
         vocab_size = self._model.config.vocab_size
         jitted = jax.jit(
-            with_row, in_shardings=self._everywhere, out_shardings=self._everywhere, donate_argnums=0
+            partial(with_row), in_shardings=self._everywhere, out_shardings=self._everywhere, donate_argnums=0
         )
         return jitted.lower(
             jax.eval_shape(self._empty_row_state),

@@ -18,7 +18,6 @@ Prints a table, and writes JSON with every sample.
 
 from __future__ import annotations
 
-import os
 import argparse
 import json
 import os
@@ -34,8 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import demo_model_path
-from ..model import PUBLISHED, Model, load_model, random_model
+from ..model import PUBLISHED, Model, demo, load_model, random_model
 from ..model.progress import progress_bar
 from ..runtime import SamplingParams, vSurge
 from ..runtime.logprobs import logprobs_of
@@ -209,10 +207,10 @@ def _timed(owner: Any, name: str, seconds: list[float]) -> Any:
         delattr(owner, name)
 
 
-def soak(demo: Model, requests: int) -> dict[str, Any]:
+def soak(model: Model, requests: int) -> dict[str, Any]:
     """Resident memory during many short requests, of which every tenth is aborted."""
     surge = vSurge.from_model(
-        demo, max_concurrent_decodes=64, max_length=256, page_size=16, num_pages=400,
+        model, max_concurrent_decodes=64, max_length=256, page_size=16, num_pages=400,
         max_queued_requests=256, verbose=False,
     )  # fmt: skip
     rng = np.random.default_rng(0)
@@ -221,7 +219,7 @@ def soak(demo: Model, requests: int) -> dict[str, Any]:
     with surge:
         under_way: list[Any] = []
         for i in progress_bar(list(range(requests)), "soak", show=True, unit="request"):
-            prompt = rng.integers(0, demo.config.vocab_size - 10, int(rng.integers(1, 60))).tolist()
+            prompt = rng.integers(0, model.config.vocab_size - 10, int(rng.integers(1, 60))).tolist()
             params = SamplingParams(
                 max_tokens=int(rng.integers(1, 24)), ignore_eos=True, seed=i, frequency_penalty=0.1 * (i % 3)
             )
@@ -251,10 +249,10 @@ def _greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
 
 
-def host_time(demo: Model, steps: int) -> dict[str, Any]:
+def host_time(model: Model, steps: int) -> dict[str, Any]:
     """Seconds of Python per decode step at 64 sequences: all of the thread's phases but waiting."""
     surge = vSurge.from_model(
-        demo, max_concurrent_decodes=64, max_length=512, page_size=16, num_pages=64 * 32, verbose=False
+        model, max_concurrent_decodes=64, max_length=512, page_size=16, num_pages=64 * 32, verbose=False
     )
     result: dict[str, Any] = {"sequences": 64}
     with surge:
@@ -349,11 +347,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", help="one of the measurements, by name; may be repeated")
     parser.add_argument("--out", type=Path, help="JSON, with every sample")
     options = parser.parse_args(arguments)
-    demo = load_model(demo_model_path())
+    small = load_model(Path(demo.__file__).parent)
     model = random_model(options.model, seed=0)
     measured: dict[str, Callable[[], dict[str, Any]]] = {
-        "host_time": lambda: host_time(demo, 200),
-        "soak": lambda: soak(demo, options.requests),
+        "host_time": lambda: host_time(small, 200),
+        "soak": lambda: soak(small, options.requests),
         "sampling_step": lambda: sampling_step(model, 20),
         "decode_step": lambda: decode_step(model, 40),
         "idle_while_decoding": lambda: idle_while_decoding(model, options.turns),

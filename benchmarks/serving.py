@@ -50,45 +50,48 @@ from .machine import describe_machine, seconds_of
 from .workload import Workload
 
 LONG_PROMPT, REPEATED_PROMPT = 4096, 2048  # tokens
-BUDGET = 64  # tokens of a step beside the long prompt
+BUDGETS = (64, 32, 16)  # `max_batched_tokens` beside the long prompt
+PAGE_SIZES = (128, 32)  # of the cache that the repeated prompt is found in, but for its last tokens
 BATCH = 16
 SOAK_AFTER, SOAK_REQUESTS = 1_000, 10_000
 
 
-def beside_a_prefill(model: Model, turns: int) -> dict[str, Any]:
+def beside_a_prefill(model: Model, budget: int) -> dict[str, Any]:
     """Seconds between tokens of four sequences, with and without a long prompt beside them."""
-    work = Workload()
+    work, vocab = Workload(), model.config.vocab_size
     surge = vSurge.from_model(
-        model, max_concurrent_decodes=8, max_batched_tokens=BUDGET, max_length=LONG_PROMPT + 64,
+        model, max_concurrent_decodes=8, max_batched_tokens=budget, max_length=LONG_PROMPT + 64,
         num_pages=60, prefix_caching=False,
     )  # fmt: skip
-    alone: list[float] = []
-    beside: list[float] = []
     with surge:
-        for turn in range(turns):
-            prompts = [work.prompt(64, model.config.vocab_size, 10 * turn + i) for i in range(4)]
-            generation = surge.generate(prompts, _greedy(2000))
-            times = [time.perf_counter() for _, _ in zip(range(24), generation, strict=False)]
-            alone += np.diff(times[8:]).tolist()
-            long = surge.generate(work.prompt(LONG_PROMPT, model.config.vocab_size, turn), _greedy(1))
-            times = []
-            for _ in generation:
-                times.append(time.perf_counter())
-                if long._channel.is_over():
-                    break
-            beside += np.diff(times[2:-2]).tolist()
-            generation.abort()
-    return {"alone_s": alone, "beside_s": beside, "max_batched_tokens": BUDGET, "prompt_tokens": LONG_PROMPT}
+        generation = surge.generate([work.prompt(64, vocab, seed) for seed in range(4)], _greedy(2000))
+        times = [time.perf_counter() for _, _ in zip(range(32), generation, strict=False)]
+        alone = np.diff(times[12:]).tolist()
+        prompt = surge.generate(work.prompt(LONG_PROMPT, vocab, 4), _greedy(1))
+        times = []
+        for _ in generation:
+            times.append(time.perf_counter())
+            if prompt._channel.is_over():
+                break
+        [sample] = prompt.result()
+        generation.abort()
+    return {
+        "alone_s": alone, "beside_s": np.diff(times[2:-2]).tolist(), "max_batched_tokens": budget,
+        "prompt_tokens": LONG_PROMPT, "first_token_s": sample.time_to_first_token_s,
+    }  # fmt: skip
 
 
-def repeated_prompt(model: Model, turns: int) -> dict[str, Any]:
+def repeated_prompt(model: Model, page_size: int, turns: int) -> dict[str, Any]:
     """Seconds to the first token of a prompt, the first time and again."""
     work = Workload()
+    num_pages = (REPEATED_PROMPT // page_size + 4) * (turns + 1)
     surge = vSurge.from_model(
-        model, max_concurrent_decodes=2, max_length=REPEATED_PROMPT + 64, num_pages=20 * (turns + 1)
-    )
+        model, max_concurrent_decodes=2, max_length=REPEATED_PROMPT + 64, page_size=page_size,
+        num_pages=num_pages,
+    )  # fmt: skip
     first: list[float] = []
     again: list[float] = []
+    cached = 0
     with surge:
         for turn in range(turns):
             prompt = work.prompt(REPEATED_PROMPT, model.config.vocab_size, turn)
@@ -96,7 +99,11 @@ def repeated_prompt(model: Model, turns: int) -> dict[str, Any]:
                 [sample] = surge.generate(prompt, _greedy(1)).result()
                 assert sample.time_to_first_token_s is not None
                 seconds.append(sample.time_to_first_token_s)
-    return {"first_s": first, "again_s": again, "prompt_tokens": REPEATED_PROMPT}
+                cached = sample.num_cached_tokens
+    return {
+        "first_s": first, "again_s": again, "prompt_tokens": REPEATED_PROMPT, "page_size": page_size,
+        "cached_tokens": cached,
+    }  # fmt: skip
 
 
 def idle_while_decoding(model: Model, turns: int) -> dict[str, Any]:
@@ -287,20 +294,22 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     """What is printed: a figure's name, its value, its goal, and what it is divided by."""
     rows: list[Row] = []
     median = statistics.median
-    if beside := result.get("beside_a_prefill"):
+    for beside in result.get("beside_a_prefill", ()):
         alone, with_prompt = median(beside["alone_s"]), median(beside["beside_s"])
         rows.append((
-            f"time between tokens beside a prompt of {beside['prompt_tokens']}",
-            f"{with_prompt / alone:.2f}x", "<= 2x",
-            f"{1e3 * with_prompt:.0f} ms over {1e3 * alone:.0f} ms, "
+            f"time between tokens beside a prompt of {beside['prompt_tokens']}, "
             f"max_batched_tokens={beside['max_batched_tokens']}",
+            f"{with_prompt / alone:.2f}x", "<= 2x",
+            f"{1e3 * with_prompt:.0f} ms over {1e3 * alone:.0f} ms; the prompt's first token after "
+            f"{beside['first_token_s']:.0f} s",
         ))  # fmt: skip
-    if repeated := result.get("repeated_prompt"):
+    for repeated in result.get("repeated_prompt", ()):
         first, again = median(repeated["first_s"]), median(repeated["again_s"])
         rows.append((
-            f"first token of a repeated prompt of {repeated['prompt_tokens']}",
-            f"{first / again:.1f}x sooner",
-            ">= 10x", f"{first:.2f} s over {1e3 * again:.0f} ms",
+            f"first token of a repeated prompt of {repeated['prompt_tokens']}, "
+            f"pages of {repeated['page_size']}",
+            f"{first / again:.1f}x sooner", ">= 10x",
+            f"{first:.2f} s over {1e3 * again:.0f} ms, {repeated['cached_tokens']} tokens found",
         ))  # fmt: skip
     if idle := result.get("idle_while_decoding"):
         rows.append((
@@ -349,14 +358,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     small = load_model(Path(demo.__file__).parent)
     model = random_model(options.model, seed=0)
-    measured: dict[str, Callable[[], dict[str, Any]]] = {
+    measured: dict[str, Callable[[], Any]] = {
         "host_time": lambda: host_time(small, 200),
         "soak": lambda: soak(small, options.requests),
         "sampling_step": lambda: sampling_step(model, 20),
         "decode_step": lambda: decode_step(model, 40),
         "idle_while_decoding": lambda: idle_while_decoding(model, options.turns),
-        "repeated_prompt": lambda: repeated_prompt(model, options.turns),
-        "beside_a_prefill": lambda: beside_a_prefill(model, options.turns),
+        "repeated_prompt": lambda: [repeated_prompt(model, size, options.turns) for size in PAGE_SIZES],
+        "beside_a_prefill": lambda: [beside_a_prefill(model, budget) for budget in BUDGETS],
     }
     unknown = set(options.only or ()) - measured.keys()
     if unknown:

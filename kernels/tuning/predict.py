@@ -92,8 +92,10 @@ class Prediction:
     Attributes:
         call, batch, chip, assumptions: what was predicted.
         runs: the call's kernels.
-        time_us: of all of them.
-        compute_us: of it, with a bundle issued.
+        time_us: of all of them; never less than `matrix_us`.
+        compute_us: of it, with a bundle issued, or `matrix_us` if that is longer.
+        matrix_us: what the matrix units need at their peak for the unmasked pairs alone. (The compiler's
+            schedule of bare products can have fewer bundles than that: see `bare.product_cycles`.)
         memory_us: of it, with the memory serving copies.
         mbu: bytes of keys and values that the batch's queries see, over the time and the bandwidth.
         mfu: operations of unmasked pairs, over the time and the matrix rate.
@@ -107,11 +109,15 @@ class Prediction:
 
     @property
     def time_us(self) -> float:
-        return self._us(sum(run.replay.cycles for run in self.runs))
+        return max(self._us(sum(run.replay.cycles for run in self.runs)), self.matrix_us)
 
     @property
     def compute_us(self) -> float:
-        return self._us(float(sum(run.replay.issued for run in self.runs)))
+        return max(self._us(float(sum(run.replay.issued for run in self.runs))), self.matrix_us)
+
+    @property
+    def matrix_us(self) -> float:
+        return self.call.useful_flops(self.batch) / (self.assumptions.tflops * 1e6)
 
     @property
     def memory_us(self) -> float:
@@ -135,7 +141,7 @@ class Prediction:
 
     @property
     def mfu(self) -> float:
-        return self.call.useful_flops(self.batch) / (self.time_us * self.assumptions.tflops * 1e6)
+        return self.matrix_us / self.time_us
 
     def _us(self, cycles: float) -> float:
         return cycles / (self.assumptions.clock_ghz * 1000)

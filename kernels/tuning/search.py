@@ -20,6 +20,13 @@ REFUSALS = (ValueError, RuntimeError)  # of the kernel; of the compiler and of t
 Timer = Callable[[Call, Batch], float]  # microseconds
 
 
+RATES = (
+    "gbytes_per_s",
+    "tflops",
+    "clock_ghz",
+)  # of `Assumptions`; a table tells where they are not the chip's
+
+
 @dataclass(frozen=True)
 class Trial:
     """What became of a candidate.
@@ -99,7 +106,7 @@ class Search:
         """The blocks of the fastest trial on context number `at`, and their provenance."""
         ranked = sorted(possible, key=lambda trial: trial.time_us(at))
         best, second = ranked[0], ranked[min(1, len(ranked) - 1)]
-        assumed = best.predicted[at][0].assumptions
+        assumed, usual = best.predicted[at][0].assumptions, Assumptions.of(self.chip)
         provenance: dict[str, Any] = {
             "by": "predicted" if best.measured_us is None else "measured",
             "predicted_us": round(best.predicted_us(at), 2),
@@ -109,6 +116,11 @@ class Search:
             "tried": len(ranked),
             "latency_us": assumed.latency_us,
             "copy_ns": assumed.copy_ns,
+            **{
+                name: getattr(assumed, name)
+                for name in RATES
+                if getattr(assumed, name) != getattr(usual, name)
+            },
             "jax": metadata.version("jax"),
             "libtpu": metadata.version("libtpu"),
         }
@@ -119,7 +131,13 @@ class Search:
 
 
 def start_search(
-    call: Call, contexts: Sequence[int], chip: str, compilers: Compilers, *, few: bool = False
+    call: Call,
+    contexts: Sequence[int],
+    chip: str,
+    compilers: Compilers,
+    *,
+    few: bool = False,
+    assumptions: Assumptions | None = None,
 ) -> Search:
     """Begins to compile all candidates for a call.
 
@@ -129,6 +147,7 @@ def start_search(
         chip: one of `CHIPS`.
         compilers: that do the work.
         few: as of `candidates`.
+        assumptions: None for `Assumptions.of(chip)`.
 
     Raises:
         ValueError: an unknown chip, or no contexts.
@@ -141,7 +160,7 @@ def start_search(
     ascending = tuple(sorted(set(contexts)))
     call = replace(call, max_context=ascending[-1], block_sizes=None)
     batches = [batch for context in ascending for batch in workloads(call.kernel, context)]
-    assumed = [Assumptions.of(chip)]
+    assumed = [assumptions or Assumptions.of(chip)]
     pending = tuple(
         (blocks, compilers.predict(replace(call, block_sizes=blocks), batches, chip, assumed))
         for blocks in candidates(call, chip, few=few)

@@ -48,6 +48,19 @@ def extra_us(long: Prediction, short: Prediction) -> float:
     return next(explained) - next(explained)
 
 
+def test_no_prediction_is_faster_than_the_matrix_units(compilers: Compilers) -> None:
+    """At a thousandth of the matrix rate they decide, at the chip's they do not."""
+    usual = Assumptions.of("v6e")
+    slow = replace(usual, tflops=usual.tflops / 1000)
+    as_it_is, bound = compilers.predict(DECODE, [LONG], "v6e", [usual, slow]).result()
+    flops = 4 * 8 * 128 * sum(LONG.kv_lens)
+    assert bound.time_us == bound.compute_us == pytest.approx(flops / (slow.tflops * 1e6))
+    assert bound.mfu == 1
+    assert bound.bound == "compute"
+    assert as_it_is.matrix_us == pytest.approx(bound.time_us / 1000)
+    assert as_it_is.compute_us > 10 * as_it_is.matrix_us
+
+
 @pytest.mark.parametrize(
     "chip", [pytest.param(chip, marks=pytest.mark.slow if chip in ("v4", "v5p") else ()) for chip in CHIPS]
 )

@@ -96,6 +96,9 @@ def test_the_winner_goes_into_the_table_with_what_it_was_compared_with(
         (("--page-size", "0"), "--page-size 0: must be a positive multiple of 8 tokens"),
         (("--page-size", "12"), "--page-size 12: must be a positive multiple of 8 tokens"),
         (("--kv-dtype", "int9"), "--kv-dtype int9: must be one of bfloat16, float32, int8, float8_e4m3fn"),
+        (("--assume", "speed=3"), "--assume speed=3: must be NAME=NUMBER with one of gbytes_per_s, tflops"),
+        (("--assume", "tflops=0"), "--assume tflops=0: must be a number, above 0"),
+        (("--assume", "copy_ns=-1"), "--assume copy_ns=-1: must be a number, at least 0"),
         (("--no-plot", "--plot", "x.png"), "--plot x.png: has no effect beside --no-plot"),
         (("--model", "7B"), "7B: no such folder, no hub id, and none of"),
     ],
@@ -105,6 +108,21 @@ def test_wrong_values_end_with_one_line(argv: tuple[str, ...], complaint: str, c
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("vsurge: error: ")
     assert complaint in done.err
+
+
+@pytest.mark.usefixtures("three_candidates")
+def test_what_is_assumed_of_the_chip_can_be_replaced_and_is_told(command: Callable, tmp_path: Path) -> None:
+    usual, slow = tmp_path / "usual.json", tmp_path / "slow.json"
+    assert command(*SMALL, "--no-plot", "--contexts", "2048", "--out", str(usual)).code == 0
+    others = ("--assume", "gbytes_per_s=164", "--assume", "latency_us=3", "--assume", "copy_ns=20")
+    done = command(*SMALL, "--no-plot", "--contexts", "2048", "--out", str(slow), *others)
+    assert "predicted (3 us latency, 20 ns per copy)" in done.out
+    [before], [after] = (read_table(table) for table in (usual, slow))
+    assert "gbytes_per_s" not in before.provenance
+    assert after.provenance["gbytes_per_s"] == 164
+    assert (after.provenance["latency_us"], after.provenance["copy_ns"]) == (3, 20)
+    # a tenth of v6e's bandwidth, and the cache's bytes are what takes most
+    assert after.provenance["predicted_us"] > 5 * before.provenance["predicted_us"]
 
 
 def test_without_matplotlib_the_extra_is_named_before_anything_is_compiled(

@@ -74,6 +74,9 @@ def _add_tuning(tune: argparse.ArgumentParser) -> None:
     add("--page-size", type=int, default=128, metavar="TOKENS", help="tokens per page (default: 128)")
     add("--contexts", default="128,512,2048,8192,32768", metavar="TOKENS,…",
         help="ends of the ranges of contexts that get their own sizes (default: %(default)s)")  # fmt: skip
+    add("--assume", action="append", metavar="NAME=NUMBER",
+        help="of the chip, instead of what is known of it: gbytes_per_s, tflops, clock_ghz, latency_us "
+        "(default: 1), copy_ns (default: 0); repeatable")  # fmt: skip
     add("--few", action="store_true", help="try a handful of candidates only")
     add("--out", metavar="FILE",
         help="table to write (default: the chip's in VSURGE_HOME, which the kernels read)")  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..kernels import SUPPORTED_DTYPES
 from ..kernels.block_sizes import Entry, read_table, user_table_path, write_table
 from ..kernels.block_sizes.table import merged
 from ..kernels.tpu.shapes import SUBLANES
-from ..kernels.tuning import Call, Compilers, LoopRun, Prediction
+from ..kernels.tuning import Assumptions, Call, Compilers, LoopRun, Prediction
 from ..kernels.tuning.chips import find_chip
 from ..kernels.tuning.search import Search, Trial, start_search
 from ..kernels.tuning.timing import chip_here, time_call
@@ -29,10 +30,14 @@ def run(args: argparse.Namespace) -> None:
     contexts = parse_contexts(args.contexts)
     check_plot(args)
     calls = kernel_calls(args)
+    assumptions = parse_assumptions(args.assume or [], args.chip)
     is_here = chip_here() == args.chip
     found = list[Found]()
     with Compilers() as compilers:
-        searches = [start_search(call, contexts, args.chip, compilers, few=args.few) for call in calls]
+        searches = [
+            start_search(call, contexts, args.chip, compilers, few=args.few, assumptions=assumptions)
+            for call in calls
+        ]
         steps = [(search, at) for search in searches for at in range(len(search.pending))]
         trials: dict[int, list[Trial]] = {id(search): [] for search in searches}
         for search, at in progress_bar(steps, "tuning", show=True, unit="candidate"):
@@ -64,6 +69,30 @@ def parse_contexts(text: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise ValueError(f"--contexts {text!r}: must be numbers of tokens with commas between, like 512,2048")
     return sorted({int(part) for part in parts})
+
+
+def parse_assumptions(texts: Sequence[str], chip: str) -> Assumptions:
+    """The chip's assumptions with others from "latency_us=2" and the like.
+
+    Raises:
+        ValueError: no such assumption, or no number that it can be.
+    """
+    assumptions = Assumptions.of(chip)
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in asdict(assumptions):
+            raise ValueError(
+                f"--assume {text}: must be NAME=NUMBER with one of {', '.join(asdict(assumptions))}"
+            )
+        least = 0.0 if name in ("latency_us", "copy_ns") else math.ulp(0.0)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (least <= number < math.inf):
+            raise ValueError(f"--assume {text}: must be a number, {'at least' if not least else 'above'} 0")
+        assumptions = replace(assumptions, **{name: number})
+    return assumptions
 
 
 def check_plot(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ actions = st.one_of(
     st.tuples(
         st.just("submit"), st.integers(1, 3), st.integers(0, 20), st.integers(1, 12),  # the prompt
         st.integers(1, 12), st.integers(0, 14), st.integers(-2, 2),
+        st.sampled_from([False, False, True]), st.sampled_from([False, False, True]),
     ),
     st.tuples(st.just("continue"), st.integers(0, 1000), st.integers(1, 8)),
     st.tuples(st.just("step"), st.integers(1, 6)),
@@ -60,9 +61,9 @@ def test_every_request_ends_once_and_the_books_balance_after_every_step(
     )
     for action, *values in todo:
         if action == "submit":
-            family, shared, own, new, stop_after, priority = values
+            family, shared, own, new, stop_after, priority, masked, scored = values
             prompt = prompt_of(family, shared, own, len(world.requests) % 3)
-            world.submit(prompt, new, stop_after, priority)
+            world.submit(prompt, new, stop_after, priority, masked=masked, scored=scored)
         elif action == "continue":
             world.continue_chat(*values)
         elif action == "abort":

@@ -10,6 +10,8 @@ from vsurge.runtime.page_pool import PagePool, chained
 from vsurge.runtime.request import Request
 from vsurge.runtime.sampling_params import SamplingParams
 from vsurge.runtime.scheduler import Scheduler, StepPlan, StepResults
+from vsurge.runtime.token_logprobs import TokenLogprobs
+from vsurge.runtime.token_mask import Words
 
 PAGE_SIZE = 4
 STOP_TOKEN = 999
@@ -24,6 +26,22 @@ def token_of(request: Request, output_index: int) -> int:
 def tokens_of(request: Request) -> list[int]:
     """All tokens that it could ever have in the cache."""
     return [*request.prompt_ids, *(token_of(request, i) for i in range(request.max_new_tokens))]
+
+
+def likelihood_of(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(-float(token_id), 1, (), ())
+
+
+class AnyToken:
+    """A mask that forbids nothing; who has one can only go on from known tokens."""
+
+    is_complete = False
+
+    def advance(self, token_id: int) -> None:
+        pass
+
+    def restrict(self, words: Words) -> None:
+        pass
 
 
 class World:
@@ -54,7 +72,7 @@ class World:
         )
         self.rows, self.prompts, self.prefill_length, self.lag = rows, prompts, prefill_length, lag
         self.decode_steps = decode_steps
-        self.on_device: deque[tuple[StepPlan, list[list[int]]]] = deque()
+        self.on_device: deque[tuple[StepPlan, StepResults]] = deque()
         self.requests: list[Request] = []
         self.ended: list[int] = []
         self.failed: set[int] = set()
@@ -63,17 +81,25 @@ class World:
         self.num_steps = 0
 
     def submit(
-        self, prompt_ids: list[int], max_new_tokens: int, stop_after: int = 0, priority: int = 0
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        stop_after: int = 0,
+        priority: int = 0,
+        *,
+        masked: bool = False,
+        scored: bool = False,
     ) -> Request | None:
         request = Request(
             prompt_ids=prompt_ids,
-            params=SamplingParams(max_tokens=max_new_tokens),
+            params=SamplingParams(max_tokens=max_new_tokens, prompt_logprobs=0 if scored else None),
             stop_token_ids=frozenset([STOP_TOKEN]),
             max_new_tokens=max_new_tokens,
             seed=stop_after,
             channel=Channel([]),
             index=len(self.requests),
             detokenizer=None,
+            masks=[AnyToken()] if masked else [],
             priority=priority,
         )
         if self.pool.pages_for(request.max_tokens_in_cache) > self.pool.num_pages:
@@ -113,7 +139,7 @@ class World:
 
     def step(self) -> StepPlan | None:
         before = {r.index: r.num_preemptions for r in self.scheduler.running}
-        may_decode = [r for r in self.scheduler.running if r.can_decode]
+        may_decode = [r for r in self.scheduler.running if r.can_decode and not (r.masks and r.num_pending)]
         plan = self.scheduler.plan()
         for request in self.requests:
             if request.num_preemptions != before.get(request.index, request.num_preemptions):
@@ -130,10 +156,10 @@ class World:
                 ]
                 for c in plan.chunks
             ]
-            self.on_device.append((plan, tokens))
+            scores = [[likelihood_of(token) for token in c.tokens_to_score] for c in plan.chunks]
+            self.on_device.append((plan, StepResults(tokens, scores=scores)))
         while self.on_device and (plan is None or len(self.on_device) > self.lag):
-            done, tokens = self.on_device.popleft()
-            changed = self.scheduler.commit(done, StepResults(tokens))
+            changed = self.scheduler.commit(*self.on_device.popleft())
             assert len(set(map(id, changed))) == len(changed)
             self.ended += [r.index for r in changed if r.finish_reason is not None]
         self.check()
@@ -170,6 +196,9 @@ class World:
             self.computed[request.index] = end
             assert end <= len(request.pages) * PAGE_SIZE
             assert end <= request.max_tokens_in_cache
+            if request.masks:
+                assert chunk.start + chunk.length == request.num_known or not chunk.num_outputs
+                assert chunk.num_outputs <= 1
             if chunk.is_decode:
                 assert chunk.num_outputs == chunk.length
             else:
@@ -229,3 +258,8 @@ class World:
                 assert not stopped
                 assert len(request.output_ids) == request.max_new_tokens
             assert len(request.output_ids) <= request.max_new_tokens
+            if request.params.prompt_logprobs is not None and request.output_ids:
+                assert request.prompt_logprobs[0] is None
+                known = [of for of in request.prompt_logprobs if of is not None]
+                found = [(token, each.logprob) for of in known for token, each in of.items()]
+                assert found == [(token, -float(token)) for token in request.prompt_ids[1:]]

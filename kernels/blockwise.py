@@ -101,6 +101,7 @@ def attend_pages(
     soft_cap: float | None,
     sinks: Float[Array, " num_q_heads"] | None,
     block_tokens: int,
+    wide_blocks: int = 1,
 ) -> tuple[Float[Array, "batch tokens num_q_heads head_dim"], Float[Array, "batch tokens num_q_heads"]]:
     """Attention of some queries of each sequence of a batch.
 
@@ -114,6 +115,8 @@ def attend_pages(
         page_table: [batch, pages_per_seq] int32; entries beyond the largest position may hold anything.
         scale, sliding_window, soft_cap, sinks: as in `vsurge.kernels.ragged_paged_attention`.
         block_tokens: keys per sequence to visit at once; as many as make whole pages.
+        wide_blocks: so many of these blocks at once, as long as every sequence has as many to come: larger
+            products are faster, and what is left over is not rounded up to them.
 
     Returns:
         The output and its log-sum-exp, in float32; zero and -inf for a query that sees nothing.
@@ -133,13 +136,14 @@ def attend_pages(
     first, last = positions.min(axis=1), positions.max(axis=1)
     lowest = jnp.zeros_like(first) if sliding_window is None else jnp.maximum(first - sliding_window + 1, 0)
     first_block = lowest // block
-    num_blocks = jnp.max(last // block + 1 - first_block)
+    num_blocks = last // block + 1 - first_block
 
-    def visit(step: Array, softmax: Softmax) -> Softmax:
-        this_block = (first_block + step)[:, None]
-        columns = this_block * block_pages + jnp.arange(block_pages, dtype=jnp.int32)[None]
+    def visit(at: Array, count: int, softmax: Softmax) -> Softmax:
+        """`count` blocks from number `at` of each sequence."""
+        this_block = (first_block + at)[:, None]
+        columns = this_block * block_pages + jnp.arange(count * block_pages, dtype=jnp.int32)[None]
         pages = jnp.take_along_axis(page_table, columns, axis=1, mode="clip")
-        kv_positions = this_block * block + jnp.arange(block, dtype=jnp.int32)[None]
+        kv_positions = this_block * block + jnp.arange(count * block, dtype=jnp.int32)[None]
         seen = kv_positions[:, None, :] <= row_positions[:, :, None]
         if sliding_window is not None:
             seen &= kv_positions[:, None, :] > row_positions[:, :, None] - sliding_window
@@ -164,7 +168,17 @@ def attend_pages(
             soft_cap=soft_cap,
         )
 
-    softmax = cast(Softmax, lax.fori_loop(0, num_blocks, visit, _empty_softmax(rows, sinks)))
+    def visit_wide(step: Array, softmax: Softmax) -> Softmax:
+        return visit(step * wide_blocks, wide_blocks, softmax)
+
+    def visit_one(at: Array, softmax: Softmax) -> Softmax:
+        return visit(at, 1, softmax)
+
+    softmax, at = _empty_softmax(rows, sinks), jnp.int32(0)
+    if wide_blocks > 1:
+        num_wide = jnp.min(num_blocks) // wide_blocks
+        softmax, at = cast(Softmax, lax.fori_loop(0, num_wide, visit_wide, softmax)), num_wide * wide_blocks
+    softmax = cast(Softmax, lax.fori_loop(at, jnp.max(num_blocks), visit_one, softmax))
     sees_nothing = (row_positions < 0)[:, None]
     total = jnp.where(sees_nothing, 1.0, softmax.total)
     output = jnp.where(sees_nothing[..., None], 0.0, softmax.weighted / total[..., None])

@@ -22,8 +22,9 @@ from ..blockwise import attend_pages
 from ..decode.xla import paged_decode_attention
 from ..kv_pages import KVPages
 
-QUERY_BLOCK = 128  # tokens; measured, as is the next
+QUERY_BLOCK = 128  # tokens; measured, as are the next two
 BLOCK_TOKENS = 128
+WIDE_BLOCKS = 4
 
 
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
@@ -70,6 +71,7 @@ def ragged_paged_attention(
             soft_cap=soft_cap,
             sinks=sinks,
             block_tokens=BLOCK_TOKENS,
+            wide_blocks=WIDE_BLOCKS,
         )
         # Rows beyond the sequence's end fall on the next one, whose own blocks come later and replace them.
         return (

@@ -98,6 +98,15 @@ def test_every_option_matches_the_reference(dtype: str, options: str, implementa
     check_ragged(batch, implementation, **chosen(options, setup))
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("window", [None, 600])
+def test_contexts_of_several_blocks_at_once_match_the_reference(cache_dtype: str, window: int | None) -> None:
+    """In XLA these are 4 blocks of 128 tokens, and what is left over."""
+    setup = Setup(query_dtype="float32", cache_dtype=cache_dtype)
+    batch = ragged_batch(setup, (150, 2, 3, 130), (1300, 700, 512, 643))
+    check_ragged(batch, "xla", sliding_window=window)
+
+
 @each_implementation_slowly
 @pytest.mark.parametrize("setup", SETUPS[:2], ids=str)
 def test_outliers_do_no_harm(setup: Setup, implementation: Implementation) -> None:

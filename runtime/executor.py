@@ -157,7 +157,7 @@ class Executor:
         missing = [key for key in wanted if key not in self._programs]
         if not missing:
             return len(self._programs) + 1  # and the one that writes a row
-        begin = time.perf_counter()
+        begin, compiled_before = time.perf_counter(), self.num_compilations
         with (
             compilation_cache(self._options.compilation_cache_dir),
             ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
@@ -171,8 +171,9 @@ class Executor:
                 self.num_compilations += 1
         _return_freed_memory()
         logger.info(
-            "%d programs compiled in %.1f s: decode steps of %s sequences, mixed steps of %s tokens",
-            len(missing),
+            "%d programs compiled in %.1f s: decode steps of %s sequences, mixed steps of %s tokens, and "
+            "writing a row",
+            self.num_compilations - compiled_before,
             time.perf_counter() - begin,
             list(self.decode_buckets),
             list(self.mixed_buckets),

@@ -121,8 +121,8 @@ def test_what_is_assumed_of_the_chip_can_be_replaced_and_is_told(command: Callab
     assert "gbytes_per_s" not in before.provenance
     assert after.provenance["gbytes_per_s"] == 164
     assert (after.provenance["latency_us"], after.provenance["copy_ns"]) == (3, 20)
-    # a tenth of v6e's bandwidth, and the cache's bytes are what takes most
-    assert after.provenance["predicted_us"] > 5 * before.provenance["predicted_us"]
+    # At v6e's bandwidth issuing the bundles takes most; at a tenth of it the cache's bytes do.
+    assert after.provenance["predicted_us"] > 2.5 * before.provenance["predicted_us"]
 
 
 def test_without_matplotlib_the_extra_is_named_before_anything_is_compiled(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .guided_params import KINDS, GuidedDecodingParams
+from .guided_params import GuidedDecodingParams
 from .token_mask import Words
 
 CACHED_GRAMMARS = 128
@@ -76,8 +76,7 @@ class Grammars:
         compiled = None if wrong else matcher(self._tokenizer, grammar, log_level=0)
         if compiled is None or compiled.is_error():
             reason = messages[0] if compiled is None else compiled.get_error()
-            kind = next(name for name in KINDS if getattr(params, name) not in (None, False))
-            raise ValueError(f"guided_decoding: {kind}={getattr(params, kind)!r}: {reason}")
+            raise ValueError(f"guided_decoding: {params.kind}={getattr(params, params.kind)!r}: {reason}")
         return compiled
 
 

@@ -53,6 +53,11 @@ class GuidedDecodingParams:
         if self.disable_any_whitespace and not (self.json or self.json_object):
             raise ValueError("guided_decoding: disable_any_whitespace=True needs json or json_object")
 
+    @property
+    def kind(self) -> str:
+        """Which of the five is given."""
+        return next(name for name in KINDS if getattr(self, name) not in (None, False))
+
 
 def as_guided(value: Any) -> GuidedDecodingParams | None:
     """A request's `guided_decoding`: None, a `GuidedDecodingParams`, or a dict of its fields.

@@ -43,8 +43,8 @@ class LifeCycle:
         A persistent cache is used if there is one: see `compilation_cache_dir` of `from_model`.
 
         Returns:
-            The number of programs: at most 16, or as many as `prefill_lengths` has with 8 for decoding. Which
-            ones is logged (level INFO).
+            The number of programs: at most 17, or as many as `prefill_lengths` has and 9 more. Which ones is
+            logged (level INFO).
 
         Raises:
             OSError: `compilation_cache_dir` cannot be made.

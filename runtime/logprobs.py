@@ -8,7 +8,7 @@ They are of the model's own distribution, before anything that sampling paramete
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from .leaf import Leaf
 from .sampling import in_blocks
 from .token_logprobs import MAX_LOGPROBS, TokenLogprobs
-
-if TYPE_CHECKING:
-    Leaf = jax.Array
-else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
-    Leaf = Any
 
 SCORED_TOGETHER = 64  # tokens of prompts whose logits are held at a time
 

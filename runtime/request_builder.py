@@ -60,14 +60,11 @@ class RequestBuilder:
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
         channel = Channel([_before_the_first_token(ids, p) for ids, p in zip(token_ids, params, strict=True)])
-        requests = [
+        return channel, [
             request
             for i, (ids, p, priority) in enumerate(zip(token_ids, params, priorities, strict=True))
             for request in self._completions(i, ids, p, priority, channel)
         ]
-        for request in requests:
-            request.request_id = channel.request_ids[request.index]
-        return channel, requests
 
     def _prompt_ids(
         self,
@@ -130,6 +127,7 @@ class RequestBuilder:
                 bias=bias,
                 masks=masks(),
                 priority=priority,
+                request_id=channel.request_ids[index],
             )
             for i in range(params.num_completions)
         ]

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-if TYPE_CHECKING:
-    Leaf = jax.Array
-else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
-    Leaf = Any
+from .leaf import Leaf
 
 BLOCK = 128  # tokens
 CANDIDATE_BLOCKS = 64

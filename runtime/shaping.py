@@ -13,16 +13,12 @@ copied and takes 25; a conditional saves nothing.)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-if TYPE_CHECKING:
-    Leaf = jax.Array
-else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
-    Leaf = Any
+from .leaf import Leaf
 
 WORD = 32  # tokens in a word of a mask
 IN_PROMPT, GENERATED = 1, 2  # what one occurrence of a token adds to its count: a flag, and a number above it

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from ..kernels import KVPages
 from ..model import Batch, Params, Qwen3Config, forward, hidden_states, logits
+from .leaf import Leaf
 from .logprobs import SCORED_TOGETHER, LogprobArrays, all_logprobs, logprobs_of, no_logprobs
 from .sampling import sample
 from .shaping import RowState, shape_logits, with_tokens
 from .step_inputs import StepInputs
-
-if TYPE_CHECKING:
-    Leaf = jax.Array
-else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
-    Leaf = Any
 
 
 @jax.tree_util.register_dataclass

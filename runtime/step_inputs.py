@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
+from .leaf import Leaf
 from .logprobs import SCORED_TOGETHER
 from .rows import Rows
 from .sampling import SamplingInputs
 from .scheduler import StepPlan
 from .shaping import ShapingInputs
-
-if TYPE_CHECKING:
-    Leaf = jax.Array
-else:  # a leaf may also be a NumPy array or a ShapeDtypeStruct
-    Leaf = Any
 
 
 @jax.tree_util.register_dataclass

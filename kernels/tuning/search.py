@@ -20,11 +20,8 @@ REFUSALS = (ValueError, RuntimeError)  # of the kernel; of the compiler and of t
 Timer = Callable[[Call, Batch], float]  # microseconds
 
 
-RATES = (
-    "gbytes_per_s",
-    "tflops",
-    "clock_ghz",
-)  # of `Assumptions`; a table tells where they are not the chip's
+# Of `Assumptions`; a table tells where they are not the chip's.
+RATES = ("gbytes_per_s", "tflops", "clock_ghz")
 
 
 @dataclass(frozen=True)

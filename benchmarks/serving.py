@@ -50,7 +50,7 @@ from .machine import describe_machine, seconds_of
 from .workload import Workload
 
 LONG_PROMPT, REPEATED_PROMPT = 4096, 2048  # tokens
-BUDGETS = (64, 32, 16)  # `max_batched_tokens` beside the long prompt
+BUDGETS = (64, 16, 8)  # `max_batched_tokens` beside the long prompt
 PAGE_SIZES = (128, 32)  # of the cache that the repeated prompt is found in, but for its last tokens
 BATCH = 16
 SOAK_AFTER, SOAK_REQUESTS = 1_000, 10_000

@@ -45,7 +45,7 @@ def update(
     queries: Num[Array, "batch num_kv_heads rows head_dim"],
     keys: Num[Array, "batch num_kv_heads block head_dim"],
     values: Num[Array, "batch num_kv_heads block head_dim"],
-    seen: Bool[Array, "batch rows block"],
+    seen: Bool[Array, "batch rows block"] | None,
     scales: tuple[Float[Array, "batch num_kv_heads block"], Float[Array, "batch num_kv_heads block"]]
     | None = None,
     *,
@@ -55,7 +55,7 @@ def update(
     """The softmax after one more block of keys and values.
 
     Args:
-        seen: which key each query row sees.
+        seen: which key each query row sees; None for all of them.
         scales: of quantized keys and values. They are folded into scores and weights.
     """
     scores = scale * _dot(queries, keys, contract=3)
@@ -63,7 +63,8 @@ def update(
         scores *= scales[0][:, :, None]
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(seen[:, None], scores, MASKED)
+    if seen is not None:
+        scores = jnp.where(seen[:, None], scores, MASKED)
     highest = jnp.maximum(softmax.highest, scores.max(axis=-1))
     weights = jnp.exp(scores - highest[..., None])
     keep = jnp.exp(softmax.highest - highest)
@@ -115,8 +116,8 @@ def attend_pages(
         page_table: [batch, pages_per_seq] int32; entries beyond the largest position may hold anything.
         scale, sliding_window, soft_cap, sinks: as in `vsurge.kernels.ragged_paged_attention`.
         block_tokens: keys per sequence to visit at once; as many as make whole pages.
-        wide_blocks: so many of these blocks at once, as long as every sequence has as many to come: larger
-            products are faster, and what is left over is not rounded up to them.
+        wide_blocks: so many of these blocks at once, as long as every query of the batch sees all of them:
+            larger products are faster, and need no masks. Not with a window.
 
     Returns:
         The output and its log-sum-exp, in float32; zero and -inf for a query that sees nothing.
@@ -138,18 +139,30 @@ def attend_pages(
     first_block = lowest // block
     num_blocks = last // block + 1 - first_block
 
-    def visit(at: Array, count: int, softmax: Softmax) -> Softmax:
-        """`count` blocks from number `at` of each sequence."""
-        this_block = (first_block + at)[:, None]
-        columns = this_block * block_pages + jnp.arange(count * block_pages, dtype=jnp.int32)[None]
-        pages = jnp.take_along_axis(page_table, columns, axis=1, mode="clip")
-        kv_positions = this_block * block + jnp.arange(count * block, dtype=jnp.int32)[None]
+    def visit(at: Array, softmax: Softmax) -> Softmax:
+        """Block number `at` of each sequence."""
+        pages, kv_positions = place(at, 1)
         seen = kv_positions[:, None, :] <= row_positions[:, :, None]
         if sliding_window is not None:
             seen &= kv_positions[:, None, :] > row_positions[:, :, None] - sliding_window
-        keys = load_block(kv_pages, pages, KEYS)
         # A value that no query sees has weight 0, but 0 times what an unwritten row may hold is NaN.
         seen_by_any = (kv_positions <= last[:, None]) & (kv_positions >= lowest[:, None])
+        return attend(pages, softmax, seen, seen_by_any)
+
+    def visit_wide(step: Array, softmax: Softmax) -> Softmax:
+        """The next `wide_blocks` blocks of each sequence, which all queries see."""
+        pages, _ = place(step * wide_blocks, wide_blocks)
+        return attend(pages, softmax, None, None)
+
+    def place(at: Array, count: int) -> tuple[Array, Array]:
+        """The pages of `count` blocks from number `at`, and the positions of their keys."""
+        this_block = (first_block + at)[:, None]
+        columns = this_block * block_pages + jnp.arange(count * block_pages, dtype=jnp.int32)[None]
+        pages = jnp.take_along_axis(page_table, columns, axis=1, mode="clip")
+        return pages, this_block * block + jnp.arange(count * block, dtype=jnp.int32)[None]
+
+    def attend(pages: Array, softmax: Softmax, seen: Array | None, seen_by_any: Array | None) -> Softmax:
+        keys = load_block(kv_pages, pages, KEYS)
         values = load_block(kv_pages, pages, VALUES, valid=seen_by_any)
         scales = None
         if kv_pages.scales is not None:
@@ -157,28 +170,14 @@ def attend_pages(
                 load_scales(kv_pages, pages, KEYS),
                 load_scales(kv_pages, pages, VALUES, valid=seen_by_any),
             )
-        return update(
-            softmax,
-            rows,
-            keys.astype(dtype),
-            values.astype(dtype),
-            seen,
-            scales,
-            scale=scale,
-            soft_cap=soft_cap,
-        )
-
-    def visit_wide(step: Array, softmax: Softmax) -> Softmax:
-        return visit(step * wide_blocks, wide_blocks, softmax)
-
-    def visit_one(at: Array, softmax: Softmax) -> Softmax:
-        return visit(at, 1, softmax)
+        keys, values = keys.astype(dtype), values.astype(dtype)
+        return update(softmax, rows, keys, values, seen, scales, scale=scale, soft_cap=soft_cap)
 
     softmax, at = _empty_softmax(rows, sinks), jnp.int32(0)
-    if wide_blocks > 1:
-        num_wide = jnp.min(num_blocks) // wide_blocks
+    if wide_blocks > 1 and sliding_window is None:
+        num_wide = (jnp.min(first) + 1) // (wide_blocks * block)
         softmax, at = cast(Softmax, lax.fori_loop(0, num_wide, visit_wide, softmax)), num_wide * wide_blocks
-    softmax = cast(Softmax, lax.fori_loop(at, jnp.max(num_blocks), visit_one, softmax))
+    softmax = cast(Softmax, lax.fori_loop(at, jnp.max(num_blocks), visit, softmax))
     sees_nothing = (row_positions < 0)[:, None]
     total = jnp.where(sees_nothing, 1.0, softmax.total)
     output = jnp.where(sees_nothing[..., None], 0.0, softmax.weighted / total[..., None])

@@ -39,7 +39,7 @@ from .step_inputs import StepInputs, step_inputs
 logger = logging.getLogger("vsurge.runtime")
 
 MAX_PROGRAMS = 16  # and those of `prefill_lengths`, if there are more
-SMALLEST_MIXED = 64  # tokens
+SMALLEST_MIXED = 16  # tokens
 # LLVM's first level of optimization instead of its highest: a quarter less time to compile and, measured on
 # Qwen3-0.6B, steps no slower, for the matrix products are library calls.
 CPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}

@@ -45,6 +45,8 @@ class Request:
         prompt_logprobs: of the prompt's, as far as they are known; the first token has none.
         cumulative_logprob: the sum over the generated tokens, if they are wanted.
         num_computed: tokens whose keys and values are in the cache once all planned steps have run.
+        num_found: tokens whose keys and values were in the cache when it was admitted; they are not written
+            again, though the last one may be computed again.
         num_to_prefill: tokens that were known when it was admitted: after them it decodes.
         num_cached: tokens of the prompt that it found in the cache when it was first admitted; None before.
         num_preemptions: how often it lost its pages and was put back into the queue.
@@ -82,6 +84,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     cumulative_logprob: float = 0.0
     num_computed: int = 0
+    num_found: int = 0
     num_to_prefill: int = 0
     num_cached: int | None = None
     num_preemptions: int = 0

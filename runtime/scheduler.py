@@ -220,12 +220,13 @@ class Scheduler:
         prefilling = [request for request in self.running if not request.is_prefilled]
         while budget > 0 and len(chunks) < self._max_concurrent_prefill:
             overtakes = self.waiting and not (prefilling and prefilling[0].turn < self.waiting[0].turn)
-            if overtakes and admits and (admitted := self._admit()):
-                request = admitted
-            elif prefilling:
+            request = self._admit() if overtakes and admits else None
+            if request is None:
+                # It is not asked again in this step: pages that those behind it fill now might let it in.
+                admits = admits and not overtakes
+                if not prefilling:
+                    break
                 request = prefilling.pop(0)
-            else:
-                break
             rest = request.num_to_prefill - request.num_computed
             length = min(budget, rest)
             chunks.append(Chunk(request, request.num_computed, length, int(length == rest)))
@@ -242,10 +243,9 @@ class Scheduler:
         if request.num_pending:  # a token of it is still to come
             return None
         known = request.num_known
-        # At least one token must be computed, for the next one to come out of it.
-        # And so must those of a prompt whose log-probabilities are wanted.
+        # The tokens of a prompt whose log-probabilities are wanted must be computed.
         scored = request.params.prompt_logprobs is not None and not request.output_ids
-        shared = pool.share([] if scored else self._keys(request, known - 1))
+        shared = pool.share([] if scored else self._keys(request, known))
         missing = pool.pages_for(known) - len(shared)
         headroom = -(-pool.num_pages // HEADROOM) if self.running else 0
         if not pool.can_allocate(missing + headroom):
@@ -254,7 +254,9 @@ class Scheduler:
         self.waiting.pop(0)
         request.pages = shared + pool.allocate(missing)
         request.num_registered = len(shared)
-        request.num_computed = len(shared) * pool.page_size
+        request.num_found = len(shared) * pool.page_size
+        # At least one token must be computed, for the next one to come out of it.
+        request.num_computed = min(request.num_found, known - 1)
         request.num_to_prefill = known
         request.row = self._free_rows.pop()
         if request.num_cached is None:

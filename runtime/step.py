@@ -145,7 +145,14 @@ def _scores(score: Any, x: Float[Array, "num_tokens hidden"], inputs: StepInputs
         return _put(scores, some, start, SCORED_TOGETHER)
 
     count = -(-jnp.asarray(inputs.num_scored)[0] // SCORED_TOGETHER)
-    return cast(LogprobArrays, lax.fori_loop(0, count, put, no_logprobs(scored.shape[0])))
+    none = no_logprobs(scored.shape[0])
+
+    def put_all() -> LogprobArrays:
+        return cast(LogprobArrays, lax.fori_loop(0, count, put, none))
+
+    # Where the loop has one trip at most, XLA finds its body invariant and takes it out of the loop: without
+    # the condition, a step without such tokens would compute 64 rows of logits.
+    return cast(LogprobArrays, lax.cond(count > 0, put_all, lambda: none))
 
 
 def _decode_batch(
@@ -166,6 +173,7 @@ def _decode_batch(
 def _mixed_batch(inputs: StepInputs, last_tokens: Array, page_size: int) -> Batch:
     assert inputs.token_ids is not None
     assert inputs.query_starts is not None
+    assert inputs.num_found is not None
     starts = inputs.query_starts
     token = jnp.arange(inputs.token_ids.shape[0], dtype=jnp.int32)
     sequence = jnp.sum(
@@ -175,11 +183,12 @@ def _mixed_batch(inputs: StepInputs, last_tokens: Array, page_size: int) -> Batc
     sequence = jnp.where(used, sequence, 0)
     positions = token - starts[sequence + 1] + inputs.kv_lens[sequence]
     positions = jnp.where(used, positions, 0)
+    is_new = used & (positions >= jnp.asarray(inputs.num_found)[sequence])
     on_device = last_tokens.at[inputs.rows[sequence]].get(mode="clip")
     return Batch(
         token_ids=jnp.where(inputs.token_ids < 0, on_device, inputs.token_ids),
         positions=positions,
-        slots=jnp.where(used, _slots(inputs.page_table, sequence, positions, page_size), -1),
+        slots=jnp.where(is_new, _slots(inputs.page_table, sequence, positions, page_size), -1),
         kv_lens=inputs.kv_lens,
         page_table=inputs.page_table,
         query_starts=starts,

@@ -33,6 +33,8 @@ class StepInputs:
             decode step, where all of them are.
         query_starts: [n + 1] int32; None in a decode step.
         num_seqs: [1] int32; None in a decode step.
+        num_found: [n] int32, tokens of the sequence that are in the cache and not to be written; None in a
+            decode step, where all tokens are new.
         samples: [n] bool, whether the sequence's token is its next one; None in a decode step.
         scored, targets: [num_tokens, filled up to whole SCORED_TOGETHER] int32, which of the step's tokens
             are to be scored, and by which token that follows; None in a decode step.
@@ -49,6 +51,7 @@ class StepInputs:
     token_ids: Leaf | None = None
     query_starts: Leaf | None = None
     num_seqs: Leaf | None = None
+    num_found: Leaf | None = None
     samples: Leaf | None = None
     scored: Leaf | None = None
     targets: Leaf | None = None
@@ -83,6 +86,8 @@ def step_inputs(plan: StepPlan, bucket: int, rows: Rows, *, max_seqs: int) -> St
         )
     token_ids = np.zeros(bucket, np.int32)
     query_starts = np.zeros(n + 1, np.int32)
+    num_found = np.zeros(n, np.int32)
+    num_found[: len(chunks)] = [chunk.request.num_found for chunk in chunks]
     samples = np.zeros(n, np.bool_)
     scored: list[int] = []
     targets: list[int] = []
@@ -109,6 +114,7 @@ def step_inputs(plan: StepPlan, bucket: int, rows: Rows, *, max_seqs: int) -> St
         token_ids=token_ids,  # pyright: ignore[reportArgumentType]
         query_starts=query_starts,  # pyright: ignore[reportArgumentType]
         num_seqs=np.array([len(chunks)], np.int32),  # pyright: ignore[reportArgumentType]
+        num_found=num_found,  # pyright: ignore[reportArgumentType]
         samples=samples,  # pyright: ignore[reportArgumentType]
         scored=_filled(scored, bucket),  # pyright: ignore[reportArgumentType]
         targets=_filled(targets, bucket),  # pyright: ignore[reportArgumentType]

@@ -22,9 +22,10 @@ from ..blockwise import attend_pages
 from ..decode.xla import paged_decode_attention
 from ..kv_pages import KVPages
 
-QUERY_BLOCK = 128  # tokens; measured, as are the next two
+QUERY_BLOCK = 128  # tokens; measured, as are the next three
 BLOCK_TOKENS = 128
 WIDE_BLOCKS = 4
+WIDE_BLOCKS_OF_FEW = 8  # of fewer queries than QUERY_BLOCK, whose products are small
 
 
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
@@ -71,7 +72,7 @@ def ragged_paged_attention(
             soft_cap=soft_cap,
             sinks=sinks,
             block_tokens=BLOCK_TOKENS,
-            wide_blocks=WIDE_BLOCKS,
+            wide_blocks=WIDE_BLOCKS if query_block == QUERY_BLOCK else WIDE_BLOCKS_OF_FEW,
         )
         # Rows beyond the sequence's end fall on the next one, whose own blocks come later and replace them.
         return (

@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM
 
 from vsurge.runtime import SamplingParams, vSurge
-from vsurge.runtime.logprobs import all_logprobs, logprobs_of
+from vsurge.runtime.logprobs import SCORED_TOGETHER, all_logprobs, logprobs_of
 from vsurge.runtime.token_logprobs import MAX_LOGPROBS
 
 from .greedy import CAPITAL, GREEDY, STORY, one
@@ -58,6 +58,16 @@ def test_nothing_is_computed_where_nobody_asks() -> None:
     assert (np.asarray(asked.chosen) < 0).all()
     silent = jax.jit(logprobs_of)(logits, tokens, np.array([False, False]))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(silent))
+
+
+def test_a_step_without_prompts_to_score_does_not_compute_their_logits(surge: vSurge) -> None:
+    executor: Any = surge._executor
+    for size in executor.mixed_buckets:
+        program = executor._programs["mixed", size].as_text()
+        logits = f"f32[{SCORED_TOGETHER},{executor._model.config.vocab_size}]"
+        assert logits in program  # in a branch
+        always, _, _ = program[program.index("ENTRY ") :].partition("\n}")
+        assert logits not in always
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.3, seed=3, max_tokens=24)])

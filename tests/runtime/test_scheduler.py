@@ -116,12 +116,12 @@ def test_a_prefix_is_computed_once() -> None:
     assert [(c.start, c.length) for c in plan.chunks] == [(0, 21), (20, 1)]
     world.run_to_the_end()
     turn = world.submit([*prompt, *first.output_ids, 5], 3)  # the whole pages of prompt and answer
-    whole = world.submit(prompt[:20], 1)  # all of it is cached: one page is computed for its last token
+    whole = world.submit(prompt[:20], 1)  # all of it is cached: its last token is computed, not written
     assert turn
     assert whole
     world.run_to_the_end()
-    assert [r.num_cached for r in world.requests] == [0, 20, 20, 16]
-    assert (world.scheduler.num_prompt_tokens, world.scheduler.num_cached_tokens) == (21 + 21 + 25 + 20, 56)
+    assert [r.num_cached for r in world.requests] == [0, 20, 20, 19]
+    assert (world.scheduler.num_prompt_tokens, world.scheduler.num_cached_tokens) == (21 + 21 + 25 + 20, 59)
 
 
 @pytest.mark.parametrize(("index", "cached"), [(1, 8), (3, 8), (2, 0)])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vsurge.model import Model
@@ -98,12 +99,26 @@ def test_a_prefix_that_is_found_changes_no_token(
     surge.start()  # with an empty cache
     got = [one(surge, prompt, params) for prompt in prompts]
     assert [sample.token_ids for sample in got] == [sample.token_ids for sample in expected]
-    assert [sample.num_cached_tokens for sample in got] == [0, 48, 48, 32, 32, 0]
+    assert [sample.num_cached_tokens for sample in got] == [0, 48, 48, 32, 47, 0]
     surge.stop()
     surge.start()
     together = surge.generate(prompts, params).result(TIMEOUT_S)
     assert [sample.token_ids for sample in together] == [sample.token_ids for sample in expected]
     assert sum(sample.num_cached_tokens for sample in together) > 0
+
+
+def test_the_last_token_of_a_prompt_that_is_all_in_the_cache_is_not_written_again(surge: vSurge) -> None:
+    surge.stop()
+    surge.start()  # with an empty cache
+    prompt, shortest = list(range(100, 148)), replace(GREEDY, max_tokens=1)  # three pages
+    one(surge, prompt, shortest)
+    executor: Any = surge._executor
+    first_layer, *others = executor._kv_pages
+    assert np.asarray(first_layer.data)[:, 1, :, -1].any(axis=(-1, -2)).sum() == 3  # pages that are full
+    emptied = replace(first_layer, data=first_layer.data.at[:, 1, :, -1].set(0))
+    executor._kv_pages = (emptied, *others)
+    assert one(surge, prompt, shortest).num_cached_tokens == 47
+    assert not np.asarray(executor._kv_pages[0].data)[:, 1, :, -1].any()
 
 
 def test_the_next_turn_of_a_chat_finds_its_prompt_and_the_answer(surge: vSurge) -> None:

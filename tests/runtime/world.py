@@ -190,9 +190,9 @@ class World:
             request, end = chunk.request, chunk.start + chunk.length
             if request.index in self.computed:  # no token is left out, none is computed twice
                 assert chunk.start == self.computed[request.index]
-            else:  # what was found in the cache are whole pages
-                assert chunk.start % PAGE_SIZE == 0
-                assert chunk.start < request.num_known
+            else:  # what was found in the cache are whole pages; the last token is computed in any case
+                assert request.num_found % PAGE_SIZE == 0
+                assert chunk.start == min(request.num_found, request.num_known - 1)
             self.computed[request.index] = end
             assert end <= len(request.pages) * PAGE_SIZE
             assert end <= request.max_tokens_in_cache
@@ -211,7 +211,7 @@ class World:
             tokens, key = tokens_of(chunk.request), b""
             for position in range(chunk.start + chunk.length):
                 key = chained(key, [tokens[position]])
-                if position >= chunk.start:
+                if position >= max(chunk.start, chunk.request.num_found):
                     page, offset = divmod(position, PAGE_SIZE)
                     self.content[chunk.request.pages[page], offset] = key
         for chunk in plan.chunks:

@@ -11,12 +11,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from ..kernels.quantization import INT8
 from ..kernels.quantization import quantize as quantize_rows
 from .config import BFLOAT16, Qwen3Config
-from .quantization import NF4_BLOCK, QuantizedMatrix, fp8_values, nf4_halves
+from .quantization import FP8_BLOCK, NF4_BLOCK, QuantizedMatrix, fp8_values, nf4_halves
+
+FEW_ROWS = 256  # up to here a product takes as long as reading its weights does, on a TPU
 
 
 def linear(
@@ -43,12 +45,13 @@ def linear(
 
 
 def _product(
-    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: Float[Array, "out_dim in_dim"]
+    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: Num[Array, "dim_0 dim_1"], dim: int = 1
 ) -> Float[Array, "rows out_dim"]:
+    """The sum of products over a dimension of the weights."""
     return jax.lax.dot_general(
         x.astype(config.dtype),
         weight.astype(config.dtype),
-        (((1,), (1,)), ((), ())),
+        (((1,), (dim,)), ((), ())),
         precision=precision(config),
         preferred_element_type=jnp.float32,
     )
@@ -60,12 +63,42 @@ def _quantized(
     if weight.method == "a8bit":
         return _a8bit(config, x, weight)
     if weight.method == "fp8":
-        return _product(config, x, fp8_values(weight))
+        whole = partial(_fp8_whole, config)
+        if weight.shape[0] % FP8_BLOCK or x.shape[0] > FEW_ROWS:
+            return whole(x, weight)
+        return jax.lax.platform_dependent(x, weight, tpu=partial(_fp8_scaled_rows, config), default=whole)
     rows, columns = x.shape
     halves = x.reshape(rows, columns // NF4_BLOCK, 2, NF4_BLOCK // 2)
     first, second = (halves[:, :, half].reshape(rows, columns // 2) for half in range(2))
     weights = nf4_halves(weight)
-    return _product(config, first, weights[0]) + _product(config, second, weights[1])
+    return _product(config, first, weights[0], dim=0) + _product(config, second, weights[1], dim=0)
+
+
+def _fp8_whole(
+    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
+) -> Float[Array, "rows out_dim"]:
+    return _product(config, x, fp8_values(weight))
+
+
+def _fp8_scaled_rows(
+    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
+) -> Float[Array, "rows out_dim"]:
+    """The scales of 128 rows of the weights go to x instead, once for each 128 of them.
+
+    Given the weights times their scales, the TPU's compiler writes the scales, as many as there are weights
+    and in float32, to memory first. Here it reads the weights in 8 bits and nothing else of that size.
+    """
+    rows, columns = x.shape
+    blocks = weight.data.reshape(-1, FP8_BLOCK, columns)
+    scales = jnp.repeat(weight.scales, FP8_BLOCK, axis=-1)[:, None, :columns]
+    product = jax.lax.dot_general(
+        (x.astype(jnp.float32)[None] * scales).astype(config.dtype),
+        blocks.astype(config.dtype),
+        (((2,), (2,)), ((0,), (0,))),
+        precision=precision(config),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.swapaxes(product, 0, 1).reshape(rows, weight.shape[0])
 
 
 def _a8bit(

@@ -58,8 +58,8 @@ class Params:
 class TensorSpec:
     """What one tensor is called in a checkpoint, its shape, and the logical axis of each dimension.
 
-    `axes` are the names that `PartitionAxis.mesh_axes` maps to axes of the mesh; `dtype` is None where it is the
-    one that the parameters are asked for in.
+    `axes` are the names that `PartitionAxis.mesh_axes` maps to axes of the mesh; `dtype` is None where it is
+    the one that is asked for.
     """
 
     name: str

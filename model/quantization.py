@@ -2,11 +2,11 @@
 
 Three forms, all symmetric, a weight being a stored number times a scale:
 
-- "a8bit": int8, one float32 scale per output channel (row) that brings the row's largest weight to 127.
-- "nf4": 4-bit NormalFloat (arXiv 2305.14314): per block of 64 along the input dimension, one float32 scale, the
-  largest magnitude, and for each weight the nearest of 16 levels. The scales are not quantized themselves.
-- "fp8": float8_e4m3fn, one float32 scale per block of 128 x 128 that brings the block's largest weight to 448,
-  as the published FP8 checkpoints have it.
+- "a8bit": int8, with a float32 scale per output channel (row) that brings the row's largest weight to 127.
+- "nf4": 4-bit NormalFloat (arXiv 2305.14314): for each block of 64 weights along the input dimension a
+  float32 scale, the largest magnitude, and for each weight the nearest of 16 levels. Scales stay float32.
+- "fp8": float8_e4m3fn, with a float32 scale per block of 128 x 128 that brings the block's largest weight to
+  448, as the published FP8 checkpoints have it.
 
 Which matrices of a model they are made of is in `quantized_specs`.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
@@ -39,12 +40,13 @@ FP8_BLOCK = 128
 DATA_DTYPE: dict[Method, np.dtype[Any]] = {"a8bit": INT8, "nf4": np.dtype(np.uint8), "fp8": FLOAT8}
 FLOAT32 = np.dtype(np.float32)
 
-# arXiv 2305.14314, appendix E: quantiles of the normal distribution, eight above zero and seven below, divided
-# by the largest.
+# arXiv 2305.14314, appendix E: quantiles of the normal distribution, eight above zero and seven below it,
+# divided by the largest.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 )  # fmt: skip
 
 
@@ -54,11 +56,11 @@ class QuantizedMatrix:
     """A matrix [..., out, in] in fewer bits, in the place of its array in a `Params`.
 
     Attributes:
-        data: a8bit: int8 [..., out, in]. nf4: uint8 [..., out, in / 2]; of the 32 bytes of a block the low
-            halves are its first 32 codes and the high halves the others, so that taking them apart moves no
-            weight from one lane to another. fp8: float8_e4m3fn [..., out, in].
-        scales: float32. a8bit: [..., out]. nf4: [..., out, in / 64]. fp8: [..., ceil(out / 128),
-            ceil(in / 128)].
+        data: a8bit: int8 [..., out, in]. fp8: float8_e4m3fn [..., out, in]. nf4: uint8 [..., in / 2, out];
+            the low halves of a block's 32 bytes are its first 32 codes, the high halves the others. So the
+            scales of nf4 are spread, and codes taken apart, over rows, which no processor is slow at.
+        scales: float32. a8bit: [..., out]. fp8: [..., ceil(out / 128), ceil(in / 128)]. nf4:
+            [..., in / 64, out].
         method: which of them (static under jit).
     """
 
@@ -69,8 +71,10 @@ class QuantizedMatrix:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix that this stands for."""
-        *rest, last = self.data.shape
-        return (*rest, 2 * last if self.method == "nf4" else last)
+        if self.method != "nf4":
+            return self.data.shape
+        *rest, half, rows = self.data.shape
+        return (*rest, rows, 2 * half)
 
     @property
     def ndim(self) -> int:
@@ -96,7 +100,7 @@ def check_shape(shape: tuple[int, ...], method: Method, name: str) -> None:
     """
     if method == "nf4" and shape[-1] % NF4_BLOCK:
         raise ValueError(
-            f"{name}: has {shape[-1]} numbers in a row, nf4 needs a multiple of {NF4_BLOCK}; a8bit takes any"
+            f"{name}: rows of {shape[-1]} numbers, nf4 needs a multiple of {NF4_BLOCK}; a8bit takes any"
         )
 
 
@@ -106,15 +110,15 @@ def part_shapes(shape: tuple[int, ...], method: Method) -> tuple[tuple[int, ...]
     if method == "a8bit":
         return shape, (*rest, rows)
     if method == "nf4":
-        return (*rest, rows, columns // 2), (*rest, rows, columns // NF4_BLOCK)
+        return (*rest, columns // 2, rows), (*rest, columns // NF4_BLOCK, rows)
     return shape, (*rest, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
 
 
 def quantize(matrix: Float[Array, "*rest out_dim in_dim"], method: Method) -> QuantizedMatrix:
     """A matrix of bfloat16 or float32 in fewer bits.
 
-    A block (a8bit: a row) of zeros has scale 0 and comes back as zeros; one with a NaN or an infinity has scale
-    NaN and comes back as NaN, so that a fault shows.
+    A block (a8bit: a row) of zeros has scale 0 and comes back as zeros; one with a NaN or an infinity has
+    scale NaN and comes back as NaN, so that a fault shows.
 
     Raises:
         ValueError: nf4 of rows that are no multiple of 64.
@@ -127,16 +131,16 @@ def quantize(matrix: Float[Array, "*rest out_dim in_dim"], method: Method) -> Qu
 
 
 def _quantize_nf4(matrix: Array) -> QuantizedMatrix:
-    *rest, columns = matrix.shape
-    blocks = matrix.astype(jnp.float32).reshape(*rest, columns // NF4_BLOCK, NF4_BLOCK)
-    scales, factors = _largest(blocks, (-1,), 1.0)
+    *rest, rows, columns = matrix.shape
+    transposed = jnp.swapaxes(matrix, -1, -2).astype(jnp.float32)
+    blocks = transposed.reshape(*rest, columns // NF4_BLOCK, NF4_BLOCK, rows)
+    scales, factors = _largest(blocks, (-2,), 1.0)
     scaled = blocks * factors
-    middles = (np.array(NF4_LEVELS[1:]) + np.array(NF4_LEVELS[:-1])) / 2
     codes = jnp.zeros(blocks.shape, jnp.uint8)
-    for middle in middles:  # the nearest level: as many as lie below in the middle between two
-        codes = codes + (scaled > jnp.float32(middle)).astype(jnp.uint8)
-    low, high = codes[..., : NF4_BLOCK // 2], codes[..., NF4_BLOCK // 2 :]
-    return QuantizedMatrix((low | (high << 4)).reshape(*rest, columns // 2), scales[..., 0], "nf4")
+    for below, above in pairwise(NF4_LEVELS):  # to the nearest level
+        codes = codes + (scaled > jnp.float32((below + above) / 2)).astype(jnp.uint8)
+    low, high = codes[..., : NF4_BLOCK // 2, :], codes[..., NF4_BLOCK // 2 :, :]
+    return QuantizedMatrix((low | (high << 4)).reshape(*rest, columns // 2, rows), scales[..., 0, :], "nf4")
 
 
 def _quantize_fp8(matrix: Array) -> QuantizedMatrix:
@@ -177,30 +181,36 @@ def quantizer(method: Method, shardings: QuantizedMatrix) -> Callable[[Array], Q
 
 def dequantize(matrix: QuantizedMatrix, dtype: DTypeLike) -> Float[Array, "*rest out_dim in_dim"]:
     """The matrix that a quantized one stands for, in bfloat16 or float32."""
-    scales = matrix.scales
     if matrix.method == "a8bit":
-        return (matrix.data.astype(jnp.float32) * scales[..., None]).astype(dtype)
+        return (matrix.data.astype(jnp.float32) * matrix.scales[..., None]).astype(dtype)
     if matrix.method == "fp8":
         return fp8_values(matrix).astype(dtype)
-    *rest, columns = matrix.data.shape
-    halves = [half.reshape(*rest, -1, NF4_BLOCK // 2) for half in nf4_halves(matrix)]
-    return jnp.concatenate(halves, axis=-1).reshape(*rest, 2 * columns).astype(dtype)
+    *rest, rows, columns = matrix.shape
+    halves = [half.reshape(*rest, -1, NF4_BLOCK // 2, rows) for half in nf4_halves(matrix)]
+    whole = jnp.concatenate(halves, axis=-2).reshape(*rest, columns, rows)
+    return jnp.swapaxes(whole, -1, -2).astype(dtype)
 
 
 def fp8_values(matrix: QuantizedMatrix) -> Float[Array, "*rest out_dim in_dim"]:
     """The weights of an fp8 matrix, float32."""
-    *_, rows, columns = matrix.shape
-    scales = jnp.repeat(jnp.repeat(matrix.scales, FP8_BLOCK, axis=-2), FP8_BLOCK, axis=-1)
-    return matrix.data.astype(jnp.float32) * scales[..., :rows, :columns]
+    *rest, rows, columns = matrix.shape
+    scales = jnp.repeat(matrix.scales, FP8_BLOCK, axis=-1)[..., :columns]
+    if rows % FP8_BLOCK:
+        return matrix.data.astype(jnp.float32) * jnp.repeat(scales, FP8_BLOCK, axis=-2)[..., :rows, :]
+    # Spread over rows within the product: the TPU's compiler would write scales spread both ways to memory.
+    blocks = matrix.data.reshape(*rest, rows // FP8_BLOCK, FP8_BLOCK, columns).astype(jnp.float32)
+    return (blocks * scales[..., None, :]).reshape(*rest, rows, columns)
 
 
-def nf4_halves(matrix: QuantizedMatrix) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The first and the second 32 weights of each block of an nf4 matrix, [..., out, in / 2], float32."""
-    *rest, columns = matrix.data.shape
+def nf4_halves(
+    matrix: QuantizedMatrix,
+) -> tuple[Float[Array, "*rest half out_dim"], Float[Array, "*rest half out_dim"]]:
+    """The first and the second 32 weights of each block of an nf4 matrix, [..., in / 2, out], float32."""
+    *rest, half_columns, rows = matrix.data.shape
 
     def half(codes: Array) -> Array:
-        blocks = nf4_level(codes).reshape(*rest, -1, NF4_BLOCK // 2)
-        return (blocks * matrix.scales[..., None]).reshape(*rest, columns)
+        blocks = nf4_level(codes).reshape(*rest, -1, NF4_BLOCK // 2, rows)
+        return (blocks * matrix.scales[..., None, :]).reshape(*rest, half_columns, rows)
 
     return half(matrix.data & 15), half(matrix.data >> 4)
 

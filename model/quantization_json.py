@@ -1,4 +1,4 @@
-"""The section `quantization_config` of a checkpoint's config.json, ours and that of the published FP8 models."""
+"""The section `quantization_config` of a checkpoint's config.json: ours, and the published FP8 models'."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def quantization_from_json(raw: Mapping[str, Any], *, source: str = "config.json
 def quantization_to_json(quantization: Quantization) -> dict[str, Any]:
     """The section that `quantization_from_json` reads."""
     if quantization.method == "fp8":
-        section = {"quant_method": "fp8"} | {name: values[0] for name, values in _FP8_ONLY.items()}
+        section: dict[str, Any] = {"quant_method": "fp8"} | {
+            name: values[0] for name, values in _FP8_ONLY.items()
+        }
     else:
         section = {"quant_method": OURS, "format": quantization.method}
         if quantization.method == "nf4":

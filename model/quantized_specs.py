@@ -1,14 +1,15 @@
 """Which tensors of a model are quantized, and the tensors that they become.
 
-The projections of attention and MLP are: in a decode step they are what has to be read, and their errors
-average out over long sums. The embedding is read a row per token, so that fewer bits would save memory only
-and no time; the output matrix, whose errors go straight into the logits, keeps the parameters' dtype as in the
-published FP8 checkpoints, and a tied embedding is both. Norms and biases are small.
+The projections of attention and MLP are: in a decode step they are what has to be read. The embedding is
+read a row per token, so that fewer bits would save memory but no time; the output matrix, whose errors go
+straight into the logits, keeps the parameters' dtype as in the published FP8 checkpoints; a tied embedding is
+both. Norms and biases are small.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,16 +67,14 @@ def parts_of(spec: TensorSpec, method: Method) -> QuantizedMatrix:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     data, scales = part_shapes(spec.shape, method)
-    return QuantizedMatrix(
-        replace(spec, shape=data, dtype=DATA_DTYPE[method]),
-        replace(
-            spec, name=spec.name + SCALES[method], shape=scales, axes=spec.axes[: len(scales)], dtype=FLOAT32
-        ),
-        method,
-    )
+    axes = (*spec.axes[:-2], spec.axes[-1], spec.axes[-2]) if method == "nf4" else spec.axes
+    name = spec.name + SCALES[method]
+    stored: Any = replace(spec, shape=data, axes=axes, dtype=DATA_DTYPE[method])
+    factors: Any = replace(spec, name=name, shape=scales, axes=axes[: len(scales)], dtype=FLOAT32)
+    return QuantizedMatrix(stored, factors, method)
 
 
-def weight_bytes(config: Qwen3Config, dtype: np.dtype, quantization: Quantization | None = None) -> int:
+def weight_bytes(config: Qwen3Config, dtype: np.dtype[Any], quantization: Quantization | None = None) -> int:
     """Bytes of all parameters, scales included.
 
     Args:

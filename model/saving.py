@@ -16,7 +16,7 @@ from .checkpoint import INDEX, SINGLE
 from .config_json import config_to_json
 from .loading import CHECKPOINT_FILES, Model
 from .params import TensorSpec, param_specs
-from .quantization import QuantizedMatrix
+from .quantization import Method, QuantizedMatrix
 from .quantization_json import quantization_to_json
 from .quantized_specs import Quantization, parts_of
 from .safetensors_file import DTYPES
@@ -67,7 +67,7 @@ def named_tensors(model: Model) -> Iterator[tuple[str, Any]]:
     """The arrays of a model and what they are called in a checkpoint."""
     for spec, leaf in _specs_and_leaves(model):
         if isinstance(leaf, QuantizedMatrix):
-            names = parts_of(spec, leaf.method)
+            names: Any = parts_of(spec, leaf.method)
             yield names.data.name, leaf.data
             yield names.scales.name, leaf.scales
         else:
@@ -81,7 +81,7 @@ def quantization_of(model: Model) -> Quantization | None:
         ValueError: in more than one form.
     """
     pairs = _specs_and_leaves(model)
-    methods = {leaf.method for _, leaf in pairs if isinstance(leaf, QuantizedMatrix)}
+    methods: set[Method] = {leaf.method for _, leaf in pairs if isinstance(leaf, QuantizedMatrix)}
     if not methods:
         return None
     if len(methods) > 1:
@@ -122,7 +122,7 @@ def _write_weights(folder: Path, tensors: list[tuple[str, Any]]) -> None:
 
 
 def write_safetensors(path: Path, tensors: list[tuple[str, Any]]) -> None:
-    """One file of tensors; the host holds one of them at a time, where safetensors' own function wants all."""
+    """One file of tensors. The host holds one at a time; safetensors' own function wants them all."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
@@ -138,7 +138,7 @@ def write_safetensors(path: Path, tensors: list[tuple[str, Any]]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for _, array in tensors:
-            file.write(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8).data)
 
 
 def _copy_others(source: Path, folder: Path) -> None:

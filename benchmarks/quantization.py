@@ -1,8 +1,8 @@
 """What quantized weights do to a model's output: `python -m vsurge.benchmarks.quantization`.
 
-The demo checkpoint on its held-out text and on the beginning of the text it was trained on, and a random model
-on random tokens. Each form of the weights is compared with bfloat16 weights and products: perplexity, the
-Kullback-Leibler divergence of the next token's distribution in nats (mean, and 99th percentile of the
+The demo checkpoint on its held-out text and on the beginning of the text that it has learnt, and a random
+model on random tokens. Each form of the weights is compared with bfloat16 weights and products: perplexity,
+the Kullback-Leibler divergence of the next token's distribution in nats (mean, and 99th percentile of the
 tokens), and the share of tokens after which another one is the likeliest. "output matrix too" quantizes that
 as well.
 """

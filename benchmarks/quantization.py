@@ -37,7 +37,7 @@ FORMS: tuple[tuple[str, Method | None, bool, bool], ...] = (
     ("a8bit, output matrix too", "a8bit", False, True),
     ("nf4, output matrix too", "nf4", False, True),
 )
-RANDOM = Qwen3Config(4096, 512, 1536, 8, 8, 4, 64)  # untied
+RANDOM = Qwen3Config(4096, 512, 1536, 4, 8, 4, 64)  # untied
 
 
 def main() -> None:

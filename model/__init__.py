@@ -4,8 +4,11 @@ from .config import PUBLISHED, ConfigError, Qwen3Config, Yarn, published_config
 from .generation_defaults import GenerationDefaults
 from .loading import Model, load_model, random_model
 from .params import LayerParams, Params, num_parameters
+from .quantization import QuantizedMatrix
+from .quantized_specs import Quantization
 from .qwen3 import Batch, forward, hidden_states, logits
 from .safetensors_file import CheckpointError
+from .saving import save_model
 from .sharding import PartitionAxis, make_mesh
 
 __all__ = [
@@ -18,6 +21,8 @@ __all__ = [
     "Model",
     "Params",
     "PartitionAxis",
+    "Quantization",
+    "QuantizedMatrix",
     "Qwen3Config",
     "Yarn",
     "forward",
@@ -28,4 +33,5 @@ __all__ = [
     "num_parameters",
     "published_config",
     "random_model",
+    "save_model",
 ]

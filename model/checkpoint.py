@@ -19,28 +19,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .config import ConfigError, Qwen3Config
+from .config import COMPUTE_DTYPES, ConfigError, Qwen3Config
 from .config_json import read_json
-from .params import Params, TensorSpec, param_specs
+from .params import Params, TensorSpec
 from .progress import progress_bar
-from .safetensors_file import CheckpointError, StoredTensor, read_header
+from .quantization import FLOAT32, QuantizedMatrix, quantizer
+from .quantized_specs import Quantization, parts_of, quantized_specs
+from .safetensors_file import FLOATS, CheckpointError, StoredTensor, read_header
 from .sharding import PartitionAxis, named_sharding
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def open_checkpoint(folder: Path, config: Qwen3Config) -> dict[str, StoredTensor]:
+def open_checkpoint(
+    folder: Path, config: Qwen3Config, quantization: Quantization | None = None
+) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by name, without its data: exactly those of a model of this shape.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its shards.
         config: the model's shape.
+        quantization: what its config.json says of it.
 
     Raises:
         CheckpointError: the files are damaged, or do not hold exactly this model.
     """
     stored = read_headers(folder)
-    check_tensors(folder, stored, config)
+    check_tensors(folder, stored, config, quantization)
     return stored
 
 
@@ -51,6 +56,8 @@ def load_params(
     dtype: np.dtype[Any],
     mesh: Mesh,
     partition_axis: PartitionAxis,
+    stored_as: Quantization | None = None,
+    quantization: Quantization | None = None,
     progress: bool = False,
 ) -> Params:
     """Reads the weights of a model to their devices. If that fails, nothing is left there.
@@ -60,23 +67,54 @@ def load_params(
         config: the model's shape.
         dtype: of the parameters; a tensor that is stored in another is converted.
         mesh, partition_axis: where the tensors go.
+        stored_as: how the checkpoint is quantized.
+        quantization: how to quantize one that is not, each matrix as soon as it lies on its device; so the
+            devices hold what comes of it and as much more as the largest tensor takes.
         progress: show a progress bar on a terminal.
     """
-    specs, structure = jax.tree.flatten(param_specs(config))
-    copying = _Copying(most_bytes=max(spec.size for spec in specs) * dtype.itemsize)
-    loaded: list[jax.Array] = []
+    specs, structure = jax.tree.flatten(quantized_specs(config, stored_as))
+    made = quantization if stored_as is None else None
+    dtypes = [_dtype_read(spec, stored[spec.name], dtype, made) for spec in specs]
+    sizes = [spec.size * read.itemsize for spec, read in zip(specs, dtypes, strict=True)]
+    copying = _Copying(most_bytes=max(sizes))
+    loaded: list[jax.Array | QuantizedMatrix] = []
     try:
         for spec in progress_bar(specs, "loading weights", show=progress, unit="tensor"):
-            copying.make_room(spec.size * dtype.itemsize)
-            sharding = named_sharding(mesh, spec.axes, partition_axis)
-            loaded.append(to_device(stored[spec.name], dtype, sharding))
-            copying.add(loaded[-1], spec.size * dtype.itemsize)
+            read, size = dtypes[len(loaded)], sizes[len(loaded)]
+            copying.make_room(size)
+            loaded.append(to_device(stored[spec.name], read, named_sharding(mesh, spec.axes, partition_axis)))
+            if made is not None and made.applies_to(spec):
+                loaded[-1] = _quantized(loaded[-1], spec, made, mesh, partition_axis)
+            copying.add(loaded[-1], size)
         copying.make_room(copying.most_bytes)
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
-        for array in loaded:
+        for array in jax.tree.leaves(loaded):
             array.delete()
         raise
     return jax.tree.unflatten(structure, loaded)
+
+
+def _dtype_read(
+    spec: TensorSpec, tensor: StoredTensor, dtype: np.dtype[Any], made: Quantization | None
+) -> np.dtype[Any]:
+    """The dtype that a tensor is brought to its device in; what is quantized there is not rounded before."""
+    if spec.dtype is not None:
+        return spec.dtype
+    if made is not None and made.applies_to(spec):
+        return tensor.dtype if tensor.dtype in COMPUTE_DTYPES else FLOAT32
+    return dtype
+
+
+def _quantized(
+    array: Any, spec: TensorSpec, quantization: Quantization, mesh: Mesh, partition_axis: PartitionAxis
+) -> QuantizedMatrix:
+    """Begins to quantize a matrix on its device, which holds the matrix no longer than that takes."""
+    parts = parts_of(spec, quantization.method)
+    shardings = jax.tree.map(lambda part: named_sharding(mesh, part.axes, partition_axis), parts)
+    try:
+        return quantizer(quantization.method, shardings)(array)
+    finally:
+        array.delete()
 
 
 class _Copying:
@@ -85,9 +123,9 @@ class _Copying:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self._bytes = 0
-        self._arrays: deque[tuple[jax.Array, int]] = deque()
+        self._arrays: deque[tuple[jax.Array | QuantizedMatrix, int]] = deque()
 
-    def add(self, array: jax.Array, size: int) -> None:
+    def add(self, array: jax.Array | QuantizedMatrix, size: int) -> None:
         self._arrays.append((array, size))
         self._bytes += size
 
@@ -163,13 +201,19 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_tensors(folder: Path, stored: Mapping[str, StoredTensor], config: Qwen3Config) -> None:
+def check_tensors(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    config: Qwen3Config,
+    quantization: Quantization | None = None,
+) -> None:
     """Checks that a checkpoint holds exactly the tensors of a model.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or is not part of the model.
+        CheckpointError: a tensor is missing, has another shape or a dtype that cannot be converted, or is not
+            part of the model.
     """
-    wanted: list[TensorSpec] = jax.tree.leaves(param_specs(config))
+    wanted: list[TensorSpec] = jax.tree.leaves(quantized_specs(config, quantization))
     for spec in wanted:
         if spec.name not in stored:
             place = folder / (SINGLE if (folder / SINGLE).exists() else INDEX)
@@ -181,6 +225,12 @@ def check_tensors(folder: Path, stored: Mapping[str, StoredTensor], config: Qwen
             raise CheckpointError(
                 f"{found.file}: tensor {spec.name!r} has shape {found.shape}, config.json expects "
                 f"{spec.shape}"
+            )
+        allowed = FLOATS if spec.dtype in (None, FLOAT32) else (spec.dtype,)
+        if found.dtype not in allowed:
+            raise CheckpointError(
+                f"{found.file}: tensor {spec.name!r} has dtype {found.dtype}, config.json expects "
+                f"{' or '.join(str(dtype) for dtype in allowed)}"
             )
     extra = stored.keys() - {spec.name for spec in wanted}
     if config.tie_word_embeddings and "lm_head.weight" in extra:  # Qwen3-0.6B for one stores it twice

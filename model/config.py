@@ -75,6 +75,9 @@ class Qwen3Config:
         kv_dtype: of the cache, bfloat16, float32, int8 or float8_e4m3fn (see `kernels.empty_kv_pages`); None
             for `dtype`.
         matmul_precision: None for HIGHEST in float32, DEFAULT otherwise.
+        int8_activations: whether products with a8bit weights (see `quantization`) round the other operand to
+            int8 too, with a scale per token; None for where that is the fast form and `dtype` is bfloat16: on
+            a CPU.
         attention, decode_attention: implementation of attention and the cache write, in steps of any tokens
             and in steps of one token per sequence; None for the best one here.
     """
@@ -96,6 +99,7 @@ class Qwen3Config:
     dtype: np.dtype[Any] = BFLOAT16
     kv_dtype: np.dtype[Any] | None = None
     matmul_precision: jax.lax.Precision | None = None
+    int8_activations: bool | None = None
     attention: Implementation | None = None
     decode_attention: Implementation | None = None
 
@@ -111,6 +115,8 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even for rotary embeddings")
+        if self.int8_activations not in (None, True, False):
+            raise ConfigError(f"int8_activations={self.int8_activations!r}: must be True, False or None")
         for name in ("rms_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be positive and finite")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .config import ConfigError, Qwen3Config, Yarn
+from .quantization_json import quantization_from_json
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 # What transformers takes where a file is silent, if that differs from what Qwen3's own files say.
@@ -43,8 +46,8 @@ _USED = {
     "attention_bias": _Field("attention_bias", bool),
 }
 _USED_ELSEWHERE = {
-    "architectures", "dtype", "eos_token_id", "layer_types", "rope_parameters", "rope_scaling", "rope_theta",
-    "torch_dtype",
+    "architectures", "dtype", "eos_token_id", "layer_types", "quantization_config", "rope_parameters",
+    "rope_scaling", "rope_theta", "torch_dtype",
 }  # fmt: skip
 # Fields without effect on inference; the sliding window's have none while use_sliding_window is false.
 _WITHOUT_EFFECT = {
@@ -85,6 +88,28 @@ def config_from_json(raw: Mapping[str, Any], *, source: str = "config.json") -> 
         raise ConfigError(f"{source}: {error}") from error
 
 
+def config_to_json(config: Qwen3Config, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """The `config.json` that `config_from_json` reads: the model's shape, and not how to compute it.
+
+    Args:
+        config: the shape.
+        dtype: of the parameters.
+    """
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta}
+    if config.yarn is not None:
+        options = {name: value for name, value in asdict(config.yarn).items() if value is not None}
+        rope["rope_scaling"] = {"rope_type": "yarn"} | options
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": _ONLY["model_type"][0],
+        "hidden_act": _ONLY["hidden_act"][0],
+        **{name: getattr(config, field.name) for name, field in _USED.items()},
+        **rope,
+        "eos_token_id": list(config.eos_token_ids) or None,
+        "torch_dtype": dtype.name,
+    }
+
+
 def _check_fields(raw: Mapping[str, Any], source: str) -> None:
     """Refuses what is not supported, by name."""
     architectures = raw.get("architectures") or [ARCHITECTURE]
@@ -93,14 +118,8 @@ def _check_fields(raw: Mapping[str, Any], source: str) -> None:
     for name, values in _ONLY.items():
         if name in raw and raw[name] not in values:
             raise ConfigError(f"{source}: {name}={raw[name]!r}: supported is {values[0]!r}")
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ConfigError(
-            f"{source}: quantization_config (quant_method {method!r}): quantized checkpoints are not "
-            "supported yet, use the checkpoint in bfloat16 or float32"
-        )
-    unknown = [name for name in raw if name not in _KNOWN and name != "quantization_config"]
+    quantization_from_json(raw, source=source)
+    unknown = [name for name in raw if name not in _KNOWN]
     if unknown:
         values = ", ".join(f"{name!r} (value {raw[name]!r})" for name in unknown)
         raise ConfigError(f"{source}: not supported: {values}; supported are the fields {sorted(_KNOWN)}")

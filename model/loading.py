@@ -19,6 +19,9 @@ from .config import ConfigError, Qwen3Config, parse_dtype, published_config
 from .config_json import config_from_json, read_json, stored_dtype
 from .generation_defaults import GenerationDefaults, generation_defaults_from_json
 from .params import Params
+from .quantization import Method, parse_method
+from .quantization_json import quantization_from_json
+from .quantized_specs import Quantization, quantized_specs
 from .random_weights import random_params
 from .safetensors_file import StoredTensor
 from .sharding import AXIS_NAMES, TRIVIAL_DIMS, PartitionAxis, make_mesh
@@ -61,6 +64,7 @@ def load_model(
     sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
     axis_names: Sequence[str] = AXIS_NAMES,
     partition_axis: PartitionAxis | None = None,
+    quantization_method: Method | None = None,
     progress: bool = True,
 ) -> Model:
     """Loads a Qwen3 checkpoint.
@@ -75,24 +79,39 @@ def load_model(
         compute_dtype: bfloat16 or float32, of the operands of matrix products; None for the parameters'.
         sharding_axis_dims, axis_names: see `make_mesh`.
         partition_axis: which axis of the mesh splits what; None for the defaults.
+        quantization_method: "a8bit", "nf4" or "fp8", of the projections of attention and MLP (see
+            `quantization`), which become it one by one while they are read; None to leave them as they are.
+            A checkpoint that is quantized is loaded as it is.
         progress: show a progress bar on stderr while weights are read, if stderr is a terminal.
 
     Raises:
         ConfigError: a configuration that is not supported.
         CheckpointError: files that do not hold the model that config.json describes.
         FileNotFoundError: no such folder, and not a hub id.
-        ValueError, TypeError: a revision of a local folder, a mesh that cannot be, no partition axis.
+        ValueError, TypeError: a revision of a local folder, a mesh that cannot be, no partition axis, no
+            quantization method or another one than the checkpoint's.
     """
+    asked = _asked_quantization(quantization_method)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = _checked(partition_axis)
     folder = find_checkpoint(path_or_hub_id, revision=revision)
     config = read_config(folder)
     generation_defaults = read_generation_defaults(folder)
-    stored = open_checkpoint(folder, config)
+    stored_as = read_quantization(folder)
+    quantization = chosen_quantization(stored_as, asked, folder)
+    quantized_specs(config, quantization)  # that it can be is known before the files are read
+    stored = open_checkpoint(folder, config, stored_as)
     param_dtype = default_dtype(folder, config, stored) if dtype is None else parse_dtype(dtype, "dtype")
     config = _computing_in(config, compute_dtype, param_dtype)
     params = load_params(
-        stored, config, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis, progress=progress
+        stored,
+        config,
+        dtype=param_dtype,
+        mesh=mesh,
+        partition_axis=partition_axis,
+        stored_as=stored_as,
+        quantization=quantization,
+        progress=progress,
     )
     return Model(config, params, mesh, partition_axis, generation_defaults, folder)
 
@@ -114,7 +133,8 @@ def default_dtype(
     source = str(folder / "config.json")
     name = stored_dtype(read_json(folder / "config.json"), source=source)
     if name is None:
-        stored = open_checkpoint(folder, config) if stored is None else stored
+        if stored is None:
+            stored = open_checkpoint(folder, config, read_quantization(folder))
         name = stored["model.embed_tokens.weight"].dtype.name
     try:
         return parse_dtype(name, f"{source}: dtype")
@@ -173,6 +193,36 @@ def read_config(folder: Path) -> Qwen3Config:
     return config_from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
 
 
+def read_quantization(folder: Path) -> Quantization | None:
+    """How the checkpoint in a folder is quantized; None if it is not.
+
+    Raises:
+        ConfigError: in a way that is not supported.
+    """
+    path = folder / "config.json"
+    return quantization_from_json(read_json(path), source=str(path))
+
+
+def _asked_quantization(method: Any) -> Quantization | None:
+    return None if method is None else Quantization(parse_method(method, "quantization_method"))
+
+
+def chosen_quantization(
+    stored_as: Quantization | None, asked: Quantization | None, folder: Path
+) -> Quantization | None:
+    """How a model is quantized, from how its checkpoint is and how it was asked for.
+
+    Raises:
+        ValueError: the two contradict each other.
+    """
+    if stored_as is not None and asked is not None and stored_as.method != asked.method:
+        raise ValueError(
+            f"quantization_method={asked.method!r}: {folder} is quantized already, as {stored_as.method!r}; "
+            "leave the option out, or load the checkpoint that it was made of"
+        )
+    return asked if stored_as is None else stored_as
+
+
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
     """The generation defaults in a checkpoint's folder; none if it has no such file."""
     path = folder / "generation_config.json"
@@ -190,6 +240,7 @@ def random_model(
     sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
     axis_names: Sequence[str] = AXIS_NAMES,
     partition_axis: PartitionAxis | None = None,
+    quantization_method: Method | None = None,
 ) -> Model:
     """A model of a published shape (or any configuration) with random weights, made on the device.
 
@@ -198,10 +249,12 @@ def random_model(
     Args:
         name_or_config: "Qwen/Qwen3-0.6B" or just "0.6B", or a configuration.
         seed: of the weights, at least 0.
-        dtype, compute_dtype, sharding_axis_dims, axis_names, partition_axis: as in `load_model`.
+        dtype, compute_dtype, sharding_axis_dims, axis_names, partition_axis, quantization_method: as in
+            `load_model`.
 
     Raises:
-        ConfigError: no published shape of that name, or a dtype that is not supported.
+        ConfigError: no published shape of that name, a dtype that is not supported, or a shape that cannot be
+            quantized so.
         ValueError, TypeError: a seed that is no integer of at least 0, another argument that cannot be.
     """
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
@@ -212,10 +265,19 @@ def random_model(
     if not isinstance(config, Qwen3Config):
         raise TypeError(f"name_or_config={config!r}: must be the name of a published model or a Qwen3Config")
     param_dtype = parse_dtype(dtype, "dtype")
+    quantization = _asked_quantization(quantization_method)
+    quantized_specs(config, quantization)
     config = _computing_in(config, compute_dtype, param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = _checked(partition_axis)
-    params = random_params(config, seed=seed, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis)
+    params = random_params(
+        config,
+        seed=seed,
+        dtype=param_dtype,
+        mesh=mesh,
+        partition_axis=partition_axis,
+        quantization=quantization,
+    )
     return Model(config, params, mesh, partition_axis, GenerationDefaults(), None)
 
 

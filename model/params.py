@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from .config import Qwen3Config
 
@@ -57,12 +58,14 @@ class Params:
 class TensorSpec:
     """What one tensor is called in a checkpoint, its shape, and the logical axis of each dimension.
 
-    `axes` are the names that `PartitionAxis.mesh_axes` maps to axes of the mesh.
+    `axes` are the names that `PartitionAxis.mesh_axes` maps to axes of the mesh; `dtype` is None where it is
+    the one that is asked for.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    dtype: np.dtype[Any] | None = None
 
     @property
     def size(self) -> int:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..kernels import KVPages, paged_decode_attention, ragged_paged_attention
 from .config import Qwen3Config
+from .linear import broadcast, linear
 from .params import LayerParams, Params
+from .quantization import QuantizedMatrix
 from .rope import rotary_tables, rotate
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def project_heads(
 ) -> tuple[Queries, KeyValues, KeyValues]:
     """Queries, keys and values of `config.dtype`; queries and keys are normed per head, then rotated."""
 
-    def heads(weight: Array, bias: Array | None, num_heads: int) -> Heads:
+    def heads(weight: Array | QuantizedMatrix, bias: Array | None, num_heads: int) -> Heads:
         return linear(config, x, weight, bias).reshape(-1, num_heads, config.head_dim)
 
     queries = heads(layer.q_proj, layer.q_bias, config.num_q_heads)
@@ -211,40 +212,4 @@ def rms_norm(
 ) -> Float[Array, "*rows dim"]:
     """x scaled to root mean square 1 over its last axis, times the weight; float32 (arXiv 1910.07467)."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + eps) * _broadcast(weight.astype(jnp.float32), x.ndim)
-
-
-def linear(
-    config: Qwen3Config,
-    x: Float[Array, "rows in_dim"],
-    weight: Float[Array, "out_dim in_dim"],
-    bias: Float[Array, " out_dim"] | None = None,
-) -> Float[Array, "rows out_dim"]:
-    """x @ weight.T + bias, operands in `config.dtype`, float32 result.
-
-    A single row is computed as two: with one row, XLA's CPU backend takes a path for bfloat16 that is ten
-    times slower. Asking for a float32 result keeps it off another such path.
-    """
-    rows = x.shape[0]
-    x = x.astype(config.dtype)
-    if rows == 1:
-        x = jnp.concatenate([x, x])
-    product = jax.lax.dot_general(
-        x,
-        weight.astype(config.dtype),
-        (((1,), (1,)), ((), ())),
-        precision=_precision(config),
-        preferred_element_type=jnp.float32,
-    )[:rows]
-    return product if bias is None else product + _broadcast(bias.astype(jnp.float32), 2)
-
-
-def _precision(config: Qwen3Config) -> jax.lax.Precision:
-    """A float32 product at DEFAULT is one bfloat16 pass on a TPU; whoever wants that asks for it."""
-    if config.matmul_precision is not None:
-        return config.matmul_precision
-    return jax.lax.Precision.HIGHEST if config.dtype == np.float32 else jax.lax.Precision.DEFAULT
-
-
-def _broadcast(vector: Float[Array, " dim"], ndim: int) -> Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+    return x * jax.lax.rsqrt(mean_square + eps) * broadcast(weight.astype(jnp.float32), x.ndim)

@@ -15,20 +15,35 @@ from jaxtyping import Array, Float, UInt32
 
 from .config import Qwen3Config
 from .params import Params, TensorSpec, param_specs
+from .quantization import Method, QuantizedMatrix, quantize
+from .quantized_specs import Quantization, parts_of
 from .sharding import PartitionAxis, named_sharding
 
 INITIALIZER_RANGE = 0.02  # standard deviation of the matrices, as Qwen3's config.json says
 
 
 def random_params(
-    config: Qwen3Config, *, seed: int, dtype: np.dtype[Any], mesh: Mesh, partition_axis: PartitionAxis
+    config: Qwen3Config,
+    *,
+    seed: int,
+    dtype: np.dtype[Any],
+    mesh: Mesh,
+    partition_axis: PartitionAxis,
+    quantization: Quantization | None = None,
 ) -> Params:
-    """Parameters: matrices uniform with standard deviation INITIALIZER_RANGE, norms one, biases zero."""
+    """Parameters: matrices uniform with standard deviation INITIALIZER_RANGE, norms one, biases zero.
+
+    What is quantized is so in the program that makes it.
+    """
     specs, structure = jax.tree.flatten(param_specs(config))
-    leaves: list[Array] = []
+    leaves: list[Array | QuantizedMatrix] = []
     for index, spec in enumerate(specs):
         keys = np.random.SeedSequence([seed, index]).generate_state(2)
-        make = _maker(_kind(spec), spec.shape, dtype, named_sharding(mesh, spec.axes, partition_axis))
+        method, parts = None, spec
+        if quantization is not None and quantization.applies_to(spec):
+            method, parts = quantization.method, parts_of(spec, quantization.method)
+        sharding = jax.tree.map(lambda part: named_sharding(mesh, part.axes, partition_axis), parts)
+        make = _maker(_kind(spec), spec.shape, dtype, sharding, method)
         leaves.append(make(jnp.asarray(keys, jnp.uint32)))
     return jax.block_until_ready(jax.tree.unflatten(structure, leaves))
 
@@ -41,11 +56,12 @@ def _kind(spec: TensorSpec) -> str:
 
 @cache  # one compilation per shape, not per tensor
 def _maker(
-    kind: str, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
-) -> Callable[[Array], Array]:
-    def make(keys: Array) -> Array:
+    kind: str, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Any, method: Method | None
+) -> Callable[[Array], Array | QuantizedMatrix]:
+    def make(keys: Array) -> Array | QuantizedMatrix:
         if kind == "uniform":
-            return uniform(keys, shape).astype(dtype)
+            matrix = uniform(keys, shape).astype(dtype)
+            return matrix if method is None else quantize(matrix, method)
         return jnp.full(shape, 1 if kind == "ones" else 0, dtype)
 
     return jax.jit(make, out_shardings=sharding)

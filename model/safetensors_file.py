@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-DTYPES = {"BF16": np.dtype(jnp.bfloat16), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
+DTYPES = {
+    "BF16": np.dtype(jnp.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+}
+FLOATS = tuple(DTYPES[name] for name in ("BF16", "F32", "F16"))  # which may be converted into each other
 CHUNK_BYTES = 1 << 24  # of a tensor that is compared or converted on the host, at a time
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Qwen3Config,
         load_model,
         random_model,
+        save_model,
     )
     from .runtime import (
         EngineError,
@@ -47,6 +48,7 @@ _ROOM_OF = {
     "Qwen3Config": "model",
     "load_model": "model",
     "random_model": "model",
+    "save_model": "model",
     "EngineError": "runtime",
     "EngineFailed": "runtime",
     "EngineMetrics": "runtime",
@@ -86,6 +88,7 @@ __all__ = [
     "demo_model_path",
     "load_model",
     "random_model",
+    "save_model",
     "vSurge",
 ]
 

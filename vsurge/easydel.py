@@ -22,6 +22,7 @@ from .kernels import SUPPORTED_DTYPES, Implementation
 from .model import Model, PartitionAxis, load_model, make_mesh
 from .model.config import parse_dtype
 from .model.loading import find_checkpoint, read_config
+from .model.quantization import Method
 from .model.sharding import AXIS_NAMES, TRIVIAL_DIMS
 from .runtime import ReturnSample, SamplingParams
 from .runtime import vSurge as Engine
@@ -59,7 +60,7 @@ class AttentionMechanisms(Enum):
 
 
 class EasyDeLQuantizationMethods(Enum):
-    """How weights or the cache are quantized; supported are NONE, and A8BIT for the cache."""
+    """How weights or the cache are quantized; the cache knows NONE and A8BIT only."""
 
     NONE = None
     NF4 = "nf4"
@@ -108,6 +109,12 @@ ATTENTION: dict[AttentionMechanisms, Implementation | None] = {
     AttentionMechanisms.SDPA: "xla",
 }
 
+WEIGHTS: dict[EasyDeLQuantizationMethods, Method | None] = {
+    EasyDeLQuantizationMethods.NONE: None,
+    EasyDeLQuantizationMethods.A8BIT: "a8bit",
+    EasyDeLQuantizationMethods.NF4: "nf4",
+}
+
 
 @dataclass(frozen=True)
 class EasyDeLModel(Model):
@@ -149,7 +156,8 @@ class AutoEasyDeLModelForCausalLM:
             sharding_axis_names: of those axes.
             partition_axis: which axis of the mesh splits what; None for the defaults.
             config_kwargs: see `EasyDeLBaseConfigDict`.
-            quantization_method: of the weights.
+            quantization_method: of the weights: A8BIT is `load_model`'s "a8bit", NF4 its "nf4". NONE leaves
+                them as the checkpoint has them.
             dtype: bfloat16 or float32, of the operands of matrix products; None for the parameters'.
             param_dtype: bfloat16 or float32, of the parameters; None for the checkpoint's.
             precision: of matrix products; None for the highest in float32 and the default in bfloat16.
@@ -160,7 +168,7 @@ class AutoEasyDeLModelForCausalLM:
             NotImplementedError: a value that is not supported yet.
             ConfigError, CheckpointError, FileNotFoundError: see `load_model`.
         """
-        _only_unquantized("quantization_method", quantization_method)
+        method = WEIGHTS[_member("quantization_method", quantization_method, EasyDeLQuantizationMethods)]
         if config_kwargs is not None and not isinstance(config_kwargs, Mapping):
             raise TypeError(f"config_kwargs={config_kwargs!r}: must be an EasyDeLBaseConfigDict or None")
         options = dict(config_kwargs or {})
@@ -187,6 +195,7 @@ class AutoEasyDeLModelForCausalLM:
             sharding_axis_dims=sharding_axis_dims if auto_shard_model else TRIVIAL_DIMS,
             axis_names=sharding_axis_names,
             partition_axis=partition_axis,
+            quantization_method=method,
         )
         return EasyDeLModel(
             config=replace(model.config, **changes),
@@ -279,14 +288,6 @@ def _member(name: str, value: Any, kind: type[Member]) -> Member:
     except ValueError:
         members = [f"{kind.__name__}.{member.name}" for member in kind]
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(members)}") from None
-
-
-def _only_unquantized(name: str, value: Any) -> None:
-    method = _member(name, value, EasyDeLQuantizationMethods)
-    if method is not EasyDeLQuantizationMethods.NONE:
-        raise NotImplementedError(
-            f"{name}={method}: not supported yet; supported is EasyDeLQuantizationMethods.NONE"
-        )
 
 
 def _attention(name: str, value: Any) -> Implementation | None:

@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["layer_types", "sliding_attention"],
     ),
     "too few layer types": ({"layer_types": ["full_attention"]}, ["layer_types", "36"]),
-    "quantization": ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "'fp8'"]),
+    "quantization": ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "'gptq'"]),
     "rope type": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         ["rope_scaling", "'linear'", "'yarn'"],

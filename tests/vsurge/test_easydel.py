@@ -157,10 +157,16 @@ def test_mechanisms_without_an_equivalent_are_refused_by_name(name: str, mechani
         load_with(**{name: mechanism})
 
 
-@pytest.mark.parametrize("method", [Quantization.NF4, Quantization.A8BIT])
-def test_quantized_weights_are_refused_until_they_work(method: ed.EasyDeLQuantizationMethods) -> None:
-    with pytest.raises(NotImplementedError, match=f"^quantization_method={method}: not supported yet"):
-        load(quantization_method=method)
+@pytest.mark.parametrize(("method", "dtype"), [(Quantization.NF4, "uint8"), (Quantization.A8BIT, "int8")])
+def test_weights_are_quantized_as_they_are_loaded(method: ed.EasyDeLQuantizationMethods, dtype: str) -> None:
+    layer = load(quantization_method=method).params.layers[0]
+    assert {layer.q_proj.data.dtype.name, layer.down_proj.data.dtype.name} == {dtype}
+    assert load(quantization_method=Quantization.NONE).params.layers[0].q_proj.dtype == jnp.bfloat16
+
+
+def test_a_quantization_method_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^quantization_method='int3': must be one of .*NF4"):
+        load(quantization_method="int3")
 
 
 @pytest.mark.parametrize("kvdtype", [{}, {"kvdtype": jnp.bfloat16}, {"kvdtype": "int8"}], ids=str)

@@ -62,6 +62,30 @@ def test_a_quantized_cache_takes_its_scales_too(command: Callable) -> None:
     assert table["cache"] == f"{2 * CACHE_BYTES:,} bytes per token in float32"
 
 
+def test_quantized_weights_take_their_bits_and_scales(command: Callable) -> None:
+    projections = 28 * (2048 * 1024 + 2 * 1024 * 1024 + 1024 * 2048 + 3 * 1024 * 3072)
+    outputs = 28 * (2048 + 2 * 1024 + 1024 + 2 * 3072 + 1024)
+    rest = 2 * (PARAMETERS - projections)
+    for method, size in (("a8bit", projections + 4 * outputs), ("nf4", projections // 2 + projections // 16)):
+        table = rows(command("info", "0.6B", "--quantization", method, "--memory", "16GiB").out)
+        assert table["weights"].startswith(f"{rest + size:,} bytes")
+        assert table["weights"].endswith(f"in {method}, the rest bfloat16")
+        pages = int((16 * 2**30 - rest - size) * 0.9) // (CACHE_BYTES * 128)
+        assert table["fits"].startswith(f"{pages * 128:,} tokens")
+
+
+def test_a_quantized_checkpoint_is_described_as_it_is(tmp_path: Path, command: Callable) -> None:
+    model = vsurge.load_model(vsurge.demo_model_path(), quantization_method="a8bit")
+    folder = vsurge.save_model(model, tmp_path / "saved")
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    weights = rows(command("info", str(folder)).out)["weights"]
+    assert weights.startswith(f"{num_bytes:,} bytes")
+    assert weights.endswith("in a8bit, the rest bfloat16")
+    done = command("info", str(folder), "--quantization", "nf4")
+    assert done.code != 0
+    assert "is quantized already, as 'a8bit'" in done.err
+
+
 @pytest.mark.parametrize(
     ("memory", "size", "page_size", "utilization"), [("80GB", 80e9, 128, 0.9), ("16GiB", 16 * 2**30, 16, 0.5)]
 )

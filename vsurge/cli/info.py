@@ -11,11 +11,13 @@ import jax
 
 from .. import demo_model_path
 from ..kernels import SUPPORTED_DTYPES, bytes_per_token
-from ..model import PUBLISHED, ConfigError, Qwen3Config, num_parameters, published_config
+from ..model import PUBLISHED, ConfigError, Quantization, Qwen3Config, num_parameters, published_config
 from ..model.checkpoint import INDEX, SINGLE
 from ..model.config import parse_dtype
 from ..model.config_json import read_json, stored_dtype
-from ..model.loading import default_dtype, read_config
+from ..model.loading import chosen_quantization, default_dtype, read_config, read_quantization
+from ..model.quantization import parse_method
+from ..model.quantized_specs import weight_bytes
 from ..runtime.cache_size import CPU_CACHE_BYTES
 from .setup import given, share_of_memory
 
@@ -45,7 +47,10 @@ def run(args: argparse.Namespace) -> None:
     if args.kv_dtype is not None:
         kv_dtype = parse_dtype(args.kv_dtype, "--kv-dtype", SUPPORTED_DTYPES)
         config = dataclasses.replace(config, kv_dtype=kv_dtype)
-    rows = describe(config) | {"fits": fits(config, memory, args.page_size, utilization)}
+    quantization = find_quantization(args.quantization, folder)
+    rows = describe(config, quantization)
+    num_bytes = weight_bytes(config, config.dtype, quantization)
+    rows["fits"] = fits(config, num_bytes, memory, args.page_size, utilization)
     rows["weights"] += note
     print(title)
     for label, value in rows.items():
@@ -99,9 +104,15 @@ def says_dtype(folder: Path) -> bool:
     return named or any((folder / weights).exists() for weights in (SINGLE, INDEX))
 
 
-def weight_bytes(config: Qwen3Config) -> int:
-    """Bytes of all parameters in the configuration's dtype."""
-    return num_parameters(config) * config.dtype.itemsize
+def find_quantization(method: str | None, folder: Path | None) -> Quantization | None:
+    """How the weights would be quantized, by --quantization or in the folder's checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint is quantized in a way that is not supported.
+        ValueError: it is quantized in another way than the option says.
+    """
+    asked = None if method is None else Quantization(parse_method(method, "--quantization"))
+    return asked if folder is None else chosen_quantization(read_quantization(folder), asked, folder)
 
 
 def cache_bytes_per_token(config: Qwen3Config) -> int:
@@ -110,12 +121,14 @@ def cache_bytes_per_token(config: Qwen3Config) -> int:
     return config.num_layers * per_layer
 
 
-def describe(config: Qwen3Config) -> dict[str, str]:
-    """The rows of the table that depend on the model alone."""
+def describe(config: Qwen3Config, quantization: Quantization | None) -> dict[str, str]:
+    """The rows of the table that depend on the model alone; its weights are in the configuration's dtype."""
+    num_bytes = weight_bytes(config, config.dtype, quantization)
+    form = str(config.dtype) if quantization is None else f"{quantization.method}, the rest {config.dtype}"
     tied = "tied" if config.tie_word_embeddings else "untied"
     return {
         "parameters": f"{num_parameters(config):,}",
-        "weights": f"{weight_bytes(config):,} bytes ({gigabytes(weight_bytes(config))}) in {config.dtype}",
+        "weights": f"{num_bytes:,} bytes ({gigabytes(num_bytes)}) in {form}",
         "cache": f"{cache_bytes_per_token(config):,} bytes per token in {config.cache_dtype}",
         "layers": f"{config.num_layers} of {config.hidden_size:,} (MLP {config.intermediate_size:,})",
         "heads": f"{config.num_q_heads} query, {config.num_kv_heads} key/value, head_dim {config.head_dim}",
@@ -129,11 +142,12 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def fits(config: Qwen3Config, memory: int | None, page_size: int, utilization: float) -> str:
+def fits(config: Qwen3Config, num_bytes: int, memory: int | None, page_size: int, utilization: float) -> str:
     """How many tokens of cache fit.
 
     Args:
         config: of the model.
+        num_bytes: what its weights take.
         memory: bytes of the accelerator; None to ask the one that is here.
         page_size: tokens per page; whole pages are counted.
         utilization: share of what the weights leave that the cache takes.
@@ -147,7 +161,7 @@ def fits(config: Qwen3Config, memory: int | None, page_size: int, utilization: f
             size = f"{CPU_CACHE_BYTES / 2**30:g} GiB"
             return f"{tokens:,} tokens in the {size} that the cache takes on a CPU (--memory 80GB: elsewhere)"
         memory, where = int(stats["bytes_limit"]), device.device_kind
-    free = memory - weight_bytes(config)
+    free = memory - num_bytes
     if free <= 0:
         return f"nothing: the weights alone take more than the {gigabytes(memory)} of {where}"
     tokens = whole_pages(int(free * utilization), config, page_size)

@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--memory", metavar="SIZE",
         help="memory of an accelerator, like 80GB or 16GiB (default: of the one here)")  # fmt: skip
     _add_dtype(info)
+    _add_quantization(info)
     _add_cache(info)
 
     tune = add("tune", "Choose block sizes of a model's attention kernels for a TPU, which need not be here.")
@@ -103,12 +104,19 @@ def _model() -> argparse.ArgumentParser:
     group.add_argument("--revision", help="branch, tag or commit of the hub id that --model gives")
     group.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id (default: the model's own)")
     _add_dtype(group)
+    _add_quantization(group)
     return parser
 
 
 def _add_dtype(group: Any) -> None:
     group.add_argument("--dtype", choices=("bfloat16", "float32"),
         help="of weights and computation (default: the checkpoint's)")  # fmt: skip
+
+
+def _add_quantization(group: Any) -> None:
+    group.add_argument("--quantization", choices=("a8bit", "nf4", "fp8"),
+        help="of the projections of attention and MLP: int8, 4-bit NormalFloat or float8 "
+        "(default: as the checkpoint is)")  # fmt: skip
 
 
 def _engine() -> argparse.ArgumentParser:

@@ -133,9 +133,14 @@ def share_of_memory(args: argparse.Namespace, *, instead: str | None) -> float:
 
 def _load(args: argparse.Namespace, folder: Path | None) -> Model:
     if folder is not None:
-        return load_model(folder, dtype=args.dtype)
+        return load_model(folder, dtype=args.dtype, quantization_method=args.quantization)
     dtype = given(args.dtype, jnp.bfloat16)
-    return random_model(args.random_weights, seed=given(args.seed, 0), dtype=dtype)
+    return random_model(
+        args.random_weights,
+        seed=given(args.seed, 0),
+        dtype=dtype,
+        quantization_method=args.quantization,
+    )
 
 
 def given(value: Any, default: Any) -> Any:

@@ -41,7 +41,7 @@ def test_weights_of_the_same_form_are_taken_and_no_others(quantized: Model) -> N
     nf4 = load_model(demo_model_path(), quantization_method="nf4")
     with pytest.raises(ValueError, match=r"q_proj\.data: is uint8\[96,\s*512\], must be int8\[512,\s*192\]"):
         placed_like(nf4.params, quantized.params)
-    layer = quantized.params.layers[0]
+    layer: Any = quantized.params.layers[0]
     other = replace(layer, q_proj=replace(layer.q_proj, method="fp8"))
     with pytest.raises(ValueError, match=r"^params: the tree is"):
         placed_like(replace(quantized.params, layers=(other, *quantized.params.layers[1:])), quantized.params)

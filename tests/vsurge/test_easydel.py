@@ -159,7 +159,7 @@ def test_mechanisms_without_an_equivalent_are_refused_by_name(name: str, mechani
 
 @pytest.mark.parametrize(("method", "dtype"), [(Quantization.NF4, "uint8"), (Quantization.A8BIT, "int8")])
 def test_weights_are_quantized_as_they_are_loaded(method: ed.EasyDeLQuantizationMethods, dtype: str) -> None:
-    layer = load(quantization_method=method).params.layers[0]
+    layer: Any = load(quantization_method=method).params.layers[0]
     assert {layer.q_proj.data.dtype.name, layer.down_proj.data.dtype.name} == {dtype}
     assert load(quantization_method=Quantization.NONE).params.layers[0].q_proj.dtype == jnp.bfloat16
 

@@ -9,13 +9,13 @@ import pytest
 
 from vsurge.kernels import DecodeBlocks
 from vsurge.kernels.append.mosaic_tpu import BUFFERS, ROW_BYTES
-from vsurge.kernels.ragged.heads import PIECE
+from vsurge.kernels.ragged.items import PIECE
 from vsurge.kernels.tpu.fetcher import vmem_bytes_per_row, vmem_bytes_per_token
 from vsurge.kernels.tuning import CHIPS, Batch, Call, Compilers, Schedule
 from vsurge.kernels.tuning.calls import Kernel
 from vsurge.kernels.tuning.candidates import chosen_ragged_blocks, claimed_bytes
 from vsurge.kernels.tuning.loops import FILLED, SPILLED, LoopRun
-from vsurge.kernels.tuning.predict import KernelRun
+from vsurge.kernels.tuning.prediction import KernelRun
 
 TUNED = ("v5e", "v6e", "7x")  # chips with a table of block sizes
 MODELS = ((16, 8), (32, 8), (64, 8), (8, 2), (8, 1))  # Qwen3-0.6B, 8B and 32B; a fourth and an eighth of 8B

@@ -95,7 +95,7 @@ class Prediction:
 
     @property
     def time_us(self) -> float:
-        return max(self._us(sum(run.replay.cycles for run in self.runs)), self.matrix_us)
+        return max(self._us(sum((run.replay.cycles for run in self.runs), 0.0)), self.matrix_us)
 
     @property
     def compute_us(self) -> float:
@@ -107,7 +107,7 @@ class Prediction:
 
     @property
     def memory_us(self) -> float:
-        return self._us(sum(run.replay.busy for run in self.runs))
+        return self._us(sum((run.replay.busy for run in self.runs), 0.0))
 
     @property
     def bundles(self) -> int:

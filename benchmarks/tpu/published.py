@@ -45,6 +45,10 @@ NOT_MATCHED = (
     "arXiv 2604.15464 (7x, Llama-3-8B, up to 86 % MBU and 73 % MFU): RPA v3, a kernel that is not here",
     "sgl-project/sglang-jax pull 1647 (7x, 83.7 us for 2,048 new tokens): RPA v3, heads not given",
     "sgl-project/sglang-jax issue 967 (v2 0.917 ms prefill, 0.323 ms decode): neither chip nor shapes given",
+    "sgl-project/sglang-jax pull 1492 (1.658 to 0.398 ms, 32 sequences of 4 queries at 16k, 16 query heads "
+    "and 1 KV head of 256): RPA v3 before and after a change; neither chip nor block sizes given",
+    "vllm-project/tpu-inference pull 3102 (7x, 49 % more throughput by decode blocks of 4,096 for 16,384): "
+    "RPA v3, and of an engine, without a kernel's time",
     "vllm-project/tpu-inference pull 3607 (4.6x from larger blocks): another kernel",
 )
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ..block_sizes import Key, tuned_blocks
 from ..tpu.shapes import LANES, SUBLANES, padded
-from .heads import LANES_AT_ONCE, PIECE, Heads
+from .heads import Heads
+from .items import PIECE, waiting_rows
 
 MOST_ROWS = 4096  # of queries in a block: more take longer to begin and end, and hide no more
 LEAST_QUERIES, MOST_QUERIES = 16, 256  # the latter as the diagonal's unseen half is computed, too
@@ -81,27 +82,28 @@ class RaggedBlocks:
             )
 
     def scratch_bytes(self, sizes: Sizes) -> int:
-        """Bytes of vector memory for what outlives a step: rows, softmax and pieces of the cache."""
+        """Bytes of vector memory for rows, softmax, scores that wait and pieces of the cache."""
         head_dim = padded(sizes.head_dim)
         rows = self.q_tokens * sizes.num_q_heads
         coming_and_going = 2 * 2 * rows * head_dim * sizes.query_bytes
-        words = self._words(sizes, sizes.query_bytes) * head_dim * 4
-        log_sum_exp = 2 * rows + self._words(sizes, 4) + rows // sizes.num_kv_heads // 2
+        words = self._heads(sizes, sizes.query_bytes).scratch_rows * head_dim * 4
+        log_sum_exp = 2 * rows + self._heads(sizes, 4).scratch_rows + rows // sizes.num_kv_heads // 2
         log_sum_exp = log_sum_exp * LANES * 4 if sizes.return_lse else 0
         softmax = rows * (2 * SUBLANES + padded(sizes.head_dim, SUBLANES)) * 4
+        scores = waiting_rows(self.kv_tokens) * self._columns(sizes) * 4
         piece = self.kv_tokens * sizes.token_bytes
-        return coming_and_going + words + log_sum_exp + softmax + self.depth * piece
-
-    def _words(self, sizes: Sizes, num_bytes: int) -> int:
-        heads = Heads.of(
-            sizes.num_kv_heads, sizes.num_q_heads // sizes.num_kv_heads, self.q_tokens, num_bytes
-        )
-        return heads.scratch_rows
+        return coming_and_going + words + log_sum_exp + softmax + scores + self.depth * piece
 
     def step_bytes(self, sizes: Sizes) -> int:
-        """About the bytes of vector memory that a step's own numbers take: some items' scores and weights."""
-        columns = min(LANES_AT_ONCE, self.q_tokens * sizes.num_q_heads // sizes.num_kv_heads)
-        return 4 * min(self.kv_tokens, PIECE) * columns * (4 + sizes.query_bytes)
+        """About the bytes of vector memory that a step's own numbers take: an item's scores and weights."""
+        return min(self.kv_tokens, PIECE) * self._columns(sizes) * (4 + sizes.query_bytes)
+
+    def _columns(self, sizes: Sizes) -> int:
+        """Columns that are taken into the softmax at once, as they lie in vector memory."""
+        return padded(self._heads(sizes, sizes.query_bytes).at_once)
+
+    def _heads(self, sizes: Sizes, num_bytes: int) -> Heads:
+        return Heads.of(sizes.num_kv_heads, sizes.num_q_heads // sizes.num_kv_heads, self.q_tokens, num_bytes)
 
 
 def default_blocks(sizes: Sizes, *, pages_per_seq: int, vmem_bytes: int) -> RaggedBlocks:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,9 +27,8 @@ from ..tpu.control import largest
 from ..tpu.fetcher import REST, TOKENS, Fetcher
 from ..tpu.products import dot
 from ..tpu.shapes import LANES, SUBLANES
-from .heads import PIECE, Heads
-
-CHUNK = 256  # tokens of a piece whose scores make one product
+from .heads import Heads
+from .items import Item, items_of, take_in_turn
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,7 @@ def attend(
     fetcher: Fetcher,
     queries: Any,
     softmax: Softmax,
+    waiting: Any,
     count: Any,
     slot: Any,
     start: Any,
@@ -150,6 +149,8 @@ def attend(
     Args:
         attention, kv_pages: static.
         queries: the block's, `Heads.scratch`.
+        softmax: the block's.
+        waiting: [waiting_rows, columns at once] float32 in VMEM, for scores.
         count: query tokens of the block.
         slot: of the unit.
         start: the first token, a multiple of PIECE.
@@ -171,14 +172,20 @@ def attend(
         return max(0, min(seen_by_all, part.stop - LANES) // LANES * LANES - part.start)
 
     def scores(item: Item, part: slice) -> Any:
+        found = masked(item, part, products(item, part))
+        waiting[item.rows(part)] = found
+        return jnp.max(found, axis=0, keepdims=True)
+
+    def products(item: Item, part: slice) -> Any:
         columns = heads.columns_of(item.head, item.columns, queries)
         found = dot(loaded(KEYS, item.head, part), columns.astype(attention.dtype), contract=(1, 1))
         if quantized:
             found *= column_of(scales[KEYS][part], item.head)
         if attention.soft_cap is None:
-            found *= attention.scale * LOG2_E
-        else:
-            found = attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
+            return found * (attention.scale * LOG2_E)
+        return attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
+
+    def masked(item: Item, part: slice, found: Any) -> Any:
         if part.stop <= seen_by_all:
             return found
         first = masked_from(part)
@@ -209,72 +216,15 @@ def attend(
 
     values = list[tuple[Any, Any]]()  # of the head and the piece in use
 
-    def add(item: Item, these: list[Any], begin_later: Callable[[int], None]) -> None:
+    def add(item: Item, highests: list[Any], begin_later: Callable[[int], None]) -> None:
         if item.columns.start == 0:
             values[:] = [operands(item.head, part) for part in item.parts]
-        most = largest([jnp.max(found, axis=0, keepdims=True) for found in these])
-        highest, keep = softmax.raise_to(item.head, item.columns, most)
+        highest, keep = softmax.raise_to(item.head, item.columns, largest(highests))
         sums: Any = 0.0
-        for i, found in enumerate(these):
+        for i, part in enumerate(item.parts):
             begin_later(i)
             operand, value_scales = values[i]
-            sums += weighted_sums(operand, value_scales, jnp.exp2(found - highest))
+            sums += weighted_sums(operand, value_scales, jnp.exp2(waiting[item.rows(part)] - highest))
         softmax.add(item.head, item.columns, keep, sums)
 
-    items = [
-        Item(head, columns, piece)
-        for piece in _cut(slice(0, width), PIECE)
-        for head in range(heads.num_kv_heads)
-        for columns in _cut(slice(0, heads.columns), lanes)
-    ]
-    _take(items, 2 if width >= PIECE else 4, scores, add)
-
-
-def _take(
-    items: list[Item],
-    ahead: int,
-    scores: Callable[[Item, slice], Any],
-    add: Callable[[Item, list[Any], Callable[[int], None]], None],
-) -> None:
-    """Takes items one after the other.
-
-    The compiler keeps the order of products. So an item's scores are made beside the weights of the one that
-    is `ahead` items before it, part by part.
-    """
-    coming = [[scores(item, part) for part in item.parts] for item in items[:ahead]]
-    for item, later in zip_longest(items, items[ahead:]):
-        found = list[Any]()
-
-        def begin_later(i: int, later: Item | None = later, found: list[Any] = found) -> None:
-            if later is not None and i < len(later.parts):
-                found.append(scores(later, later.parts[i]))
-
-        add(item, coming.pop(0), begin_later)
-        for i in range(len(item.parts), len(later.parts) if later else 0):
-            begin_later(i)
-        coming.append(found)
-
-
-@dataclass(frozen=True)
-class Item:
-    """Some columns of a KV head and some tokens: scores that are in registers together.
-
-    Attributes:
-        head: the KV head.
-        columns: its columns.
-        piece: the tokens.
-    """
-
-    head: int
-    columns: slice
-    piece: slice
-
-    @property
-    def parts(self) -> list[slice]:
-        """The tokens of one product each: two where both fill a matrix unit."""
-        whole = self.piece.stop - self.piece.start == PIECE
-        return _cut(self.piece, CHUNK) if whole else [self.piece]
-
-
-def _cut(tokens: slice, size: int) -> list[slice]:
-    return [slice(begin, min(begin + size, tokens.stop)) for begin in range(tokens.start, tokens.stop, size)]
+    take_in_turn(width, items_of(width, heads.num_kv_heads, heads.columns, lanes), scores, add)

@@ -21,9 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..tpu.shapes import LANES, SUBLANES, padded
 
-# What is taken into the softmax at once: a product's result that is not too large for the registers.
-PIECE = 512  # tokens, at most
-LANES_AT_ONCE = 256  # columns, if a KV head has that many or more
+LANES_AT_ONCE = 256  # columns that are taken into the softmax at once, if a KV head has that many or more
 
 
 @dataclass(frozen=True)

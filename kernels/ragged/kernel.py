@@ -26,7 +26,7 @@ from ..tpu.fetcher import FULL, TOKENS, WHOLE, Fetcher
 from ..tpu.shapes import LANES
 from ..tpu.units import Units
 from .columns import Attention, Softmax, attend
-from .heads import PIECE
+from .items import PIECE
 from .query_blocks import QueryBlocks, RaggedRows
 
 
@@ -144,7 +144,7 @@ def kernel(
         scratch: see the call.
     """
     rows_in, rows_sem, words, out, out_sem, lse, lse_sem, lse_words, lse_pairs, *rest = scratch
-    decoded_sem, highest, total, weighted, *rest = rest
+    decoded_sem, highest, total, weighted, waiting, *rest = rest
     fetcher = Fetcher(units, (used[0] + units.seqs - 1) // units.seqs, kv_lens, table_hbm, kv_hbm, *rest)
     block_io = BlockIO(
         attention,
@@ -183,7 +183,7 @@ def kernel(
     @pl.when(group < fetcher.num_groups)
     def _() -> None:
         fetcher.begin_group()
-        attend_to = partial(attend, attention, kv_pages, fetcher, words, block_io.softmax)
+        attend_to = partial(attend, attention, kv_pages, fetcher, words, block_io.softmax, waiting)
         for_each(
             0, units.seqs, lambda row: _attend_block(block_io, fetcher, attend_to, group * units.seqs + row)
         )

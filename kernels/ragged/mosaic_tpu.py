@@ -32,6 +32,7 @@ from ..tpu.units import TABLE_TILE, Units
 from .blocks import RaggedBlocks, Sizes, tuned_or_default_blocks
 from .columns import Attention
 from .heads import Heads
+from .items import waiting_rows
 from .kernel import kernel
 from .query_blocks import cut_queries, most_blocks
 
@@ -165,6 +166,7 @@ def ragged_paged_attention(
                 by_head(1, heads.columns),
                 by_head(1, heads.columns),
                 by_head(head_dim, heads.columns),
+                pltpu.VMEM((waiting_rows(blocks.kv_tokens), heads.at_once), jnp.float32),
                 *fetcher_scratch(units, kv_pages),
             ],
         ),

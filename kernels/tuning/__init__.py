@@ -4,7 +4,8 @@ from .calls import Batch, Call
 from .chips import CHIPS, Chip
 from .compiler import compile_for
 from .loops import LoopRun
-from .predict import Assumptions, Compilers, Prediction, predict
+from .predict import Compilers, predict
+from .prediction import Assumptions, Prediction
 from .replay import ReplayError
 from .schedule import Loop, Schedule, ScheduleError
 

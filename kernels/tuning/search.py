@@ -14,7 +14,8 @@ from ..block_sizes import Entry
 from .calls import Batch, Call
 from .candidates import Blocks, candidates, workloads
 from .chips import find_chip
-from .predict import Assumptions, Compilers, Prediction
+from .predict import Compilers
+from .prediction import Assumptions, Prediction
 
 REFUSALS = (ValueError, RuntimeError)  # of the kernel; of the compiler and of the replay
 Timer = Callable[[Call, Batch], float]  # microseconds
@@ -47,6 +48,16 @@ class Trial:
     def time_us(self, at: int) -> float:
         """As `predicted_us`, of the measured times if there are any."""
         return self.predicted_us(at) if self.measured_us is None else _mean(self.measured_us[at])
+
+    def equal_lengths_us(self, at: int) -> float:
+        """The time of the first workload on context number `at`: measured if there is a TPU."""
+        return self.predicted[at][0].time_us if self.measured_us is None else self.measured_us[at][0]
+
+    def shares(self, at: int) -> tuple[float, float]:
+        """MBU and MFU, as of `Prediction`, over `equal_lengths_us`."""
+        prediction = self.predicted[at][0]
+        times = prediction.time_us / self.equal_lengths_us(at)
+        return prediction.mbu * times, prediction.mfu * times
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from vsurge.kernels import Implementation, KVPages, append_kv, paged_decode_attention, read_kv
 from vsurge.kernels.decode import reference
 
-from .cases import TOLERANCES, Setup, assert_lse_close, assert_rows_close, decode_batch
+from .batches import Setup, decode_batch
+from .cases import TOLERANCES, assert_lse_close, assert_rows_close
 
 
 def new_slots(kv_lens: Sequence[int], table: Any, num_queries: int, page_size: int) -> np.ndarray:

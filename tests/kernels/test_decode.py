@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 
 from vsurge.kernels import Implementation, paged_decode_attention, ragged_paged_attention
 
+from .batches import Setup, decode_batch
 from .cases import (
     SWEEP,
     TOLERANCES,
-    Setup,
     assert_lse_close,
     assert_rows_close,
     check_decode,
     chosen,
-    decode_batch,
     each_geometry,
     each_implementation,
     each_implementation_slowly,

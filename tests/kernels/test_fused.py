@@ -18,7 +18,8 @@ from vsurge.kernels import (
     ragged_paged_attention,
 )
 
-from .cases import Setup, each_implementation_slowly, ragged_batch, sinks_of
+from .batches import Setup, ragged_batch
+from .cases import each_implementation_slowly, sinks_of
 from .fused import check_fused, new_slots, without
 
 pytestmark = pytest.mark.usefixtures("small_units")

@@ -28,15 +28,8 @@ from vsurge.kernels import (
     read_kv,
 )
 
-from .cases import (
-    IMPLEMENTATIONS,
-    TOLERANCES,
-    RaggedBatch,
-    Setup,
-    assert_rows_close,
-    decode_batch,
-    ragged_batch,
-)
+from .batches import RaggedBatch, Setup, decode_batch, ragged_batch
+from .cases import IMPLEMENTATIONS, TOLERANCES, assert_rows_close
 
 pytestmark = pytest.mark.usefixtures("small_units")
 

@@ -21,7 +21,8 @@ from vsurge.kernels.append import reference
 from vsurge.kernels.decode import reference as decode_reference
 from vsurge.kernels.quantization import quantize
 
-from .cases import Setup, check_decode, decode_batch, poisoned_cache
+from .batches import Setup, decode_batch, poisoned_cache
+from .cases import check_decode
 
 pytestmark = pytest.mark.usefixtures("small_units")
 

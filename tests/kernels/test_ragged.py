@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from vsurge.kernels import Implementation, ragged_paged_attention
 
+from .batches import RaggedBatch, Setup, ragged_batch
 from .cases import (
     SWEEP,
-    RaggedBatch,
-    Setup,
     check_ragged,
     chosen,
     each_geometry,
@@ -23,7 +22,6 @@ from .cases import (
     each_implementation_slowly,
     each_quantized,
     every_option,
-    ragged_batch,
 )
 
 pytestmark = pytest.mark.usefixtures("small_units")

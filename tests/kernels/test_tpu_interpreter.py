@@ -19,7 +19,8 @@ from vsurge.kernels import (
     read_kv,
 )
 
-from .cases import Setup, sinks_of
+from .batches import Setup
+from .cases import sinks_of
 from .interpreter import DMA_MODES, DmaMode, races_in
 from .tpu_runs import BFLOAT16, BLOCKS, INT8, attend, attend_fused, attend_ragged, attend_several
 

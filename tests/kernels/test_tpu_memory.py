@@ -9,17 +9,21 @@ import pytest
 
 from vsurge.kernels import DecodeBlocks
 from vsurge.kernels.append.mosaic_tpu import BUFFERS, ROW_BYTES
-from vsurge.kernels.ragged.heads import PIECE
+from vsurge.kernels.ragged.items import PIECE
 from vsurge.kernels.tpu.fetcher import vmem_bytes_per_row, vmem_bytes_per_token
 from vsurge.kernels.tuning import CHIPS, Batch, Call, Compilers, Schedule
 from vsurge.kernels.tuning.calls import Kernel
 from vsurge.kernels.tuning.candidates import chosen_ragged_blocks, claimed_bytes
 from vsurge.kernels.tuning.loops import FILLED, SPILLED, LoopRun
-from vsurge.kernels.tuning.predict import KernelRun
+from vsurge.kernels.tuning.prediction import KernelRun
 
 TUNED = ("v5e", "v6e", "7x")  # chips with a table of block sizes
 MODELS = ((16, 8), (32, 8), (64, 8), (8, 2), (8, 1))  # Qwen3-0.6B, 8B and 32B; a fourth and an eighth of 8B
-SAMPLE = ((32, 8), (8, 1))  # of these, in a run without the slow tests
+# Of these, in a run without the slow tests.
+SAMPLE = {
+    "decode": {("v5e", (8, 1)), ("v6e", (32, 8)), ("7x", (8, 1))},
+    "ragged": {("v6e", (8, 1))},
+}
 BATCHES: dict[Kernel, Batch] = {"decode": Batch((8192,) * 64), "ragged": Batch((8192,), (2048,))}
 REGISTER = 8 * 128  # float32 numbers
 
@@ -62,10 +66,17 @@ def spilled_accumulators(run: KernelRun) -> float:
     return sum(times for spill, times in run.spills.items() if spill.is_accumulator) / step_of(run).trips
 
 
-def chip_and_heads(*chips: str, sample: tuple[Heads, ...] = SAMPLE) -> list[object]:
+def chip_and_heads(*kernels: Kernel) -> list[object]:
+    """Each of `kernels`, where there are several, with each chip and each model's heads."""
     return [
-        pytest.param(chip, heads, marks=() if heads in sample else pytest.mark.slow)
-        for chip in chips
+        pytest.param(
+            *((kernel,) if len(kernels) > 1 else ()),
+            chip,
+            heads,
+            marks=() if (chip, heads) in SAMPLE[kernel] else pytest.mark.slow,
+        )
+        for kernel in kernels
+        for chip in TUNED
         for heads in MODELS
     ]
 
@@ -75,7 +86,7 @@ def chip_and_heads(*chips: str, sample: tuple[Heads, ...] = SAMPLE) -> list[obje
 AT_MOST = {64: {"v5e": 1.1, "v6e": 12.2, "7x": 17.0}}
 
 
-@pytest.mark.parametrize(("chip", "heads"), chip_and_heads(*TUNED))
+@pytest.mark.parametrize(("chip", "heads"), chip_and_heads("decode"))
 def test_decoding_spills_no_accumulator(run_of: Run, chip: str, heads: Heads) -> None:
     run = run_of("decode", chip, heads)
     assert spilled_accumulators(run) <= AT_MOST.get(heads[0], {chip: 0.1})[chip]
@@ -100,11 +111,12 @@ def test_long_units_spill_keys_and_values_on_7x_and_nothing_in_whole_steps_elsew
 
 
 # Chip -> the share of accumulators that prompts spill between their rescaling and the next product.
-SHARES = {"v5e": 0.8, "v6e": 0.5, "7x": 0.1}
+SHARES = {"v5e": 0.7, "v6e": 0.25, "7x": 0.3}
+MOST_SPILLED = 0.3  # registers per bundle; with scores in registers it was 0.75 on v6e and 7x
 
 
-@pytest.mark.parametrize(("chip", "heads"), chip_and_heads(*TUNED, sample=SAMPLE[1:]))
-def test_prompts_spill_scores_and_some_accumulators_but_not_at_the_matrix_units_cost(
+@pytest.mark.parametrize(("chip", "heads"), chip_and_heads("ragged"))
+def test_prompts_spill_some_accumulators_and_few_scores_as_those_wait_in_memory(
     run_of: Run, chip: str, heads: Heads
 ) -> None:
     run, blocks = run_of("ragged", chip, heads), chosen_ragged_blocks(call_of("ragged", heads), chip)
@@ -112,13 +124,13 @@ def test_prompts_spill_scores_and_some_accumulators_but_not_at_the_matrix_units_
     accumulators = blocks.q_tokens * heads[0] * 128 // REGISTER * pieces
     assert spilled_accumulators(run) < SHARES[chip] * accumulators
     step = step_of(run)
+    assert step.work.slots[SPILLED] < MOST_SPILLED * step.work.bundles
     for unit in ("VLOAD", "VSTORE"):
         assert step.work.share(unit) < 0.7 * step.work.share("MXU")
     assert sum(run.spills.values()) == pytest.approx(run.work.slots[SPILLED], rel=1e-3)
 
 
-@pytest.mark.parametrize("kernel", ["decode", "ragged"])
-@pytest.mark.parametrize(("chip", "heads"), chip_and_heads(*TUNED, sample=SAMPLE[1:]))
+@pytest.mark.parametrize(("kernel", "chip", "heads"), chip_and_heads("decode", "ragged"))
 def test_vector_memory_is_what_the_block_sizes_claim_and_spills(
     run_of: Run, kernel: Kernel, chip: str, heads: Heads
 ) -> None:

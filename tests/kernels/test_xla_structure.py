@@ -12,7 +12,7 @@ import pytest
 
 from vsurge.kernels import blockwise, empty_kv_pages, kv_pages, paged_decode_attention, ragged_paged_attention
 
-from .cases import Setup
+from .batches import Setup
 from .jaxprs import equations
 
 SETUP = Setup()

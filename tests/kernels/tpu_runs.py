@@ -9,7 +9,8 @@ import numpy as np
 from vsurge.kernels import DecodeBlocks, RaggedBlocks
 from vsurge.kernels.decode.new_rows import WRITES
 
-from .cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch
+from .batches import Setup, decode_batch, ragged_batch
+from .cases import check_decode, check_ragged
 from .fused import check_fused
 
 BLOCKS = [DecodeBlocks(128, 1, 2), DecodeBlocks(128, 2, 3), DecodeBlocks(256, 3, 2), DecodeBlocks(256, 1, 5)]

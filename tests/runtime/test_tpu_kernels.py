@@ -94,8 +94,13 @@ def test_a_step_that_falls_back_is_noticed(
         assert_made_of_kernels(on_kernels(model), tokenizer, kind)
 
 
+@pytest.mark.parametrize("num_layers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_demo_checkpoint_answers_with_the_same_tokens(
-    model: Model, tokenizer: PreTrainedTokenizerBase
+    model: Model, tokenizer: PreTrainedTokenizerBase, num_layers: int
 ) -> None:
-    """Through a prompt in chunks, and decoding."""
-    assert answer(on_kernels(model), tokenizer) == answer(model, tokenizer)
+    """Through a prompt in chunks, and decoding; by its first layers, or by all."""
+    config = replace(model.config, num_layers=num_layers)
+    first = replace(
+        model, config=config, params=replace(model.params, layers=model.params.layers[:num_layers])
+    )
+    assert answer(on_kernels(first), tokenizer) == answer(first, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from vsurge.cli import tune
 from vsurge.kernels import DecodeBlocks, paged_decode_attention
 from vsurge.kernels.block_sizes import Key, read_table
-from vsurge.kernels.tuning import CHIPS, Batch, Call
+from vsurge.kernels.tuning import CHIPS, Assumptions, Batch, Call, Prediction
 from vsurge.kernels.tuning import search as search_module
 from vsurge.kernels.tuning.candidates import candidates, workloads
 from vsurge.kernels.tuning.compiler import _mesh
@@ -84,6 +85,18 @@ def test_the_winner_goes_into_the_table_with_what_it_was_compared_with(
     assert (changed.provenance["by"], changed.provenance["measured_us"]) == ("measured", 10.0)
     assert changed.provenance["margin"] == 1.0
     assert changed.provenance["predicted_us"] > second.provenance["predicted_us"]
+
+
+def test_mbu_and_mfu_are_of_the_measured_time_where_there_is_one() -> None:
+    batch, assumed = Batch((128,) * 64), Assumptions.of("v6e")
+    prediction = Prediction(
+        Call(kernel="decode", num_q_heads=8, num_kv_heads=2), batch, "v6e", assumed, runs=()
+    )
+    predicted = search_module.Trial(GOOD, ((prediction,),))
+    assert predicted.shares(0) == (prediction.mbu, prediction.mfu)
+    measured = replace(predicted, measured_us=((4 * prediction.time_us,),))
+    assert measured.equal_lengths_us(0) == 4 * prediction.time_us
+    assert measured.shares(0) == pytest.approx((prediction.mbu / 4, prediction.mfu / 4))
 
 
 @pytest.mark.parametrize(

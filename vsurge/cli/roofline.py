@@ -35,14 +35,16 @@ def draw_roofline(path: Path, chip: str, title: str, found: Sequence[Found]) -> 
     intensity = np.geomspace(1, 10_000, 200)
     axes.plot(intensity, np.minimum(known.tflops, intensity * known.gbytes_per_s / 1e3), color="black")
     for search, trials, entries in found:
-        points = [winner(trials, entry).predicted[at][0] for at, entry in enumerate(entries)]
+        best = [winner(trials, entry) for entry in entries]
+        points = [trial.predicted[at][0] for at, trial in enumerate(best)]
+        times_us = [trial.equal_lengths_us(at) for at, trial in enumerate(best)]
         flops = [point.call.useful_flops(point.batch) for point in points]
         bytes_moved = [point.call.useful_bytes(point.batch) for point in points]
         x = [operations / size for operations, size in zip(flops, bytes_moved, strict=True)]
-        y = [operations / point.time_us / 1e6 for operations, point in zip(flops, points, strict=True)]
-        axes.plot(
-            x, y, "o", label=f"{search.call.kernel}: contexts of {', '.join(map(str, search.contexts))}"
-        )
+        y = [operations / time_us / 1e6 for operations, time_us in zip(flops, times_us, strict=True)]
+        contexts = ", ".join(map(str, search.contexts))
+        by = entries[0].provenance["by"]
+        axes.plot(x, y, "o", label=f"{search.call.kernel}, {by}: contexts of {contexts}")
     axes.set(
         xscale="log",
         yscale="log",

@@ -169,9 +169,12 @@ def describe(search: Search, trials: Sequence[Trial], entries: Sequence[Entry]) 
         cells = (f"{trial.time_us(at):10.1f}{'*' if best else ' '}" for at, best in enumerate(wins))
         lines.append(f"{name:40}{''.join(cells)}".rstrip())
     best = [winner(trials, entry) for entry in entries]
-    for label, share in (("MBU", "mbu"), ("MFU", "mfu")):
-        cells = (f"{getattr(trial.predicted[at][0], share):10.1%} " for at, trial in enumerate(best))
+    shares = [trial.shares(at) for at, trial in enumerate(best)]
+    for label, row in zip(("MBU", "MFU"), zip(*shares, strict=True), strict=True):
+        cells = (f"{share:10.1%} " for share in row)
         lines.append(f"{f'{label} of the winner, equal lengths':40}{''.join(cells)}".rstrip())
+    if kind == "measured":
+        lines.append("from the compiler's schedule, not measured:")
     bounds = (f"{trial.predicted[at][0].bound:>10} " for at, trial in enumerate(best))
     lines.append(f"{'bound by':40}{''.join(bounds)}".rstrip())
     lines += describe_steps([step_of(trial.predicted[at][0]) for at, trial in enumerate(best)])

@@ -26,7 +26,8 @@ from vsurge.kernels.ragged.query_blocks import RaggedRows
 from vsurge.kernels.tpu.fetcher import Fetcher
 from vsurge.kernels.tpu.units import Units
 
-from ..cases import TOLERANCES, Setup, assert_rows_close, decode_batch, ragged_batch
+from ..batches import Setup, decode_batch, ragged_batch
+from ..cases import TOLERANCES, assert_rows_close
 from ..interpreter import races_in
 from ..tpu_runs import BFLOAT16, BLOCKS, LENGTHS, attend, attend_fused, attend_ragged
 from .faults import Patch, changed, named

@@ -17,7 +17,8 @@ from vsurge.kernels.decode.new_rows import NewRows
 from vsurge.kernels.tpu.fetcher import Fetcher
 from vsurge.kernels.tpu.units import Units
 
-from ..cases import Setup, check_decode, decode_batch, sinks_of
+from ..batches import Setup, decode_batch
+from ..cases import check_decode, sinks_of
 from ..fused import check_fused
 from .faults import Patch, changed, named
 

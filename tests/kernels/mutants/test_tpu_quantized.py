@@ -13,7 +13,8 @@ from vsurge.kernels.decode import step
 from vsurge.kernels.ragged import columns
 from vsurge.kernels.tpu.fetcher import Fetcher
 
-from ..cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch
+from ..batches import Setup, decode_batch, ragged_batch
+from ..cases import check_decode, check_ragged
 from .faults import Patch, changed, named
 
 pytestmark = pytest.mark.usefixtures("traced_anew", "small_units")

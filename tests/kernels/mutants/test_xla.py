@@ -15,7 +15,8 @@ from vsurge.kernels.append import xla as append_xla
 from vsurge.kernels.decode import xla as decode_xla
 from vsurge.kernels.ragged import xla as ragged_xla
 
-from ..cases import Setup, check_decode, check_ragged, decode_batch, ragged_batch, sinks_of
+from ..batches import Setup, decode_batch, ragged_batch
+from ..cases import check_decode, check_ragged, sinks_of
 from .faults import Patch, changed
 
 

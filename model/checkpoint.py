@@ -9,6 +9,7 @@ what lives on the devices.
 from __future__ import annotations
 
 import gc
+import math
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from .params import Params, TensorSpec, param_specs
 from .progress import progress_bar
 from .safetensors_file import CheckpointError, StoredTensor, read_header
 from .sharding import PartitionAxis, named_sharding
+from .stacked import stacked_on_devices
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -63,16 +65,23 @@ def load_params(
         progress: show a progress bar on a terminal.
     """
     specs, structure = jax.tree.flatten(param_specs(config))
-    copying = _Copying(most_bytes=max(spec.size for spec in specs) * dtype.itemsize)
+    copying = _Copying(most_bytes=max(math.prod(spec.stored_shape) for spec in specs) * dtype.itemsize)
     loaded: list[jax.Array] = []
     try:
         for spec in progress_bar(specs, "loading weights", show=progress, unit="tensor"):
-            copying.make_room(spec.size * dtype.itemsize)
             sharding = named_sharding(mesh, spec.axes, partition_axis)
-            loaded.append(to_device(stored[spec.name], dtype, sharding))
+            tensors = [stored[name] for name in spec.stored_names]
+            if spec.parts is not None:
+                loaded.append(
+                    stacked_on_devices(tensors, spec.shape, dtype, sharding, copying.make_room, copying.add)
+                )
+                continue
+            copying.make_room(spec.size * dtype.itemsize)
+            loaded.append(to_device(tensors[0], dtype, sharding))
             copying.add(loaded[-1], spec.size * dtype.itemsize)
         copying.make_room(copying.most_bytes)
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
+        copying.forget()
         for array in loaded:
             array.delete()
         raise
@@ -90,6 +99,10 @@ class _Copying:
     def add(self, array: jax.Array, size: int) -> None:
         self._arrays.append((array, size))
         self._bytes += size
+
+    def forget(self) -> None:
+        """Lets go of all of them."""
+        self._arrays.clear()
 
     def make_room(self, size: int) -> None:
         """Waits for the oldest until another `size` bytes fit."""
@@ -170,19 +183,19 @@ def check_tensors(folder: Path, stored: Mapping[str, StoredTensor], config: Qwen
         CheckpointError: a tensor is missing, has another shape, or is not part of the model.
     """
     wanted: list[TensorSpec] = jax.tree.leaves(param_specs(config))
-    for spec in wanted:
-        if spec.name not in stored:
+    shapes = {name: spec.stored_shape for spec in wanted for name in spec.stored_names}
+    for name, shape in shapes.items():
+        if name not in stored:
             place = folder / (SINGLE if (folder / SINGLE).exists() else INDEX)
             raise CheckpointError(
-                f"{place}: tensor {spec.name!r} is missing, config.json expects it with shape {spec.shape}"
+                f"{place}: tensor {name!r} is missing, config.json expects it with shape {shape}"
             )
-        found = stored[spec.name]
-        if found.shape != spec.shape:
+        found = stored[name]
+        if found.shape != shape:
             raise CheckpointError(
-                f"{found.file}: tensor {spec.name!r} has shape {found.shape}, config.json expects "
-                f"{spec.shape}"
+                f"{found.file}: tensor {name!r} has shape {found.shape}, config.json expects {shape}"
             )
-    extra = stored.keys() - {spec.name for spec in wanted}
+    extra = stored.keys() - shapes.keys()
     if config.tie_word_embeddings and "lm_head.weight" in extra:  # Qwen3-0.6B for one stores it twice
         extra.remove("lm_head.weight")
         _check_tied(stored["model.embed_tokens.weight"], stored["lm_head.weight"])

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..kernels import KVPages, paged_decode_attention, ragged_paged_attention
 from .config import Qwen3Config
+from .linear import broadcast, linear
+from .moe import experts_mlp
 from .params import LayerParams, Params
 from .rope import rotary_tables, rotate
+from .sharding import Layout
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -199,9 +201,15 @@ def paged_attention(
 
 
 def mlp(
-    layer: LayerParams, config: Qwen3Config, x: Float[Array, "num_tokens hidden"]
+    layer: LayerParams,
+    config: Qwen3Config,
+    x: Float[Array, "num_tokens hidden"],
+    *,
+    layout: Layout | None = None,
 ) -> Float[Array, "num_tokens hidden"]:
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202), by one MLP or by the experts that each token takes."""
+    if layer.router is not None:
+        return experts_mlp(layer, config, x, layout=layout)
     gate = jax.nn.silu(linear(config, x, layer.gate_proj))
     return linear(config, gate * linear(config, x, layer.up_proj), layer.down_proj)
 
@@ -211,40 +219,4 @@ def rms_norm(
 ) -> Float[Array, "*rows dim"]:
     """x scaled to root mean square 1 over its last axis, times the weight; float32 (arXiv 1910.07467)."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + eps) * _broadcast(weight.astype(jnp.float32), x.ndim)
-
-
-def linear(
-    config: Qwen3Config,
-    x: Float[Array, "rows in_dim"],
-    weight: Float[Array, "out_dim in_dim"],
-    bias: Float[Array, " out_dim"] | None = None,
-) -> Float[Array, "rows out_dim"]:
-    """x @ weight.T + bias, operands in `config.dtype`, float32 result.
-
-    A single row is computed as two: with one row, XLA's CPU backend takes a path for bfloat16 that is ten
-    times slower. Asking for a float32 result keeps it off another such path.
-    """
-    rows = x.shape[0]
-    x = x.astype(config.dtype)
-    if rows == 1:
-        x = jnp.concatenate([x, x])
-    product = jax.lax.dot_general(
-        x,
-        weight.astype(config.dtype),
-        (((1,), (1,)), ((), ())),
-        precision=_precision(config),
-        preferred_element_type=jnp.float32,
-    )[:rows]
-    return product if bias is None else product + _broadcast(bias.astype(jnp.float32), 2)
-
-
-def _precision(config: Qwen3Config) -> jax.lax.Precision:
-    """A float32 product at DEFAULT is one bfloat16 pass on a TPU; whoever wants that asks for it."""
-    if config.matmul_precision is not None:
-        return config.matmul_precision
-    return jax.lax.Precision.HIGHEST if config.dtype == np.float32 else jax.lax.Precision.DEFAULT
-
-
-def _broadcast(vector: Float[Array, " dim"], ndim: int) -> Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+    return x * jax.lax.rsqrt(mean_square + eps) * broadcast(weight.astype(jnp.float32), x.ndim)

@@ -11,7 +11,14 @@ import jax
 
 from .. import demo_model_path
 from ..kernels import SUPPORTED_DTYPES, bytes_per_token
-from ..model import PUBLISHED, ConfigError, Qwen3Config, num_parameters, published_config
+from ..model import (
+    PUBLISHED,
+    ConfigError,
+    Qwen3Config,
+    num_active_parameters,
+    num_parameters,
+    published_config,
+)
 from ..model.checkpoint import INDEX, SINGLE
 from ..model.config import parse_dtype
 from ..model.config_json import read_json, stored_dtype
@@ -113,11 +120,19 @@ def cache_bytes_per_token(config: Qwen3Config) -> int:
 def describe(config: Qwen3Config) -> dict[str, str]:
     """The rows of the table that depend on the model alone."""
     tied = "tied" if config.tie_word_embeddings else "untied"
+    parameters, mlp = f"{num_parameters(config):,}", f"MLP {config.intermediate_size:,}"
+    if config.experts is not None:
+        parameters += f", {num_active_parameters(config):,} of them for each token"
+        taken, number = config.experts.experts_per_token, config.experts.num_experts
+        dense = (
+            f"{mlp} in {len(config.experts.dense_layers)} of them; " if config.experts.dense_layers else ""
+        )
+        mlp = f"{dense}{taken} of {number} experts of {config.experts.intermediate_size:,}"
     return {
-        "parameters": f"{num_parameters(config):,}",
+        "parameters": parameters,
         "weights": f"{weight_bytes(config):,} bytes ({gigabytes(weight_bytes(config))}) in {config.dtype}",
         "cache": f"{cache_bytes_per_token(config):,} bytes per token in {config.cache_dtype}",
-        "layers": f"{config.num_layers} of {config.hidden_size:,} (MLP {config.intermediate_size:,})",
+        "layers": f"{config.num_layers} of {config.hidden_size:,} ({mlp})",
         "heads": f"{config.num_q_heads} query, {config.num_kv_heads} key/value, head_dim {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}, {tied} embeddings",
         "context": f"{config.max_length:,} tokens",

@@ -31,7 +31,13 @@ class Workload:
 
 
 def matrix_parameters(config: Qwen3Config) -> int:
-    """Parameters that every token is multiplied with: all but the embedding, which is only looked up."""
+    """Parameters that every token is multiplied with: all but the embedding, which is only looked up.
+
+    Raises:
+        ValueError: a model with experts, whose tokens are multiplied with some of them.
+    """
+    if config.experts is not None:
+        raise ValueError("a model with experts has no number of bytes and operations that all steps share")
     looked_up = config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
     return num_parameters(config) - looked_up
 

@@ -1,9 +1,9 @@
 """Qwen3 as pure functions over a pytree of arrays; checkpoints and their place on devices."""
 
-from .config import PUBLISHED, ConfigError, Qwen3Config, Yarn, published_config
+from .config import PUBLISHED, ConfigError, Experts, Qwen3Config, Yarn, published_config
 from .generation_defaults import GenerationDefaults
 from .loading import Model, load_model, random_model
-from .params import LayerParams, Params, num_parameters
+from .params import LayerParams, Params, num_active_parameters, num_parameters
 from .quantization import QuantizedMatrix
 from .quantized_specs import Quantization
 from .qwen3 import Batch, forward, hidden_states, logits
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "CheckpointError",
     "ConfigError",
+    "Experts",
     "GenerationDefaults",
     "LayerParams",
     "Model",
@@ -30,6 +31,7 @@ __all__ = [
     "load_model",
     "logits",
     "make_mesh",
+    "num_active_parameters",
     "num_parameters",
     "published_config",
     "random_model",

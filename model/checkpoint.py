@@ -9,6 +9,7 @@ what lives on the devices.
 from __future__ import annotations
 
 import gc
+import math
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ from .quantization import FLOAT32, QuantizedMatrix, quantizer
 from .quantized_specs import Quantization, parts_of, quantized_specs
 from .safetensors_file import FLOATS, CheckpointError, StoredTensor, read_header
 from .sharding import PartitionAxis, named_sharding
+from .stacked import stacked_on_devices
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -74,20 +76,30 @@ def load_params(
     """
     specs, structure = jax.tree.flatten(quantized_specs(config, stored_as))
     made = quantization if stored_as is None else None
-    dtypes = [_dtype_read(spec, stored[spec.name], dtype, made) for spec in specs]
-    sizes = [spec.size * read.itemsize for spec, read in zip(specs, dtypes, strict=True)]
+    if made is not None:
+        quantized_specs(config, made)  # refuses what cannot be quantized before anything is read
+    dtypes = [_dtype_read(spec, stored[spec.stored_names[0]], dtype, made) for spec in specs]
+    sizes = [math.prod(spec.stored_shape) * read.itemsize for spec, read in zip(specs, dtypes, strict=True)]
     copying = _Copying(most_bytes=max(sizes))
     loaded: list[jax.Array | QuantizedMatrix] = []
     try:
         for spec in progress_bar(specs, "loading weights", show=progress, unit="tensor"):
             read, size = dtypes[len(loaded)], sizes[len(loaded)]
+            sharding = named_sharding(mesh, spec.axes, partition_axis)
+            tensors = [stored[name] for name in spec.stored_names]
+            if spec.parts is not None:
+                loaded.append(
+                    stacked_on_devices(tensors, spec.shape, read, sharding, copying.make_room, copying.add)
+                )
+                continue
             copying.make_room(size)
-            loaded.append(to_device(stored[spec.name], read, named_sharding(mesh, spec.axes, partition_axis)))
+            loaded.append(to_device(tensors[0], read, sharding))
             if made is not None and made.applies_to(spec):
                 loaded[-1] = _quantized(loaded[-1], spec, made, mesh, partition_axis)
             copying.add(loaded[-1], size)
         copying.make_room(copying.most_bytes)
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
+        copying.forget()
         for array in jax.tree.leaves(loaded):
             array.delete()
         raise
@@ -128,6 +140,10 @@ class _Copying:
     def add(self, array: jax.Array | QuantizedMatrix, size: int) -> None:
         self._arrays.append((array, size))
         self._bytes += size
+
+    def forget(self) -> None:
+        """Lets go of all of them."""
+        self._arrays.clear()
 
     def make_room(self, size: int) -> None:
         """Waits for the oldest until another `size` bytes fit."""
@@ -214,25 +230,26 @@ def check_tensors(
             part of the model.
     """
     wanted: list[TensorSpec] = jax.tree.leaves(quantized_specs(config, quantization))
-    for spec in wanted:
-        if spec.name not in stored:
+    shapes = {name: spec.stored_shape for spec in wanted for name in spec.stored_names}
+    dtypes = {name: spec.dtype for spec in wanted for name in spec.stored_names}
+    for name, shape in shapes.items():
+        if name not in stored:
             place = folder / (SINGLE if (folder / SINGLE).exists() else INDEX)
             raise CheckpointError(
-                f"{place}: tensor {spec.name!r} is missing, config.json expects it with shape {spec.shape}"
+                f"{place}: tensor {name!r} is missing, config.json expects it with shape {shape}"
             )
-        found = stored[spec.name]
-        if found.shape != spec.shape:
+        found = stored[name]
+        if found.shape != shape:
             raise CheckpointError(
-                f"{found.file}: tensor {spec.name!r} has shape {found.shape}, config.json expects "
-                f"{spec.shape}"
+                f"{found.file}: tensor {name!r} has shape {found.shape}, config.json expects {shape}"
             )
-        allowed = FLOATS if spec.dtype in (None, FLOAT32) else (spec.dtype,)
+        allowed = FLOATS if dtypes[name] in (None, FLOAT32) else (dtypes[name],)
         if found.dtype not in allowed:
             raise CheckpointError(
-                f"{found.file}: tensor {spec.name!r} has dtype {found.dtype}, config.json expects "
+                f"{found.file}: tensor {name!r} has dtype {found.dtype}, config.json expects "
                 f"{' or '.join(str(dtype) for dtype in allowed)}"
             )
-    extra = stored.keys() - {spec.name for spec in wanted}
+    extra = stored.keys() - shapes.keys()
     if config.tie_word_embeddings and "lm_head.weight" in extra:  # Qwen3-0.6B for one stores it twice
         extra.remove("lm_head.weight")
         _check_tied(stored["model.embed_tokens.weight"], stored["lm_head.weight"])

@@ -59,8 +59,37 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts in the place of a layer's MLP, of which each token takes a few (Qwen3-MoE).
+
+    Attributes:
+        num_experts: of each layer.
+        experts_per_token: how many of them a token takes.
+        intermediate_size: the inner dimension of an expert.
+        normalize_weights: whether the weights of the experts that a token takes are divided by their sum.
+        dense_layers: the layers that have one MLP of `Qwen3Config.intermediate_size` instead, ascending.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalize_weights: bool = False
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "experts_per_token", "intermediate_size"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"{name}={size!r} of the experts: must be a positive integer")
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token={self.experts_per_token}: must be at most num_experts={self.num_experts}"
+            )
+
+
+@dataclass(frozen=True)
 class Qwen3Config:
-    """A dense Qwen3, and how to compute it. Hashable, so it can be a static argument of a jitted function.
+    """A Qwen3, and how to compute it. Hashable, so it can be a static argument of a jitted function.
 
     Attributes:
         vocab_size, hidden_size, intermediate_size, num_layers: as in the checkpoint.
@@ -68,6 +97,7 @@ class Qwen3Config:
         max_position_embeddings: longest sequence, tokens.
         rms_norm_eps: added to the mean square in RMSNorm.
         rope_theta, yarn: rotary position embedding.
+        experts: what Qwen3-MoE has in the place of the MLP; None in a dense model.
         tie_word_embeddings: whether the embedding matrix is also the output matrix.
         attention_bias: whether the four attention projections have a bias.
         eos_token_ids: tokens that end a sequence.
@@ -93,6 +123,7 @@ class Qwen3Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     yarn: Yarn | None = None
+    experts: Experts | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
@@ -113,6 +144,10 @@ class Qwen3Config:
             raise ConfigError(
                 f"num_q_heads={self.num_q_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
+        if self.experts is not None and not set(self.experts.dense_layers) <= set(range(self.num_layers)):
+            raise ConfigError(
+                f"dense_layers={self.experts.dense_layers}: must be among the {self.num_layers} layers"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim}: must be even for rotary embeddings")
         if self.int8_activations not in (None, True, False):
@@ -126,6 +161,10 @@ class Qwen3Config:
         ):
             if dtype not in supported:
                 raise ConfigError(f"{name}={dtype}: supported are {[d.name for d in supported]}")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in the place of its MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
     def max_length(self) -> int:
@@ -161,20 +200,34 @@ def parse_dtype(
     return supported[key]
 
 
-def _published(hidden: int, intermediate: int, layers: int, q_heads: int, *, tied: bool) -> Qwen3Config:
+def _published(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    q_heads: int,
+    *,
+    tied: bool = False,
+    kv_heads: int = 8,
+    experts: Experts | None = None,
+) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=151936,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_layers=layers,
         num_q_heads=q_heads,
-        num_kv_heads=8,
+        num_kv_heads=kv_heads,
+        experts=experts,
         tie_word_embeddings=tied,
         eos_token_ids=(151645, 151643),
     )
 
 
-# The dense Qwen3 family, from the config.json of each model on the Hugging Face hub.
+def _published_experts(intermediate: int) -> Experts:
+    return Experts(128, 8, intermediate, normalize_weights=True)
+
+
+# The Qwen3 family, from the config.json of each model on the Hugging Face hub.
 PUBLISHED = {
     "Qwen/Qwen3-0.6B": _published(1024, 3072, 28, 16, tied=True),
     "Qwen/Qwen3-1.7B": _published(2048, 6144, 28, 16, tied=True),
@@ -182,6 +235,8 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": _published(4096, 12288, 36, 32, tied=False),
     "Qwen/Qwen3-14B": _published(5120, 17408, 40, 40, tied=False),
     "Qwen/Qwen3-32B": _published(5120, 25600, 64, 64, tied=False),
+    "Qwen/Qwen3-30B-A3B": _published(2048, 6144, 48, 32, kv_heads=4, experts=_published_experts(768)),
+    "Qwen/Qwen3-235B-A22B": _published(4096, 12288, 94, 64, kv_heads=4, experts=_published_experts(1536)),
 }
 
 
@@ -192,10 +247,7 @@ def published_config(name: str) -> Qwen3Config:
         ConfigError: no such model; the message lists those there are.
     """
     for full_name, config in PUBLISHED.items():
-        if name.lower() in (
-            full_name.lower(),
-            full_name.split("/")[1].lower(),
-            full_name.split("-")[1].lower(),
-        ):
+        short = full_name.removeprefix("Qwen/")
+        if name.lower() in (full_name.lower(), short.lower(), short.removeprefix("Qwen3-").lower()):
             return config
     raise ConfigError(f"{name!r}: no published shape of that name; there are {list(PUBLISHED)}")

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from .config import ConfigError, Qwen3Config, Yarn
+from .config import ConfigError, Experts, Qwen3Config, Yarn
 from .quantization_json import quantization_from_json
 
-ARCHITECTURE = "Qwen3ForCausalLM"
+DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+MODEL_TYPES = {DENSE: "qwen3", SPARSE: "qwen3_moe"}
 # What transformers takes where a file is silent, if that differs from what Qwen3's own files say.
 DEFAULT_ROPE_THETA = 10000.0
 
@@ -46,16 +47,25 @@ _USED = {
     "attention_bias": _Field("attention_bias", bool),
 }
 _USED_ELSEWHERE = {
-    "architectures", "dtype", "eos_token_id", "layer_types", "quantization_config", "rope_parameters",
-    "rope_scaling", "rope_theta", "torch_dtype",
+    "architectures", "dtype", "eos_token_id", "layer_types", "model_type", "quantization_config",
+    "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype",
 }  # fmt: skip
 # Fields without effect on inference; the sliding window's have none while use_sliding_window is false.
 _WITHOUT_EFFECT = {
     "_attn_implementation_autoset", "_name_or_path", "attention_dropout", "bos_token_id", "initializer_range",
     "max_window_layers", "pad_token_id", "sliding_window", "transformers_version", "use_cache",
 }  # fmt: skip
-_ONLY = {"model_type": ("qwen3",), "hidden_act": ("silu",), "use_sliding_window": (False, None)}
-_KNOWN = _USED.keys() | _USED_ELSEWHERE | _WITHOUT_EFFECT | _ONLY.keys()
+_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "use_sliding_window": (False, None)}
+# What Qwen3-MoE has besides; transformers 5 calls num_experts num_local_experts.
+_OF_EXPERTS = {
+    "num_experts": int, "num_local_experts": int, "num_experts_per_tok": int, "moe_intermediate_size": int,
+    "norm_topk_prob": bool, "decoder_sparse_step": int, "mlp_only_layers": list,
+}  # fmt: skip
+_WITHOUT_EFFECT_OF_EXPERTS = {"output_router_logits", "router_aux_loss_coef"}  # for training
+# Qwen3-Coder's file says these; transformers reads none of them.
+_ONLY_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "qkv_bias": (False, None), "use_qk_norm": (True, None), "shared_expert_intermediate_size": (0, None),
+}  # fmt: skip
 
 
 def config_from_json(raw: Mapping[str, Any], *, source: str = "config.json") -> Qwen3Config:
@@ -70,7 +80,8 @@ def config_from_json(raw: Mapping[str, Any], *, source: str = "config.json") -> 
     Raises:
         ConfigError: an architecture, field or value that is not supported, or a required field is missing.
     """
-    _check_fields(raw, source)
+    architecture = _architecture(raw, source)
+    _check_fields(raw, architecture, source)
     values: dict[str, Any] = {}
     for name, field in _USED.items():
         null_is_fine = name == "num_key_value_heads" and name in raw
@@ -80,9 +91,18 @@ def config_from_json(raw: Mapping[str, Any], *, source: str = "config.json") -> 
             values[field.name] = _typed(raw[name], field.type, f"{source}: {name}")
     values.setdefault("num_kv_heads", values.get("num_q_heads"))  # null: as many as query heads
     theta, yarn = _read_rope(raw, source)
+    experts = None
+    if architecture == SPARSE:
+        experts = _read_experts(raw, values["num_layers"], source)
+        if raw.get("head_dim") is None:  # transformers' default, which differs from that of a dense model
+            values["head_dim"] = values["hidden_size"] // values["num_q_heads"]
     try:
         return Qwen3Config(
-            **values, rope_theta=theta, yarn=yarn, eos_token_ids=eos_ids(raw.get("eos_token_id"), source)
+            **values,
+            rope_theta=theta,
+            yarn=yarn,
+            experts=experts,
+            eos_token_ids=eos_ids(raw.get("eos_token_id"), source),
         )
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -94,14 +114,19 @@ def config_to_json(config: Qwen3Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     Args:
         config: the shape.
         dtype: of the parameters.
+
+    Raises:
+        ConfigError: the model has experts.
     """
+    if config.experts is not None:
+        raise ConfigError("a model with experts cannot be written yet, only dense ones can")
     rope: dict[str, Any] = {"rope_theta": config.rope_theta}
     if config.yarn is not None:
         options = {name: value for name, value in asdict(config.yarn).items() if value is not None}
         rope["rope_scaling"] = {"rope_type": "yarn"} | options
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": _ONLY["model_type"][0],
+        "architectures": [DENSE],
+        "model_type": MODEL_TYPES[DENSE],
         "hidden_act": _ONLY["hidden_act"][0],
         **{name: getattr(config, field.name) for name, field in _USED.items()},
         **rope,
@@ -110,19 +135,68 @@ def config_to_json(config: Qwen3Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     }
 
 
-def _check_fields(raw: Mapping[str, Any], source: str) -> None:
+def _architecture(raw: Mapping[str, Any], source: str) -> str:
+    """The one that the file names, or else the one of its model_type, or else the dense one."""
+    named, model_type = raw.get("architectures"), raw.get("model_type")
+    if named and named not in ([DENSE], [SPARSE]):
+        raise ConfigError(f"{source}: architectures={named!r}: supported are {[[DENSE], [SPARSE]]}")
+    architecture = named[0] if named else SPARSE if model_type == MODEL_TYPES[SPARSE] else DENSE
+    expected = MODEL_TYPES[architecture]
+    if "model_type" in raw and model_type != expected:
+        raise ConfigError(
+            f"{source}: model_type={model_type!r}: supported is {expected!r} for {architecture}, and "
+            f"{list(MODEL_TYPES.values())} in all"
+        )
+    return architecture
+
+
+def _read_experts(raw: Mapping[str, Any], num_layers: int, source: str) -> Experts:
+    values = {
+        name: _typed(raw[name], kind, f"{source}: {name}")
+        for name, kind in _OF_EXPERTS.items()
+        if raw.get(name) is not None
+    }
+    counts = {values[name] for name in ("num_experts", "num_local_experts") if name in values}
+    if len(counts) > 1:
+        raise ConfigError(f"{source}: num_experts and num_local_experts differ: {sorted(counts)}")
+    if not counts:
+        raise ConfigError(f"{source}: the field 'num_experts' is missing")
+    for name in ("num_experts_per_tok", "moe_intermediate_size"):
+        if name not in values:
+            raise ConfigError(f"{source}: the field {name!r} is missing")
+    step, dense = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers", [])
+    if step < 1:
+        raise ConfigError(f"{source}: decoder_sparse_step={step}: must be at least 1")
+    if not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+        raise ConfigError(
+            f"{source}: mlp_only_layers={dense!r}: must be a list of layers from 0 to {num_layers - 1}"
+        )
+    try:
+        return Experts(
+            num_experts=counts.pop(),
+            experts_per_token=values["num_experts_per_tok"],
+            intermediate_size=values["moe_intermediate_size"],
+            normalize_weights=values.get("norm_topk_prob", False),
+            dense_layers=tuple(i for i in range(num_layers) if i in dense or (i + 1) % step),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _check_fields(raw: Mapping[str, Any], architecture: str, source: str) -> None:
     """Refuses what is not supported, by name."""
-    architectures = raw.get("architectures") or [ARCHITECTURE]
-    if architectures != [ARCHITECTURE]:
-        raise ConfigError(f"{source}: architectures={architectures!r}: supported is {[ARCHITECTURE]}")
-    for name, values in _ONLY.items():
+    only = _ONLY | (_ONLY_OF_EXPERTS if architecture == SPARSE else {})
+    known = _USED.keys() | _USED_ELSEWHERE | _WITHOUT_EFFECT | only.keys()
+    if architecture == SPARSE:
+        known |= _OF_EXPERTS.keys() | _WITHOUT_EFFECT_OF_EXPERTS
+    for name, values in only.items():
         if name in raw and raw[name] not in values:
             raise ConfigError(f"{source}: {name}={raw[name]!r}: supported is {values[0]!r}")
     quantization_from_json(raw, source=source)
-    unknown = [name for name in raw if name not in _KNOWN]
+    unknown = [name for name in raw if name not in known]
     if unknown:
         values = ", ".join(f"{name!r} (value {raw[name]!r})" for name in unknown)
-        raise ConfigError(f"{source}: not supported: {values}; supported are the fields {sorted(_KNOWN)}")
+        raise ConfigError(f"{source}: not supported: {values}; supported are the fields {sorted(known)}")
     layer_types = raw.get("layer_types")
     if layer_types is None:
         return

@@ -51,6 +51,11 @@ def quantized_specs(config: Qwen3Config, quantization: Quantization | None) -> P
     specs = param_specs(config)
     if quantization is None:
         return specs
+    if config.experts is not None:
+        raise ConfigError(
+            f"{quantization.method}: the weights of models with experts cannot be quantized yet; use the "
+            "checkpoint in bfloat16 or float32, without a quantization method"
+        )
     return jax.tree.map(
         lambda spec: parts_of(spec, quantization.method) if quantization.applies_to(spec) else spec, specs
     )

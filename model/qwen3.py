@@ -19,9 +19,11 @@ from jaxtyping import Array, Float, Int
 from ..kernels import KVPages, paged_decode_attention, ragged_paged_attention
 from .config import Qwen3Config
 from .linear import broadcast, linear
+from .moe import experts_mlp
 from .params import LayerParams, Params
 from .quantization import QuantizedMatrix
 from .rope import rotary_tables, rotate
+from .sharding import Layout
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -200,9 +202,15 @@ def paged_attention(
 
 
 def mlp(
-    layer: LayerParams, config: Qwen3Config, x: Float[Array, "num_tokens hidden"]
+    layer: LayerParams,
+    config: Qwen3Config,
+    x: Float[Array, "num_tokens hidden"],
+    *,
+    layout: Layout | None = None,
 ) -> Float[Array, "num_tokens hidden"]:
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202), by one MLP or by the experts that each token takes."""
+    if layer.router is not None:
+        return experts_mlp(layer, config, x, layout=layout)
     gate = jax.nn.silu(linear(config, x, layer.gate_proj))
     return linear(config, gate * linear(config, x, layer.up_proj), layer.down_proj)
 

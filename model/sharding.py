@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..kernels import KVPages
 
 AXIS_NAMES = ("dp", "fsdp", "ep", "tp", "sp")
 TRIVIAL_DIMS = (1, 1, 1, 1, 1)
+COPIES = "_copies"  # ends the name of the axis along which devices hold the same KV heads
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class PartitionAxis:
     key_value_head_axis: str | None = "tp"
     mlp_intermediate_axis: str | None = "tp"
     hidden_state_axis: str | None = "fsdp"
+    expert_axis: str | None = "ep"
+    sequence_axis: str | None = "sp"
+    batch_axis: str | None = "dp"
 
     def mesh_axes(self) -> dict[str, str | None]:
         """The mapping, by the names that `params.TensorSpec.axes` and `kernels.KVPages.axes` use."""
@@ -43,12 +47,95 @@ class PartitionAxis:
             "kv_heads": self.key_value_head_axis,
             "mlp": self.mlp_intermediate_axis,
             "hidden": self.hidden_state_axis,
+            "experts": self.expert_axis,
+            "router": None,
+            "tokens": self.sequence_axis,
             "norm": None,
             "pages": None,
             "keys_values": None,
             "page_tokens": None,
             "head_dim": None,
         }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, and what of a model lies where on it. Hashable: a static argument under jit.
+
+    Build it with `layout_of`, which checks that a model can be split so. No device is touched: those of
+    `jax.experimental.topologies` will do.
+
+    Attributes:
+        mesh: the devices. Where there are more of them along the KV heads' axis than KV heads, that axis is
+            split in two, "tp" say in "tp", over which the KV heads are split, and "tp_copies", along which
+            they are repeated; everything else is split over both.
+        partition_axis: the mapping, in terms of the axes before that.
+    """
+
+    mesh: Mesh
+    partition_axis: PartitionAxis
+
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The axes of the mesh that a logical axis is split over; none if it is not split."""
+        name = self.partition_axis.mesh_axes()[axis]
+        if name is None:
+            return ()
+        copies = name + COPIES
+        if axis != "kv_heads" and copies in self.mesh.axis_names:
+            return name, copies
+        return (name,)
+
+    def size(self, axis: str) -> int:
+        """In how many parts a logical axis is split."""
+        return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """How an array with these logical axes is split; None is an axis that never is.
+
+        Raises:
+            ValueError: one axis of the mesh would split two dimensions of the array.
+        """
+        names = [() if axis is None else self.mesh_axes(axis) for axis in axes]
+        used = [name for several in names for name in several]
+        if len(set(used)) != len(used):
+            raise ValueError(f"{self.partition_axis}: splits the dimensions {axes} of one array over {used}")
+        return PartitionSpec(*[several[0] if len(several) == 1 else (several or None) for several in names])
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """Where an array with these logical axes lies. Raises as `spec`."""
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def cache_sharding(self, kv_pages: KVPages) -> KVPages:
+        """Where one layer's cache lies: a `KVPages` with a sharding in the place of each array."""
+        return replace(kv_pages, **{name: self.sharding(*axes) for name, axes in kv_pages.axes.items()})
+
+    def without(self, field: str) -> Layout:
+        """The same, but that one of the mapping's fields ("sequence_axis", say) splits nothing."""
+        return replace(self, partition_axis=replace(self.partition_axis, **{field: None}))
+
+    def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
+        """The array, which the compiler is told to split so."""
+        if self.mesh.size == 1:
+            return array
+        context = jax.sharding.get_abstract_mesh()  # within a shard_map over some axes, that of the others
+        mesh = self.mesh if context.empty else context
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, self.spec(*axes)))
+
+    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` run by each device on its part of the arguments, over all axes not yet taken so.
+
+        What an output's spec leaves out must be the same on all devices; that is not checked.
+        """
+        if self.mesh.size == 1:
+            return function
+        context = jax.sharding.get_abstract_mesh()
+        options: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": False}
+        if context.empty:
+            return jax.shard_map(function, mesh=self.mesh, **options)
+        types = zip(context.axis_names, context.axis_types, strict=True)
+        return jax.shard_map(
+            function, axis_names={name for name, kind in types if kind != AxisType.Manual}, **options
+        )
 
 
 def make_mesh(

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from vsurge.kernels import KVPages, empty_kv_pages
 from vsurge.model import Batch, Model, forward
@@ -115,19 +121,35 @@ SHAPE: dict[str, Any] = {
 }
 
 
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+
 @pytest.fixture
 def save_qwen3(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a random checkpoint as transformers does, and returns its folder.
+    """Writes a random checkpoint as transformers does, and returns its folder; with `experts` of a Qwen3-MoE.
 
     The weights are no fresh initialization, whose logits hardly depend on the input: matrices keep the size
     of their input, norms and biases are spread out, so that a part left out or swapped changes the logits.
     """
 
     def save(
-        *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", seed: int = 0, **changes: Any
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        seed: int = 0,
+        experts: bool = False,
+        **changes: Any,
     ) -> Path:
         generator = torch.Generator().manual_seed(seed)
-        model = Qwen3ForCausalLM(Qwen3Config(**(SHAPE | changes)))
+        if experts:
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(SHAPE | EXPERTS | changes)))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**(SHAPE | changes)))
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if name.endswith("norm.weight"):
@@ -135,7 +157,7 @@ def save_qwen3(tmp_path: Path) -> Callable[..., Path]:
                 elif name.endswith("bias"):
                     weight.normal_(0.0, 0.5, generator=generator)
                 else:
-                    weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
+                    weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
         folder = tmp_path / "checkpoint"
         torch.nn.Module.to(model, dtype)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -149,7 +171,7 @@ def torch_logits() -> Callable[..., np.ndarray]:
     """Logits [len(token_ids), vocab] of a checkpoint, computed by transformers in the given dtype."""
 
     def compute(folder: Path, token_ids: Sequence[int], dtype: torch.dtype = torch.float32) -> np.ndarray:
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         with torch.no_grad():
             return model(torch.tensor([list(token_ids)])).logits[0].float().numpy()
 

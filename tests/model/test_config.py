@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsurge.model import ConfigError, Qwen3Config, Yarn, published_config
+from vsurge.model import ConfigError, Experts, Qwen3Config, Yarn, published_config
 from vsurge.model.config import parse_dtype
 from vsurge.model.config_json import config_from_json, read_json, stored_dtype
 
@@ -57,6 +57,26 @@ def five(**changes: Any) -> dict[str, Any]:
         "transformers_version": "5.23.0",
     }
     return raw | changes
+
+
+# As transformers 4.51 wrote it for Qwen3-30B-A3B.
+SPARSE: dict[str, Any] = FOUR | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
 
 
 def without_eos(config: Qwen3Config) -> dict[str, Any]:
@@ -122,8 +142,55 @@ def test_fields_that_may_be_absent_take_the_value_transformers_gives_them():
     assert config_from_json(FOUR | {"num_key_value_heads": None}).num_kv_heads == 32
 
 
+def test_a_published_shape_with_experts_is_read():
+    expected = published_config("30B-A3B")
+    assert without_eos(config_from_json(SPARSE)) == without_eos(expected)
+    five = {name: value for name, value in SPARSE.items() if name != "num_experts"}
+    assert config_from_json(five | {"num_local_experts": 128}) == config_from_json(SPARSE)
+    coder = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert config_from_json(SPARSE | coder) == config_from_json(SPARSE)
+    assert config_from_json(SPARSE | {"architectures": None}) == config_from_json(SPARSE)
+
+
+def test_what_the_installed_transformers_writes_of_experts_is_read(tmp_path):
+    from transformers import Qwen3MoeConfig
+
+    Qwen3MoeConfig(num_hidden_layers=6, mlp_only_layers=[0, 3], decoder_sparse_step=2).save_pretrained(
+        tmp_path
+    )
+    config = config_from_json(read_json(tmp_path / "config.json"))
+    assert config.experts == Experts(128, 8, 768, normalize_weights=False, dense_layers=(0, 2, 3, 4))
+    assert config.head_dim == 2048 // 32  # transformers' default, where a dense model's is 128
+
+
+REFUSED_EXPERTS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "type": ({"model_type": "qwen3"}, ["model_type='qwen3'", "'qwen3_moe'"]),
+    "no number": ({"num_experts": None}, ["'num_experts' is missing"]),
+    "two numbers": ({"num_local_experts": 64}, ["num_local_experts", "[64, 128]"]),
+    "no size": ({"moe_intermediate_size": None}, ["'moe_intermediate_size' is missing"]),
+    "none of them": ({"num_experts_per_tok": 0}, ["experts_per_token=0"]),
+    "more than all": ({"num_experts_per_tok": 129}, ["experts_per_token=129", "num_experts=128"]),
+    "a flag as a number": ({"norm_topk_prob": 1}, ["norm_topk_prob=1", "bool"]),
+    "no step": ({"decoder_sparse_step": 0}, ["decoder_sparse_step=0"]),
+    "layers as a number": ({"mlp_only_layers": 3}, ["mlp_only_layers=3", "list"]),
+    "a layer too many": ({"mlp_only_layers": [0, 48]}, ["mlp_only_layers=[0, 48]", "47"]),
+    "a shared expert": ({"shared_expert_intermediate_size": 512}, ["shared_expert_intermediate_size=512"]),
+    "unknown field": ({"n_group": 4}, ["'n_group'", "num_experts"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_EXPERTS)
+def test_what_is_not_supported_of_experts_is_named(case):
+    changes, parts = REFUSED_EXPERTS[case]
+    with pytest.raises(ConfigError, match=r"some/config\.json") as caught:
+        config_from_json(SPARSE | changes, source="some/config.json")
+    for part in parts:
+        assert part in str(caught.value)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "architecture": ({"architectures": ["Qwen3MoeForCausalLM"]}, ["Qwen3MoeForCausalLM", "Qwen3ForCausalLM"]),
+    "architecture": ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "Qwen3MoeForCausalLM"]),
+    "architecture of another type": ({"architectures": ["Qwen3MoeForCausalLM"]}, ["'qwen3'", "'qwen3_moe'"]),
     "two architectures": ({"architectures": ["Qwen3ForCausalLM", "X"]}, ["'X'"]),
     "architectures no list": ({"architectures": 3}, ["architectures=3"]),
     "model_type": ({"model_type": "qwen2"}, ["model_type='qwen2'", "'qwen3'"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ from jaxtyping import TypeCheckError
 from vsurge.kernels import KVPages, empty_kv_pages
 from vsurge.model import Batch, Model, Qwen3Config, forward, random_model
 from vsurge.model.qwen3 import linear, logits, rms_norm
+
+from .jaxprs import equations
 
 CONFIG = Qwen3Config(40, 32, 48, 2, 4, 2, 16)
 NUM_PAGES, PAGE_SIZE = 4, 8
@@ -42,18 +43,6 @@ def make_cache(config: Qwen3Config) -> tuple[KVPages, ...]:
         empty_kv_pages(NUM_PAGES, PAGE_SIZE, config.num_kv_heads, config.head_dim, config.cache_dtype)
         for _ in range(config.num_layers)
     )
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation, those of inner jaxprs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner_jaxpr = getattr(inner, "jaxpr", inner)
-            if hasattr(inner_jaxpr, "eqns"):
-                yield from equations(inner_jaxpr)
 
 
 def weight_products(model: Model, batch: Batch) -> list[Any]:

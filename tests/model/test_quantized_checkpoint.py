@@ -20,6 +20,7 @@ from vsurge import demo_model_path
 from vsurge.model import (
     CheckpointError,
     ConfigError,
+    Experts,
     Model,
     Quantization,
     QuantizedMatrix,
@@ -117,7 +118,7 @@ def test_a_model_that_is_not_quantized_is_saved_as_the_published_ones_are(
 @pytest.mark.parametrize("eos", [(), (3, 5)])
 def test_a_shape_comes_back_from_its_config_json(eos: tuple[int, ...]) -> None:
     config = Qwen3Config(
-        40, 16, 24, 2, 4, 2, 8, 99, 1e-5, 1e4, Yarn(4.0, 32, attention_factor=1.5), True, True, eos
+        40, 16, 24, 2, 4, 2, 8, 99, 1e-5, 1e4, Yarn(4.0, 32, attention_factor=1.5), None, True, True, eos
     )
     for one in (config, replace(config, yarn=None, tie_word_embeddings=False)):
         raw = json.loads(json.dumps(config_to_json(one, np.dtype(np.float32))))
@@ -321,3 +322,15 @@ def test_weights_are_quantized_from_what_is_stored_and_not_from_what_it_is_round
     rounded = make(jnp.asarray(tensors[Q_PROJ]).astype(jnp.bfloat16), "a8bit")
     assert (np.asarray(rounded.scales) != np.asarray(expected.scales)).any()
     assert dequantize(expected, np.float32).shape == (32, 16)
+
+
+def test_experts_are_refused_before_anything_is_quantized_or_written(tmp_path: Path) -> None:
+    experts = Experts(num_experts=4, experts_per_token=2, intermediate_size=64)
+    config = replace(SHAPE, experts=experts)
+    with pytest.raises(
+        ConfigError, match=r"^a8bit: the weights of models with experts cannot be quantized yet"
+    ):
+        random_model(config, seed=0, quantization_method="a8bit")
+    with pytest.raises(ConfigError, match="a model with experts cannot be written yet, only dense ones can"):
+        save_model(random_model(config, seed=0), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vsurge.kernels import empty_kv_pages
-from vsurge.model import PartitionAxis, Qwen3Config, make_mesh, random_model
+from vsurge.model import Experts, PartitionAxis, Qwen3Config, make_mesh, random_model
 from vsurge.model.params import param_specs
 from vsurge.model.sharding import cache_sharding, named_sharding
 
@@ -120,12 +120,13 @@ def test_the_cache_is_described_by_the_same_mapping():
 
 
 def test_every_axis_of_weights_and_cache_is_in_the_mapping():
-    specs = jax.tree.leaves(param_specs(replace(SMALL, attention_bias=True)))
+    dense = param_specs(replace(SMALL, attention_bias=True))
+    specs = jax.tree.leaves((dense, param_specs(replace(SMALL, experts=Experts(4, 2, 8)))))
     cache = empty_kv_pages(1, 16, 1, 8, "float32").axes
     named = {axis for spec in specs for axis in spec.axes} | {
         axis for axes in cache.values() for axis in axes
     }
-    assert named == PartitionAxis().mesh_axes().keys()
+    assert named | {"tokens"} == PartitionAxis().mesh_axes().keys()
 
 
 def test_four_real_devices_are_counted_by_minus_one():

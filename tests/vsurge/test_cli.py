@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import vsurge
 from vsurge.cli import main
@@ -84,6 +86,34 @@ def test_a_published_shape_runs_on_random_weights_and_token_ids(
     assert "--chat: needs a tokenizer" in command("generate", "1", "--chat", "--random-weights", "tiny").err
     outside = command("generate", "1,64", *options)
     assert (outside.code, "64 is outside the vocabulary" in outside.err) == (1, True)
+
+
+def test_a_model_with_experts_gives_the_greedy_tokens_of_transformers(
+    command: Callable, tmp_path: Path
+) -> None:
+    demo = vsurge.demo_model_path()
+    config = json.loads((demo / "config.json").read_text())
+    shape: dict[str, Any] = {
+        "vocab_size": config["vocab_size"], "hidden_size": 64, "intermediate_size": 96, "head_dim": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8,
+        "moe_intermediate_size": 48, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "max_position_embeddings": 256,
+    }  # fmt: skip
+    theirs: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    for file in demo.glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path)
+    options = ("--model", str(tmp_path), "--temperature", "0", "--max-tokens", "16", "--ignore-eos", *SMALL)
+    document = json.loads(command("generate", FRANCE, "--json", *options).out)
+    prompt = AutoTokenizer.from_pretrained(tmp_path)(FRANCE, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = theirs.generate(prompt, do_sample=False, max_new_tokens=16, eos_token_id=None)
+    assert document["samples"][0]["token_ids"] == expected[0, prompt.shape[1] :].tolist()
 
 
 def test_every_sampling_option_sets_its_parameter() -> None:

@@ -47,6 +47,19 @@ def test_an_untied_model_has_its_output_matrix_too(command: Callable) -> None:
     assert rows(command("info", "8B").out)["parameters"] == f"{expected:,}"
 
 
+def test_of_a_model_with_experts_it_says_what_each_token_takes(command: Callable) -> None:
+    table = rows(command("info", "30B-A3B").out)
+    expert, experts = 3 * 2048 * 768, 48 * 128
+    rest = (
+        2 * 151936 * 2048 + 2048 + 48 * (2 * 4096 * 2048 + 2 * 512 * 2048 + 128 * 2048 + 2 * 2048 + 2 * 128)
+    )  # embedding and head; q and o, k and v, router, norms
+    total, active = rest + experts * expert, rest + 48 * 8 * expert
+    assert table["parameters"] == f"{total:,}, {active:,} of them for each token"
+    assert (round(total / 1e9, 1), round(active / 1e9, 1)) == (30.5, 3.4)
+    assert table["weights"].startswith(f"{2 * total:,} bytes")
+    assert table["layers"] == "48 of 2,048 (8 of 128 experts of 768)"
+
+
 def test_float32_doubles_weights_and_cache(command: Callable) -> None:
     table = rows(command("info", "0.6B", "--dtype", "float32").out)
     assert table["weights"].startswith(f"{4 * PARAMETERS:,} bytes")

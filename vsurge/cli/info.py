@@ -11,7 +11,15 @@ import jax
 
 from .. import demo_model_path
 from ..kernels import SUPPORTED_DTYPES, bytes_per_token
-from ..model import PUBLISHED, ConfigError, Quantization, Qwen3Config, num_parameters, published_config
+from ..model import (
+    PUBLISHED,
+    ConfigError,
+    Quantization,
+    Qwen3Config,
+    num_active_parameters,
+    num_parameters,
+    published_config,
+)
 from ..model.checkpoint import INDEX, SINGLE
 from ..model.config import parse_dtype
 from ..model.config_json import read_json, stored_dtype
@@ -126,11 +134,19 @@ def describe(config: Qwen3Config, quantization: Quantization | None) -> dict[str
     num_bytes = weight_bytes(config, config.dtype, quantization)
     form = str(config.dtype) if quantization is None else f"{quantization.method}, the rest {config.dtype}"
     tied = "tied" if config.tie_word_embeddings else "untied"
+    parameters, mlp = f"{num_parameters(config):,}", f"MLP {config.intermediate_size:,}"
+    if config.experts is not None:
+        parameters += f", {num_active_parameters(config):,} of them for each token"
+        taken, number = config.experts.experts_per_token, config.experts.num_experts
+        dense = (
+            f"{mlp} in {len(config.experts.dense_layers)} of them; " if config.experts.dense_layers else ""
+        )
+        mlp = f"{dense}{taken} of {number} experts of {config.experts.intermediate_size:,}"
     return {
-        "parameters": f"{num_parameters(config):,}",
+        "parameters": parameters,
         "weights": f"{num_bytes:,} bytes ({gigabytes(num_bytes)}) in {form}",
         "cache": f"{cache_bytes_per_token(config):,} bytes per token in {config.cache_dtype}",
-        "layers": f"{config.num_layers} of {config.hidden_size:,} (MLP {config.intermediate_size:,})",
+        "layers": f"{config.num_layers} of {config.hidden_size:,} ({mlp})",
         "heads": f"{config.num_q_heads} query, {config.num_kv_heads} key/value, head_dim {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}, {tied} embeddings",
         "context": f"{config.max_length:,} tokens",

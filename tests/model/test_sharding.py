@@ -30,9 +30,9 @@ def test_one_device_makes_a_mesh_of_five_axes(dims):
 def test_axes_may_have_other_names():
     mesh = make_mesh(axis_names=("a", "b", "c", "d", "e"), devices=ONE)
     assert mesh.axis_names == ("a", "b", "c", "d", "e")
-    assert named_sharding(mesh, ("q_heads", "hidden"), PartitionAxis("d", "d", "d", "d", "b")).spec == (
-        PartitionSpec("d", "b")
-    )
+    assert named_sharding(
+        mesh, ("q_heads", "hidden"), PartitionAxis("d", "d", "d", "d", "b", "c", "e", "a")
+    ).spec == (PartitionSpec("d", "b"))
     with pytest.raises(ValueError, match=r"vocab_axis='tp'.*'a'"):
         named_sharding(mesh, ("vocab",), PartitionAxis())
 

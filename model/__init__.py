@@ -6,7 +6,7 @@ from .loading import Model, load_model, random_model
 from .params import LayerParams, Params, num_parameters
 from .qwen3 import Batch, forward, hidden_states, logits
 from .safetensors_file import CheckpointError
-from .sharding import PartitionAxis, make_mesh
+from .sharding import Layout, PartitionAxis, layout_of, make_mesh
 
 __all__ = [
     "PUBLISHED",
@@ -15,6 +15,7 @@ __all__ = [
     "ConfigError",
     "GenerationDefaults",
     "LayerParams",
+    "Layout",
     "Model",
     "Params",
     "PartitionAxis",
@@ -22,6 +23,7 @@ __all__ = [
     "Yarn",
     "forward",
     "hidden_states",
+    "layout_of",
     "load_model",
     "logits",
     "make_mesh",

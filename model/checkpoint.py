@@ -1,14 +1,15 @@
-"""Reading weights from safetensors, one tensor at a time, straight to their device.
+"""Reading weights from safetensors, one tensor at a time, straight to their devices.
 
 A checkpoint is checked as a whole before a byte of it is used: the headers of all its files, then names and
-shapes against what the model needs. Then the tensors are mapped, copied to their devices and unmapped, as
-many at a time as are no larger together than the largest of them: that is all that the host holds besides
-what lives on the devices.
+shapes against what the model needs. Then the tensors are mapped, each device's slice of it is copied there,
+and they are unmapped; as many slices at a time as are no larger together than the largest tensor's: that is
+all that the host holds besides what lives on the devices. A process reads the slices of its own devices only.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -17,14 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import numpy.typing as npt
 
 from .config import ConfigError, Qwen3Config
 from .config_json import read_json
 from .params import Params, TensorSpec, param_specs
 from .progress import progress_bar
-from .safetensors_file import CheckpointError, StoredTensor, read_header
-from .sharding import PartitionAxis, named_sharding
+from .safetensors_file import CheckpointError, Part, StoredTensor, read_header
+from .sharding import Layout
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -49,8 +50,7 @@ def load_params(
     config: Qwen3Config,
     *,
     dtype: np.dtype[Any],
-    mesh: Mesh,
-    partition_axis: PartitionAxis,
+    layout: Layout,
     progress: bool = False,
 ) -> Params:
     """Reads the weights of a model to their devices. If that fails, nothing is left there.
@@ -59,18 +59,24 @@ def load_params(
         stored: from `open_checkpoint`.
         config: the model's shape.
         dtype: of the parameters; a tensor that is stored in another is converted.
-        mesh, partition_axis: where the tensors go.
+        layout: where the tensors go.
         progress: show a progress bar on a terminal.
     """
     specs, structure = jax.tree.flatten(param_specs(config))
-    copying = _Copying(most_bytes=max(spec.size for spec in specs) * dtype.itemsize)
+    shardings = [layout.sharding(*spec.axes) for spec in specs]
+    sizes = [
+        sum(math.prod(stop - start for start, stop in part) for part in _parts(sharding, spec.shape))
+        * dtype.itemsize
+        for spec, sharding in zip(specs, shardings, strict=True)
+    ]
+    copying = _Copying(most_bytes=max(sizes))
     loaded: list[jax.Array] = []
     try:
-        for spec in progress_bar(specs, "loading weights", show=progress, unit="tensor"):
-            copying.make_room(spec.size * dtype.itemsize)
-            sharding = named_sharding(mesh, spec.axes, partition_axis)
-            loaded.append(to_device(stored[spec.name], dtype, sharding))
-            copying.add(loaded[-1], spec.size * dtype.itemsize)
+        wanted = list(zip(specs, shardings, sizes, strict=True))
+        for spec, sharding, size in progress_bar(wanted, "loading weights", show=progress, unit="tensor"):
+            copying.make_room(size)
+            loaded.append(to_devices(stored[spec.name], dtype, sharding))
+            copying.add(loaded[-1], size)
         copying.make_room(copying.most_bytes)
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
         for array in loaded:
@@ -102,14 +108,30 @@ class _Copying:
         gc.collect(0)  # only then does jax let go of the mappings; they would pile up, with their open files
 
 
-def to_device(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding.Sharding) -> jax.Array:
-    """Begins to copy one tensor to its device."""
-    array = tensor.map() if tensor.dtype == dtype else tensor.read_as(dtype)
-    on_device = jax.device_put(array, sharding, may_alias=False)
-    shard = on_device.addressable_shards[0].data
-    if shard.platform() == "cpu" and shard.unsafe_buffer_pointer() == array.ctypes.data:
+def to_devices(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding.Sharding) -> jax.Array:
+    """Begins to copy one tensor to its devices, to each the slice that it holds."""
+    shards: list[jax.Array] = []
+    for part, devices in _parts(sharding, tensor.shape).items():
+        values = tensor.read(part, dtype)
+        shards += [_copied(values, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
+
+
+def _copied(array: npt.NDArray[Any], device: Any) -> jax.Array:
+    on_device = jax.device_put(array, device, may_alias=False)
+    if on_device.platform() == "cpu" and on_device.unsafe_buffer_pointer() == array.ctypes.data:
         return jnp.copy(on_device)  # jax takes aligned memory as it is, whatever may_alias says
     return on_device
+
+
+def _parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part, list[Any]]:
+    """The different parts that this process's devices hold, and which devices hold each."""
+    devices: dict[Part, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        part = tuple((one.indices(n)[0], one.indices(n)[1]) for one, n in zip(index, shape, strict=True))
+        devices.setdefault(part, []).append(device)
+    return devices
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

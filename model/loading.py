@@ -21,7 +21,7 @@ from .generation_defaults import GenerationDefaults, generation_defaults_from_js
 from .params import Params
 from .random_weights import random_params
 from .safetensors_file import StoredTensor
-from .sharding import AXIS_NAMES, TRIVIAL_DIMS, PartitionAxis, make_mesh
+from .sharding import AXIS_NAMES, TRIVIAL_DIMS, Layout, PartitionAxis, layout_of, make_mesh
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json")
 
@@ -50,6 +50,15 @@ class Model:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a sequence: the configuration's and the generation configuration's."""
         return tuple(dict.fromkeys(self.generation_defaults.eos_token_ids + self.config.eos_token_ids))
+
+    @property
+    def layout(self) -> Layout:
+        """What lies where on the mesh.
+
+        Raises:
+            ValueError: see `layout_of`.
+        """
+        return layout_of(self.config, self.mesh, self.partition_axis)
 
 
 def load_model(
@@ -81,19 +90,19 @@ def load_model(
         ConfigError: a configuration that is not supported.
         CheckpointError: files that do not hold the model that config.json describes.
         FileNotFoundError: no such folder, and not a hub id.
-        ValueError, TypeError: a revision of a local folder, a mesh that cannot be, no partition axis.
+        ValueError, TypeError: a revision of a local folder, a mesh that cannot be or that the model cannot be
+            split over, no partition axis.
     """
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = _checked(partition_axis)
     folder = find_checkpoint(path_or_hub_id, revision=revision)
     config = read_config(folder)
+    layout = layout_of(config, mesh, partition_axis)
     generation_defaults = read_generation_defaults(folder)
     stored = open_checkpoint(folder, config)
     param_dtype = default_dtype(folder, config, stored) if dtype is None else parse_dtype(dtype, "dtype")
     config = _computing_in(config, compute_dtype, param_dtype)
-    params = load_params(
-        stored, config, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis, progress=progress
-    )
+    params = load_params(stored, config, dtype=param_dtype, layout=layout, progress=progress)
     return Model(config, params, mesh, partition_axis, generation_defaults, folder)
 
 
@@ -215,7 +224,8 @@ def random_model(
     config = _computing_in(config, compute_dtype, param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = _checked(partition_axis)
-    params = random_params(config, seed=seed, dtype=param_dtype, mesh=mesh, partition_axis=partition_axis)
+    layout = layout_of(config, mesh, partition_axis)
+    params = random_params(config, seed=seed, dtype=param_dtype, layout=layout)
     return Model(config, params, mesh, partition_axis, GenerationDefaults(), None)
 
 

@@ -10,25 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
 from .config import Qwen3Config
 from .params import Params, TensorSpec, param_specs
-from .sharding import PartitionAxis, named_sharding
+from .sharding import Layout
 
 INITIALIZER_RANGE = 0.02  # standard deviation of the matrices, as Qwen3's config.json says
 
 
-def random_params(
-    config: Qwen3Config, *, seed: int, dtype: np.dtype[Any], mesh: Mesh, partition_axis: PartitionAxis
-) -> Params:
+def random_params(config: Qwen3Config, *, seed: int, dtype: np.dtype[Any], layout: Layout) -> Params:
     """Parameters: matrices uniform with standard deviation INITIALIZER_RANGE, norms one, biases zero."""
     specs, structure = jax.tree.flatten(param_specs(config))
     leaves: list[Array] = []
     for index, spec in enumerate(specs):
         keys = np.random.SeedSequence([seed, index]).generate_state(2)
-        make = _maker(_kind(spec), spec.shape, dtype, named_sharding(mesh, spec.axes, partition_axis))
+        make = _maker(_kind(spec), spec.shape, dtype, layout.sharding(*spec.axes))
         leaves.append(make(jnp.asarray(keys, jnp.uint32)))
     return jax.block_until_ready(jax.tree.unflatten(structure, leaves))
 

@@ -256,8 +256,14 @@ def test_a_mesh_that_cannot_be_is_refused_even_if_it_is_not_used(
 
 def test_axis_names_and_partition_axis_describe_the_mesh() -> None:
     names = ("data", "fsdp", "expert", "tensor", "sequence")
-    partition_axis = ed.PartitionAxis(**dict.fromkeys(
-        ("vocab_axis", "head_axis", "key_value_head_axis", "mlp_intermediate_axis"), "tensor"))  # fmt: skip
+    partition_axis = ed.PartitionAxis(
+        **dict.fromkeys(
+            ("vocab_axis", "head_axis", "key_value_head_axis", "mlp_intermediate_axis"), "tensor"
+        ),
+        expert_axis="expert",
+        sequence_axis="sequence",
+        batch_axis="data",
+    )
     model = load(sharding_axis_names=names, partition_axis=partition_axis)
     assert model.mesh.axis_names == names
     assert model.partition_axis == partition_axis

@@ -100,7 +100,13 @@ def bytes_per_token(num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
 
 
 def empty_kv_pages(
-    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    *,
+    platform: str | None = None,
 ) -> KVPages:
     """A cache of zeros for one layer.
 
@@ -112,6 +118,7 @@ def empty_kv_pages(
         dtype: bfloat16, float32, int8 or float8_e4m3fn. The last two are quantized as they are written
             (`quantization.quantize`). Int8 is more exact, and fast but for one KV head on TPU 7x. Float8 is
             for capacity only on v5e and v6e, which take long to convert it.
+        platform: of the device that will keep it, "cpu" or "tpu", say; None for JAX's default backend.
 
     Raises:
         ValueError: a size is not positive, or the dtype is not supported.
@@ -130,8 +137,10 @@ def empty_kv_pages(
         raise ValueError(f"dtype={dtype.name}: a cache can hold {[d.name for d in SUPPORTED_DTYPES]}")
     rows = (num_pages, 2, num_kv_heads, page_size)
     return KVPages(
-        data=jnp.zeros((*rows, head_dim), storage_dtype(dtype)),
-        scales=jnp.zeros((*rows[:3], scale_tokens(page_size)), jnp.float32) if is_quantized(dtype) else None,
+        data=jnp.zeros((*rows, head_dim), storage_dtype(dtype, platform)),
+        scales=jnp.zeros((*rows[:3], scale_tokens(page_size, platform)), jnp.float32)
+        if is_quantized(dtype)
+        else None,
         dtype=dtype,
         page_size=page_size,
     )

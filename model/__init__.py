@@ -9,7 +9,7 @@ from .quantized_specs import Quantization
 from .qwen3 import Batch, forward, hidden_states, logits
 from .safetensors_file import CheckpointError
 from .saving import save_model
-from .sharding import PartitionAxis, make_mesh
+from .sharding import Layout, PartitionAxis, layout_of, make_mesh
 
 __all__ = [
     "PUBLISHED",
@@ -19,6 +19,7 @@ __all__ = [
     "Experts",
     "GenerationDefaults",
     "LayerParams",
+    "Layout",
     "Model",
     "Params",
     "PartitionAxis",
@@ -28,6 +29,7 @@ __all__ = [
     "Yarn",
     "forward",
     "hidden_states",
+    "layout_of",
     "load_model",
     "logits",
     "make_mesh",

@@ -1,9 +1,9 @@
-"""Reading weights from safetensors, one tensor at a time, straight to their device.
+"""Reading weights from safetensors, one tensor at a time, straight to their devices.
 
 A checkpoint is checked as a whole before a byte of it is used: the headers of all its files, then names and
-shapes against what the model needs. Then the tensors are mapped, copied to their devices and unmapped, as
-many at a time as are no larger together than the largest of them: that is all that the host holds besides
-what lives on the devices.
+shapes against what the model needs. Then the tensors are mapped, each device's slice of it is copied there,
+and they are unmapped; as many slices at a time as are no larger together than the largest tensor's: that is
+all that the host holds besides what lives on the devices. A process reads the slices of its own devices only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import numpy.typing as npt
 
 from .config import COMPUTE_DTYPES, ConfigError, Qwen3Config
 from .config_json import read_json
@@ -26,8 +26,8 @@ from .params import Params, TensorSpec
 from .progress import progress_bar
 from .quantization import FLOAT32, QuantizedMatrix, quantizer
 from .quantized_specs import Quantization, parts_of, quantized_specs
-from .safetensors_file import FLOATS, CheckpointError, StoredTensor, read_header
-from .sharding import PartitionAxis, named_sharding
+from .safetensors_file import FLOATS, CheckpointError, Part, StoredTensor, read_header
+from .sharding import Layout
 from .stacked import stacked_on_devices
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -56,8 +56,7 @@ def load_params(
     config: Qwen3Config,
     *,
     dtype: np.dtype[Any],
-    mesh: Mesh,
-    partition_axis: PartitionAxis,
+    layout: Layout,
     stored_as: Quantization | None = None,
     quantization: Quantization | None = None,
     progress: bool = False,
@@ -68,7 +67,7 @@ def load_params(
         stored: from `open_checkpoint`.
         config: the model's shape.
         dtype: of the parameters; a tensor that is stored in another is converted.
-        mesh, partition_axis: where the tensors go.
+        layout: where the tensors go.
         stored_as: how the checkpoint is quantized.
         quantization: how to quantize one that is not, each matrix as soon as it lies on its device; so the
             devices hold what comes of it and as much more as the largest tensor takes.
@@ -76,16 +75,19 @@ def load_params(
     """
     specs, structure = jax.tree.flatten(quantized_specs(config, stored_as))
     made = quantization if stored_as is None else None
-    if made is not None:
-        quantized_specs(config, made)  # refuses what cannot be quantized before anything is read
+    shardings = [layout.sharding(*spec.axes) for spec in specs]
     dtypes = [_dtype_read(spec, stored[spec.stored_names[0]], dtype, made) for spec in specs]
-    sizes = [math.prod(spec.stored_shape) * read.itemsize for spec, read in zip(specs, dtypes, strict=True)]
+    sizes = [
+        _most_read(spec, sharding) * read.itemsize
+        for spec, sharding, read in zip(specs, shardings, dtypes, strict=True)
+    ]
     copying = _Copying(most_bytes=max(sizes))
     loaded: list[jax.Array | QuantizedMatrix] = []
     try:
-        for spec in progress_bar(specs, "loading weights", show=progress, unit="tensor"):
-            read, size = dtypes[len(loaded)], sizes[len(loaded)]
-            sharding = named_sharding(mesh, spec.axes, partition_axis)
+        wanted = list(zip(specs, shardings, dtypes, sizes, strict=True))
+        for spec, sharding, read, size in progress_bar(
+            wanted, "loading weights", show=progress, unit="tensor"
+        ):
             tensors = [stored[name] for name in spec.stored_names]
             if spec.parts is not None:
                 loaded.append(
@@ -93,9 +95,9 @@ def load_params(
                 )
                 continue
             copying.make_room(size)
-            loaded.append(to_device(tensors[0], read, sharding))
+            loaded.append(to_devices(tensors[0], read, sharding))
             if made is not None and made.applies_to(spec):
-                loaded[-1] = _quantized(loaded[-1], spec, made, mesh, partition_axis)
+                loaded[-1] = _quantized(loaded[-1], spec, made, layout)
             copying.add(loaded[-1], size)
         copying.make_room(copying.most_bytes)
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
@@ -104,6 +106,15 @@ def load_params(
             array.delete()
         raise
     return jax.tree.unflatten(structure, loaded)
+
+
+def _most_read(spec: TensorSpec, sharding: jax.sharding.Sharding) -> int:
+    """Numbers that the host reads for a parameter at a time: all that this process's devices hold of it, or
+    of one of the matrices that it is made of."""
+    if spec.parts is not None:
+        return math.prod(spec.stored_shape)
+    parts = _parts(sharding, spec.shape)
+    return sum(math.prod(stop - start for start, stop in part) for part in parts)
 
 
 def _dtype_read(
@@ -117,12 +128,10 @@ def _dtype_read(
     return dtype
 
 
-def _quantized(
-    array: Any, spec: TensorSpec, quantization: Quantization, mesh: Mesh, partition_axis: PartitionAxis
-) -> QuantizedMatrix:
+def _quantized(array: Any, spec: TensorSpec, quantization: Quantization, layout: Layout) -> QuantizedMatrix:
     """Begins to quantize a matrix on its device, which holds the matrix no longer than that takes."""
     parts = parts_of(spec, quantization.method)
-    shardings = jax.tree.map(lambda part: named_sharding(mesh, part.axes, partition_axis), parts)
+    shardings = jax.tree.map(lambda part: layout.sharding(*part.axes), parts)
     try:
         return quantizer(quantization.method, shardings)(array)
     finally:
@@ -156,14 +165,30 @@ class _Copying:
         gc.collect(0)  # only then does jax let go of the mappings; they would pile up, with their open files
 
 
-def to_device(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding.Sharding) -> jax.Array:
-    """Begins to copy one tensor to its device."""
-    array = tensor.map() if tensor.dtype == dtype else tensor.read_as(dtype)
-    on_device = jax.device_put(array, sharding, may_alias=False)
-    shard = on_device.addressable_shards[0].data
-    if shard.platform() == "cpu" and shard.unsafe_buffer_pointer() == array.ctypes.data:
+def to_devices(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding.Sharding) -> jax.Array:
+    """Begins to copy one tensor to its devices, to each the slice that it holds."""
+    shards: list[jax.Array] = []
+    for part, devices in _parts(sharding, tensor.shape).items():
+        values = tensor.read(part, dtype)
+        shards += [_copied(values, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
+
+
+def _copied(array: npt.NDArray[Any], device: Any) -> jax.Array:
+    on_device = jax.device_put(array, device, may_alias=False)
+    if on_device.platform() == "cpu" and on_device.unsafe_buffer_pointer() == array.ctypes.data:
         return jnp.copy(on_device)  # jax takes aligned memory as it is, whatever may_alias says
     return on_device
+
+
+def _parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part, list[Any]]:
+    """The different parts that this process's devices hold, and which devices hold each."""
+    devices: dict[Part, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        part = tuple((one.indices(n)[0], one.indices(n)[1]) for one, n in zip(index, shape, strict=True))
+        devices.setdefault(part, []).append(device)
+    return devices
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

@@ -24,7 +24,7 @@ from .quantization_json import quantization_from_json
 from .quantized_specs import Quantization, quantized_specs
 from .random_weights import random_params
 from .safetensors_file import StoredTensor
-from .sharding import AXIS_NAMES, TRIVIAL_DIMS, PartitionAxis, make_mesh
+from .sharding import AXIS_NAMES, TRIVIAL_DIMS, Layout, PartitionAxis, layout_of, make_mesh
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.json")
 
@@ -53,6 +53,15 @@ class Model:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a sequence: the configuration's and the generation configuration's."""
         return tuple(dict.fromkeys(self.generation_defaults.eos_token_ids + self.config.eos_token_ids))
+
+    @property
+    def layout(self) -> Layout:
+        """What lies where on the mesh.
+
+        Raises:
+            ValueError: see `layout_of`.
+        """
+        return layout_of(self.config, self.mesh, self.partition_axis)
 
 
 def load_model(
@@ -88,14 +97,15 @@ def load_model(
         ConfigError: a configuration that is not supported.
         CheckpointError: files that do not hold the model that config.json describes.
         FileNotFoundError: no such folder, and not a hub id.
-        ValueError, TypeError: a revision of a local folder, a mesh that cannot be, no partition axis, no
-            quantization method or another one than the checkpoint's.
+        ValueError, TypeError: a revision of a local folder, a mesh that cannot be or that the model cannot be
+            split over, no partition axis, no quantization method or another one than the checkpoint's.
     """
     asked = _asked_quantization(quantization_method)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = _checked(partition_axis)
     folder = find_checkpoint(path_or_hub_id, revision=revision)
     config = read_config(folder)
+    layout = layout_of(config, mesh, partition_axis)
     generation_defaults = read_generation_defaults(folder)
     stored_as = read_quantization(folder)
     quantization = chosen_quantization(stored_as, asked, folder)
@@ -107,8 +117,7 @@ def load_model(
         stored,
         config,
         dtype=param_dtype,
-        mesh=mesh,
-        partition_axis=partition_axis,
+        layout=layout,
         stored_as=stored_as,
         quantization=quantization,
         progress=progress,
@@ -270,14 +279,8 @@ def random_model(
     config = _computing_in(config, compute_dtype, param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = _checked(partition_axis)
-    params = random_params(
-        config,
-        seed=seed,
-        dtype=param_dtype,
-        mesh=mesh,
-        partition_axis=partition_axis,
-        quantization=quantization,
-    )
+    layout = layout_of(config, mesh, partition_axis)
+    params = random_params(config, seed=seed, dtype=param_dtype, layout=layout, quantization=quantization)
     return Model(config, params, mesh, partition_axis, GenerationDefaults(), None)
 
 

@@ -3,20 +3,25 @@
 A forward pass takes the new tokens of any number of sequences, concatenated, writes their keys and values
 into the paged cache and returns the logits of the rows that need them. Matrix products take operands of
 `config.dtype` and give float32; norms, softmax, rotary embedding and the residual stream are float32.
+
+On many devices a `Layout` says what lies where. The compiler splits the products as the weights are split and
+adds up what `o_proj` and `down_proj` give; the attention kernels, which it cannot split, are run by each
+device on its own heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ..kernels import KVPages, paged_decode_attention, ragged_paged_attention
+from ..kernels import KVPages, append_kv, paged_decode_attention, ragged_paged_attention
 from .config import Qwen3Config
 from .linear import broadcast, linear
 from .moe import experts_mlp
@@ -63,7 +68,12 @@ class Batch:
 
 
 def forward(
-    params: Params, config: Qwen3Config, batch: Batch, kv_pages: tuple[KVPages, ...]
+    params: Params,
+    config: Qwen3Config,
+    batch: Batch,
+    kv_pages: tuple[KVPages, ...],
+    *,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "num_logit_rows vocab"], tuple[KVPages, ...]]:
     """One pass over the new tokens of a batch.
 
@@ -72,32 +82,57 @@ def forward(
         config: the model's shape (static under jit).
         batch: the new tokens and their place in the cache.
         kv_pages: one cache per layer; donate them under jit, or each is copied.
+        layout: what lies where on several devices (static under jit); None for one.
 
     Returns:
         logits [num_logit_rows, vocab] in float32, and the caches with the new tokens' keys and values.
 
     Raises:
-        ValueError: the number of caches is not the number of layers.
+        ValueError: the number of caches is not the number of layers, or the tokens cannot be split evenly.
     """
-    x, kv_pages = hidden_states(params, config, batch, kv_pages)
+    x, kv_pages = hidden_states(params, config, batch, kv_pages, layout=layout)
     if batch.logit_rows is not None:
         x = x[batch.logit_rows]
-    return logits(params, config, x), kv_pages
+    return logits(params, config, x, layout=layout), kv_pages
 
 
 def hidden_states(
-    params: Params, config: Qwen3Config, batch: Batch, kv_pages: tuple[KVPages, ...]
+    params: Params,
+    config: Qwen3Config,
+    batch: Batch,
+    kv_pages: tuple[KVPages, ...],
+    *,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "num_tokens hidden"], tuple[KVPages, ...]]:
     """`forward` without its last product: what `logits` takes, of all tokens."""
     if len(kv_pages) != config.num_layers:
         raise ValueError(f"kv_pages: {len(kv_pages)} caches for {config.num_layers} layers")
+    if layout is not None:
+        layout = _layout_of_step(layout, batch)
     written = list(kv_pages)
 
     def attend(layer: int, queries: Queries, keys: KeyValues, values: KeyValues) -> Queries:
-        output, written[layer] = paged_attention(config, batch, queries, (keys, values), written[layer])
+        output, written[layer] = paged_attention(
+            config, batch, queries, (keys, values), written[layer], layout=layout
+        )
         return output
 
-    return decoder(params, config, batch.token_ids, batch.positions, attend), tuple(written)
+    x = decoder(params, config, batch.token_ids, batch.positions, attend, layout=layout)
+    return x, tuple(written)
+
+
+def _layout_of_step(layout: Layout, batch: Batch) -> Layout:
+    """With a token per sequence there is nothing to gain from splitting them: every device has to read the
+    weights anyway."""
+    if batch.query_starts is None:
+        return layout.without("sequence_axis")
+    num_tokens, parts = batch.token_ids.shape[0], layout.size("tokens")
+    if num_tokens % parts:
+        raise ValueError(
+            f"token_ids: {num_tokens} cannot be split evenly over {parts} devices "
+            f"(sequence_axis={layout.partition_axis.sequence_axis!r})"
+        )
+    return layout
 
 
 def decoder(
@@ -106,41 +141,67 @@ def decoder(
     token_ids: Int[Array, " num_tokens"],
     positions: Int[Array, " num_tokens"],
     attend: Callable[[int, Queries, KeyValues, KeyValues], Queries],
+    *,
+    layout: Layout | None = None,
 ) -> Float[Array, "num_tokens hidden"]:
     """Embedding and all decoder layers; `attend(layer, queries, keys, values)` is the attention."""
     x = params.embedding.at[token_ids].get(mode="clip").astype(jnp.float32)
+    x = _constrain(layout, x, "tokens", None)
     tables = rotary_tables(config, positions)
     for index, layer in enumerate(params.layers):
-        attended = attend(index, *before_attention(layer, config, tables, x))
-        x = after_attention(layer, config, x, attended)
+        attended = attend(index, *before_attention(layer, config, tables, x, layout=layout))
+        x = after_attention(layer, config, x, attended, layout=layout)
     return x
 
 
 # The halves of a layer are jitted so that they are traced once and not once per layer; XLA inlines them.
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "layout"))
 def before_attention(
     layer: LayerParams,
     config: Qwen3Config,
     tables: tuple[Array, Array],
     x: Float[Array, "num_tokens hidden"],
+    *,
+    layout: Layout | None = None,
 ) -> tuple[Queries, KeyValues, KeyValues]:
     """A layer's queries, keys and values."""
-    return project_heads(layer, config, tables, rms_norm(x, layer.input_norm, config.rms_norm_eps))
+    normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
+    queries, keys, values = project_heads(layer, config, tables, normed)
+    return (
+        _constrain(layout, queries, "tokens", "q_heads", None),
+        _constrain(layout, keys, "tokens", "kv_heads", None),
+        _constrain(layout, values, "tokens", "kv_heads", None),
+    )
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "layout"))
 def after_attention(
-    layer: LayerParams, config: Qwen3Config, x: Float[Array, "num_tokens hidden"], attended: Queries
+    layer: LayerParams,
+    config: Qwen3Config,
+    x: Float[Array, "num_tokens hidden"],
+    attended: Queries,
+    *,
+    layout: Layout | None = None,
 ) -> Float[Array, "num_tokens hidden"]:
     """A layer's output, from its input and its attention."""
     x = x + linear(config, attended.reshape(x.shape[0], -1), layer.o_proj, layer.o_bias)
-    return x + mlp(layer, config, rms_norm(x, layer.post_attention_norm, config.rms_norm_eps))
+    x = _constrain(layout, x, "tokens", None)
+    x = x + mlp(layer, config, rms_norm(x, layer.post_attention_norm, config.rms_norm_eps), layout=layout)
+    return _constrain(layout, x, "tokens", None)
 
 
-def logits(params: Params, config: Qwen3Config, x: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
+def logits(
+    params: Params, config: Qwen3Config, x: Float[Array, "rows hidden"], *, layout: Layout | None = None
+) -> Float[Array, "rows vocab"]:
     """Scores of every token of the vocabulary, from the decoder's output."""
     head = params.embedding if params.lm_head is None else params.lm_head
-    return linear(config, rms_norm(x, params.final_norm, config.rms_norm_eps), head)
+    x = _constrain(layout, x, None, None)
+    scores = linear(config, rms_norm(x, params.final_norm, config.rms_norm_eps), head)
+    return _constrain(layout, scores, None, "vocab")
+
+
+def _constrain(layout: Layout | None, array: Array, *axes: str | None) -> Array:
+    return array if layout is None else layout.constrain(array, *axes)
 
 
 def project_heads(
@@ -168,37 +229,85 @@ def paged_attention(
     queries: Queries,
     new_kv: tuple[KeyValues, KeyValues],
     kv_pages: KVPages,
+    *,
+    layout: Layout | None = None,
 ) -> tuple[Queries, KVPages]:
     """Attention, and the cache with the new tokens' keys and values.
 
     By the decode kernel in a step of one token per sequence, by the ragged one in any other; the config names
-    the implementation of each.
+    the implementation of each. On several devices each has its own heads, and its own of the step's tokens to
+    attend from; all of them write all tokens.
     """
+    if layout is None:
+        return _attend(config, batch, queries, new_kv, kv_pages)
+    of_queries = layout.spec("tokens", "q_heads", None)
+    of_new = layout.spec(None, "kv_heads", None)
+    # In the step of one replica, which has pages of its own: within it they are not split.
+    pages = layout.without("batch_axis")
+    of_cache = replace(kv_pages, **{name: pages.spec(*axes) for name, axes in kv_pages.axes.items()})
+
+    def attend(
+        batch: Batch, queries: Array, new_kv: tuple[Array, Array], kv_pages: KVPages
+    ) -> tuple[Array, KVPages]:
+        if layout.size("tokens") == 1:
+            return _attend(config, batch, queries, new_kv, kv_pages)
+        assert batch.query_starts is not None
+        kv_pages = append_kv(kv_pages, *new_kv, batch.slots, implementation=config.attention)
+        start = jax.lax.axis_index(layout.mesh_axes("tokens")) * queries.shape[0]
+        return _attend(config, _slice_of(batch, start, queries.shape[0]), queries, None, kv_pages)
+
+    everywhere = jax.tree.map(lambda _: PartitionSpec(), batch)
+    mapped = layout.shard_map(
+        attend, (everywhere, of_queries, (of_new, of_new), of_cache), (of_queries, of_cache)
+    )
+    return mapped(batch, queries, new_kv, kv_pages)
+
+
+def _slice_of(batch: Batch, start: Array, size: int) -> Batch:
+    """A batch whose queries are `size` of another one's tokens, from `start` on; they see what they saw."""
+    assert batch.query_starts is not None
+    starts = batch.query_starts
+    behind = starts[1:] - jnp.maximum(starts[:-1], start + size)  # a sequence's tokens after these
+    return replace(
+        batch,
+        query_starts=jnp.clip(starts - start, 0, size),
+        kv_lens=batch.kv_lens - jnp.maximum(behind, 0),
+    )
+
+
+def _attend(
+    config: Qwen3Config,
+    batch: Batch,
+    queries: Queries,
+    new_kv: tuple[KeyValues, KeyValues] | None,
+    kv_pages: KVPages,
+) -> tuple[Queries, KVPages]:
+    """`paged_attention` of one device; without `new_kv` the cache has the new tokens already."""
+    options: dict[str, Any] = {"scale": config.head_dim**-0.5}
+    if new_kv is not None:
+        options |= {"new_kv": new_kv, "slots": batch.slots}
+    attended: Any
     if batch.query_starts is None or batch.num_seqs is None:
-        output, written = paged_decode_attention(
+        attended = paged_decode_attention(
             queries,
             kv_pages,
             batch.kv_lens,
             batch.page_table,
-            scale=config.head_dim**-0.5,
-            new_kv=new_kv,
-            slots=batch.slots,
             implementation=config.decode_attention,
+            **options,
         )
     else:
-        output, written = ragged_paged_attention(
+        attended = ragged_paged_attention(
             queries,
             kv_pages,
             batch.kv_lens,
             batch.page_table,
             batch.query_starts,
             batch.num_seqs,
-            scale=config.head_dim**-0.5,
-            new_kv=new_kv,
-            slots=batch.slots,
             implementation=config.attention,
+            **options,
         )
-    return output, written
+    return attended if new_kv is not None else (attended, kv_pages)
 
 
 def mlp(
@@ -212,7 +321,8 @@ def mlp(
     if layer.router is not None:
         return experts_mlp(layer, config, x, layout=layout)
     gate = jax.nn.silu(linear(config, x, layer.gate_proj))
-    return linear(config, gate * linear(config, x, layer.up_proj), layer.down_proj)
+    inner = _constrain(layout, gate * linear(config, x, layer.up_proj), "tokens", "mlp")
+    return linear(config, inner, layer.down_proj)
 
 
 def rms_norm(

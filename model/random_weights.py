@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
 from .config import Qwen3Config
 from .params import Params, TensorSpec, param_specs
 from .quantization import Method, QuantizedMatrix, quantize
 from .quantized_specs import Quantization, parts_of
-from .sharding import PartitionAxis, named_sharding
+from .sharding import Layout
 
 INITIALIZER_RANGE = 0.02  # standard deviation of the matrices, as Qwen3's config.json says
 
@@ -27,8 +26,7 @@ def random_params(
     *,
     seed: int,
     dtype: np.dtype[Any],
-    mesh: Mesh,
-    partition_axis: PartitionAxis,
+    layout: Layout,
     quantization: Quantization | None = None,
 ) -> Params:
     """Parameters: matrices uniform with standard deviation INITIALIZER_RANGE, norms one, biases zero.
@@ -42,7 +40,7 @@ def random_params(
         method, parts = None, spec
         if quantization is not None and quantization.applies_to(spec):
             method, parts = quantization.method, parts_of(spec, quantization.method)
-        sharding = jax.tree.map(lambda part: named_sharding(mesh, part.axes, partition_axis), parts)
+        sharding = jax.tree.map(lambda part: layout.sharding(*part.axes), parts)
         make = _maker(_kind(spec), spec.shape, dtype, sharding, method)
         leaves.append(make(jnp.asarray(keys, jnp.uint32)))
     return jax.block_until_ready(jax.tree.unflatten(structure, leaves))

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +27,9 @@ FLOATS = tuple(DTYPES[name] for name in ("BF16", "F32", "F16"))  # which may be 
 CHUNK_BYTES = 1 << 24  # of a tensor that is compared or converted on the host, at a time
 
 
+Part: TypeAlias = tuple[tuple[int, int], ...]  # of a tensor: where it begins and ends, of each dimension
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the message names file, tensor, what was expected and found."""
 
@@ -42,24 +45,38 @@ class StoredTensor:
     offset: int
     size: int
 
-    def map(self) -> npt.NDArray[Any]:
-        """The tensor, mapped from the file; unmapped when the array goes."""
-        return self._map(0, self.size).view(self.dtype).reshape(self.shape)
+    def read(self, part: Part, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """A part of the tensor in some dtype; none of the rest of it is read.
+
+        Whole rows in the tensor's own dtype are mapped from the file, and unmapped when the array goes. Of
+        anything else the host holds a copy, and some of the rows at a time in their own dtype.
+
+        Args:
+            part: of each dimension where it begins and ends.
+            dtype: of the result.
+        """
+        first, last = part[0]
+        whole_rows = part[1:] == tuple((0, n) for n in self.shape[1:])
+        if whole_rows and dtype == self.dtype:
+            return self._rows(first, last)
+        result = np.empty([stop - start for start, stop in part], dtype)
+        columns = tuple(slice(*bounds) for bounds in part[1:])
+        step = max(1, CHUNK_BYTES // (self.size // self.shape[0]))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            result[start - first : stop - first] = self._rows(start, stop)[:, *columns]
+        return result
+
+    def _rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Some of the tensor's rows, mapped."""
+        row_size = self.size // self.shape[0]
+        mapped = self._map(start * row_size, stop * row_size)
+        return mapped.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
     def chunks(self) -> Iterator[npt.NDArray[np.uint8]]:
         """Its bytes in order, mapped a chunk at a time."""
         for start in range(0, self.size, CHUNK_BYTES):
             yield self._map(start, min(start + CHUNK_BYTES, self.size))
-
-    def read_as(self, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """The tensor in another dtype; the host holds no copy in its own."""
-        converted = np.empty(self.size // self.dtype.itemsize, dtype)
-        done = 0
-        for chunk in self.chunks():
-            values = chunk.view(self.dtype)
-            converted[done : done + values.size] = values.astype(dtype)
-            done += values.size
-        return converted.reshape(self.shape)
 
     def _map(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         # np.memmap takes three times as long

@@ -1,4 +1,4 @@
-"""How weights and cache lie on a mesh of devices: one mapping from logical axes to axes of the mesh."""
+"""How weights, cache and activations lie on a mesh: one mapping from logical axes to axes of the mesh."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..kernels import KVPages
+from .config import Qwen3Config
 
 AXIS_NAMES = ("dp", "fsdp", "ep", "tp", "sp")
 TRIVIAL_DIMS = (1, 1, 1, 1, 1)
@@ -23,11 +24,15 @@ class PartitionAxis:
     """Which axis of the mesh each logical axis is split over; None for none.
 
     Attributes:
-        vocab_axis: rows of the embedding and of the output matrix.
+        vocab_axis: rows of the embedding and of the output matrix, logits, and what is remembered of tokens.
         head_axis: query heads.
-        key_value_head_axis: key and value heads, in weights and in the cache.
+        key_value_head_axis: key and value heads, in weights and in the cache; where it splits them, it must
+            be the query heads' axis.
         mlp_intermediate_axis: the MLP's inner dimension.
         hidden_state_axis: the hidden dimension of weights.
+        expert_axis: experts.
+        sequence_axis: tokens of a step that has prompts.
+        batch_axis: rows of the batch, and with them the pages of the cache.
     """
 
     vocab_axis: str | None = "tp"
@@ -50,8 +55,9 @@ class PartitionAxis:
             "experts": self.expert_axis,
             "router": None,
             "tokens": self.sequence_axis,
+            "pages": self.batch_axis,
+            "rows": self.batch_axis,
             "norm": None,
-            "pages": None,
             "keys_values": None,
             "page_tokens": None,
             "head_dim": None,
@@ -138,6 +144,69 @@ class Layout:
         )
 
 
+def layout_of(config: Qwen3Config, mesh: Mesh, partition_axis: PartitionAxis) -> Layout:
+    """How a model lies on a mesh.
+
+    Raises:
+        ValueError: the mapping names an axis that the mesh does not have, or a dimension of the model cannot
+            be split into so many equal parts.
+    """
+    for field in fields(partition_axis):
+        name = getattr(partition_axis, field.name)
+        if name is not None and name not in mesh.axis_names:
+            raise ValueError(f"{field.name}={name!r}: the mesh has the axes {mesh.axis_names}")
+
+    def size(axis: str | None) -> int:
+        return 1 if axis is None else mesh.shape[axis]
+
+    for what, number, field in (
+        ("vocab_size", config.vocab_size, "vocab_axis"),
+        ("num_q_heads", config.num_q_heads, "head_axis"),
+        ("intermediate_size", config.intermediate_size, "mlp_intermediate_axis"),
+        ("hidden_size", config.hidden_size, "hidden_state_axis"),
+    ):
+        name = getattr(partition_axis, field)
+        if number % size(name):
+            raise ValueError(
+                f"{what}={number}: cannot be split evenly over {size(name)} devices ({field}={name!r})"
+            )
+    if config.experts is not None:
+        for what, number, field in (
+            ("num_experts", config.experts.num_experts, "expert_axis"),
+            ("intermediate_size of experts", config.experts.intermediate_size, "mlp_intermediate_axis"),
+        ):
+            name = getattr(partition_axis, field)
+            if number % size(name):
+                raise ValueError(
+                    f"{what}={number}: cannot be split evenly over {size(name)} devices ({field}={name!r})"
+                )
+    heads, q_axis = partition_axis.key_value_head_axis, partition_axis.head_axis
+    if heads != q_axis and max(size(heads), size(q_axis)) > 1:
+        raise ValueError(
+            f"key_value_head_axis={heads!r}, head_axis={q_axis!r}: must be the same axis, for query heads "
+            f"read the KV heads on their own device; {heads!r} has {size(heads)} devices, {q_axis!r} has "
+            f"{size(q_axis)}"
+        )
+    parts = math.gcd(config.num_kv_heads, size(heads))
+    if config.num_kv_heads % size(heads) == 0 or heads is None:
+        return Layout(mesh, partition_axis)
+    if parts != config.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads={config.num_kv_heads}: must be a multiple of the {size(heads)} devices along "
+            f"key_value_head_axis={heads!r}, or divide them"
+        )
+    return Layout(_with_copies(mesh, heads, parts), partition_axis)
+
+
+def _with_copies(mesh: Mesh, axis: str, parts: int) -> Mesh:
+    """The mesh with an axis split in two: `parts`, and those that have the same part, next to each other."""
+    place = mesh.axis_names.index(axis)
+    shape, names = list(mesh.devices.shape), list(mesh.axis_names)
+    shape[place : place + 1] = parts, shape[place] // parts
+    names[place : place + 1] = axis, axis + COPIES
+    return Mesh(mesh.devices.reshape(shape), tuple(names))
+
+
 def make_mesh(
     sharding_axis_dims: Sequence[int] = TRIVIAL_DIMS,
     axis_names: Sequence[str] = AXIS_NAMES,
@@ -152,7 +221,6 @@ def make_mesh(
 
     Raises:
         ValueError: the dimensions or names are malformed, or there are not that many devices.
-        NotImplementedError: more than one device; this version computes on one.
     """
     dims, names = tuple(sharding_axis_dims), tuple(axis_names)
     if len(dims) != len(AXIS_NAMES):
@@ -171,39 +239,4 @@ def make_mesh(
         dims = tuple(len(available) // given if d == -1 else d for d in dims)
     elif given > len(available):
         raise ValueError(f"sharding_axis_dims={dims}: needs {given} devices, there are {len(available)}")
-    for name, dim in zip(names, dims, strict=True):
-        if dim > 1:
-            raise NotImplementedError(
-                f"sharding_axis_dims={dims}: {dim} devices along {name!r}; more than one device is not "
-                f"supported yet, use {TRIVIAL_DIMS} (a -1 takes all {len(available)} devices of this machine)"
-            )
     return Mesh(np.array(available[: math.prod(dims)]).reshape(dims), names)
-
-
-def named_sharding(mesh: Mesh, axes: Sequence[str], partition_axis: PartitionAxis) -> NamedSharding:
-    """Where an array with these logical axes lies.
-
-    Raises:
-        ValueError: `partition_axis` names an axis that the mesh does not have, or one axis for two
-            dimensions of the same array.
-    """
-    for field in fields(partition_axis):
-        name = getattr(partition_axis, field.name)
-        if name is not None and name not in mesh.axis_names:
-            raise ValueError(f"{field.name}={name!r}: the mesh has the axes {mesh.axis_names}")
-    mapping = partition_axis.mesh_axes()
-    mesh_axes = [mapping[axis] for axis in axes]
-    used = [axis for axis in mesh_axes if axis is not None]
-    if len(set(used)) != len(used):
-        raise ValueError(f"{partition_axis}: splits the dimensions {tuple(axes)} of one array over {used}")
-    return NamedSharding(mesh, PartitionSpec(*mesh_axes))
-
-
-def cache_sharding(mesh: Mesh, kv_pages: KVPages, partition_axis: PartitionAxis) -> KVPages:
-    """Where one layer's cache lies: a `KVPages` with a sharding in the place of each array.
-
-    Raises:
-        ValueError: as `named_sharding`.
-    """
-    shardings = {name: named_sharding(mesh, axes, partition_axis) for name, axes in kv_pages.axes.items()}
-    return replace(kv_pages, **shardings)

@@ -54,10 +54,10 @@ def stacked_on_devices(
             pieces[device] = jnp.zeros(size, _bits(device, dtype), device=device)
         for number, tensor in enumerate(tensors):
             make_room(math.prod(tensor.shape) * dtype.itemsize)
-            whole = tensor.map() if tensor.dtype == dtype else tensor.read_as(dtype)
             for device, (numbers, rows, columns) in places.items():
                 if numbers.start <= number < numbers.stop:
-                    part = np.ascontiguousarray(whole[columns, rows]).view(pieces[device].dtype)
+                    read = tensor.read(((columns.start, columns.stop), (rows.start, rows.stop)), dtype)
+                    part = np.ascontiguousarray(read).view(pieces[device].dtype)
                     on_device = jax.device_put(part, device)
                     place_there = np.int32(number - numbers.start)
                     stack, done = _put(pieces[device], on_device, place_there)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..kernels import empty_kv_pages
 from ..model import Model
@@ -25,11 +26,37 @@ ADVISED_SHARE = 0.9
 
 
 def page_bytes(model: Model, page_size: int) -> int:
-    """Bytes of one page over all layers, as this device keeps it."""
-    config = model.config
-    make = partial(empty_kv_pages, 1, page_size, config.num_kv_heads, config.head_dim, config.cache_dtype)
+    """Bytes of one page over all layers, on a device that has a share of it."""
+    config, layout = model.config, model.layout
+    heads = config.num_kv_heads // layout.size("kv_heads")
+    platform = layout.mesh.devices.flat[0].platform
+    make = partial(
+        empty_kv_pages, 1, page_size, heads, config.head_dim, config.cache_dtype, platform=platform
+    )
     arrays: list[jax.ShapeDtypeStruct] = jax.tree.leaves(jax.eval_shape(make))
     return config.num_layers * sum(array.size * array.dtype.itemsize for array in arrays)
+
+
+def row_state_bytes(model: Model, num_rows: int) -> int:
+    """Bytes that a device remembers of the rows of the batch: a bias and a count of each token."""
+    layout = model.layout
+    tokens = model.config.vocab_size // layout.size("vocab")
+    return (
+        num_rows
+        // layout.size("rows")
+        * tokens
+        * (np.dtype(np.float32).itemsize + np.dtype(np.int32).itemsize)
+    )
+
+
+def bytes_per_page(model: Model, page_size: int) -> int:
+    """Bytes that each page of the cache takes of one memory.
+
+    A device has only the pages of its replica. The devices of a CPU share one memory.
+    """
+    mesh, replicas = model.mesh, model.layout.size("pages")
+    sharing = mesh.size if mesh.devices.flat[0].platform == "cpu" else 1
+    return page_bytes(model, page_size) * sharing // replicas
 
 
 def choose_num_pages(
@@ -38,16 +65,19 @@ def choose_num_pages(
     page_size: int,
     memory_utilization: float,
     max_useful_pages: int,
+    num_rows: int,
 ) -> int:
     """As many pages as fit, but no more than the engine can ever use.
 
-    On an accelerator `memory_utilization` of what is free after the weights; on a CPU `CPU_CACHE_BYTES`.
+    On an accelerator `memory_utilization` of what is free after the weights and what is remembered of the
+    rows; on a CPU `CPU_CACHE_BYTES`.
 
     Args:
         model: its weights are on their device already.
         page_size: tokens per page.
         memory_utilization: share of the free memory, in (0, 1].
         max_useful_pages: those of `max_length` tokens in every row of the batch.
+        num_rows: of the batch.
 
     Raises:
         OutOfMemory: not even one page fits.
@@ -60,12 +90,12 @@ def choose_num_pages(
             f"the default of {CPU_CACHE_BYTES / 2**30:g} GiB on {device.platform}",
         )
     else:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        free = stats["bytes_limit"] - stats["bytes_in_use"] - row_state_bytes(model, num_rows)
         budget, source = (
             int(free * memory_utilization),
             f"{memory_utilization:g} of {free / 2**30:.2f} GiB free",
         )
-    size = page_bytes(model, page_size)
+    size = bytes_per_page(model, page_size)
     if budget < size:
         raise OutOfMemory(
             f"one page of {page_size} tokens takes {size / 2**20:.1f} MiB, the cache may take "
@@ -78,29 +108,29 @@ def choose_num_pages(
     return num_pages
 
 
-def check_room(device: Any, num_pages: int, page_size: int, num_bytes: int) -> None:
+def check_room(model: Model, num_pages: int, page_size: int) -> None:
     """Refuses a cache that is larger than what a CPU has left.
 
     Linux hands out more memory than there is, and kills who uses it, so asking for it is no test. Other
     devices refuse what they do not have.
 
     Args:
-        device: which one.
+        model: whose cache.
         num_pages: of the cache.
         page_size: tokens per page.
-        num_bytes: of a page over all layers.
 
     Raises:
         OutOfMemory: it is.
     """
-    if device.platform == "cpu":
+    if model.mesh.devices.flat[0].platform == "cpu":
         free = available_bytes()
-        if free is not None and num_pages * num_bytes > free:
-            raise out_of_memory(device, num_pages, page_size, num_bytes)
+        if free is not None and num_pages * bytes_per_page(model, page_size) > free:
+            raise out_of_memory(model, num_pages, page_size)
 
 
-def out_of_memory(device: Any, num_pages: int, page_size: int, num_bytes: int) -> OutOfMemory:
+def out_of_memory(model: Model, num_pages: int, page_size: int) -> OutOfMemory:
     """The error for a cache that does not fit: its size, what there is, and a `num_pages` that would fit."""
+    device, num_bytes = model.mesh.devices.flat[0], bytes_per_page(model, page_size)
     stats: dict[str, Any] | None = device.memory_stats()
     if stats and "bytes_limit" in stats:
         free = int(stats["bytes_limit"] - stats["bytes_in_use"])

@@ -9,59 +9,38 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-import numpy.typing as npt
 from jax.profiler import TraceAnnotation
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ..kernels import KVPages, empty_kv_pages
+from ..kernels import KVPages
 from ..model import Model, Params
 from ..model.progress import progress_bar
-from ..model.sharding import cache_sharding
-from .cache_size import check_room, out_of_memory, page_bytes
+from .blueprint import Blueprint
+from .cache_size import check_room, out_of_memory
 from .compilation_cache import compilation_cache
 from .options import EngineOptions
 from .request import Request
 from .results import start_reading
-from .rows import Rows, bias_of, counts_of
+from .rows import bias_of, counts_of
 from .scheduler import StepKind, StepPlan
-from .shaping import RowState, empty_row_state, mask_words, with_row
-from .step import StepOutput, step
-from .step_inputs import StepInputs, step_inputs
+from .shaping import RowState
+from .step import StepOutput
+from .step_inputs import StepInputs
 
 logger = logging.getLogger("vsurge.runtime")
 
-MAX_PROGRAMS = 16  # and those of `prefill_lengths`, if there are more
-SMALLEST_MIXED = 16  # tokens
 # LLVM's first level of optimization instead of its highest: a quarter less time to compile and, measured on
 # Qwen3-0.6B, steps no slower, for the matrix products are library calls.
 CPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}
 
 
-def default_buckets(smallest: int, largest: int, limit: int) -> tuple[int, ...]:
-    """Sizes from smallest to largest, doubling, or by a larger factor where that would make too many."""
-    sizes: list[int] = []
-    for ratio in (2, 4, 8, 16):
-        sizes = [largest]
-        while sizes[-1] > smallest:
-            sizes.append(max(smallest, -(-sizes[-1] // ratio)))
-        if len(sizes) <= limit:
-            break
-    return tuple(sorted(sizes))
-
-
 class Executor:
     """Holds the cache, and runs steps.
-
-    Weights and cache lie where one mapping puts them, the model's `partition_axis`; what else goes in and out
-    of a program is the same on every device of the mesh.
 
     Args:
         model: shape and weights.
@@ -74,32 +53,14 @@ class Executor:
     def __init__(self, model: Model, options: EngineOptions) -> None:
         self._model = model
         self._options = options
-        rows, most = options.max_concurrent_decodes, options.max_batched_tokens
-        self.decode_buckets = default_buckets(min(2, rows), rows, MAX_PROGRAMS // 2)
-        if options.prefill_lengths is None:
-            limit = MAX_PROGRAMS - len(self.decode_buckets)
-            self.mixed_buckets = default_buckets(min(SMALLEST_MIXED, most), most, limit)
-        else:
-            self.mixed_buckets = tuple(sorted({*options.prefill_lengths, most}))
-        self._rows = Rows(rows, options.pages_per_seq)
-        empty_layer = partial(
-            empty_kv_pages,
-            options.num_pages,
-            options.page_size,
-            model.config.num_kv_heads,
-            model.config.head_dim,
-            model.config.cache_dtype,
+        self._blueprint = Blueprint(model.config, options, model.layout)
+        self.decode_buckets, self.mixed_buckets = (
+            self._blueprint.decode_buckets,
+            self._blueprint.mixed_buckets,
         )
+        self._empty_layer = self._blueprint.empty_layer
+        self._rows = self._blueprint.rows()
         self._device: Any = model.mesh.devices.flat[0]
-        self._page_bytes = page_bytes(model, options.page_size)
-        self._layer_shape: KVPages = jax.eval_shape(empty_layer)
-        self._layer_sharding = cache_sharding(model.mesh, self._layer_shape, model.partition_axis)
-        self._everywhere = NamedSharding(model.mesh, PartitionSpec())
-        self._empty_layer: Callable[[], KVPages] = jax.jit(empty_layer, out_shardings=self._layer_sharding)
-        num_rows, vocab_size = rows, model.config.vocab_size
-        self._empty_row_state: Callable[[], RowState] = jax.jit(
-            partial(empty_row_state, num_rows, vocab_size), out_shardings=self._everywhere
-        )
         self.num_compilations = 0
         self._programs: dict[tuple[StepKind, int], jax.stages.Compiled] = {}
         self._kv_pages: tuple[KVPages, ...] = ()
@@ -113,7 +74,7 @@ class Executor:
         Raises:
             OutOfMemory: there is no room for the cache, as far as that can be known.
         """
-        check_room(self._device, self._options.num_pages, self._options.page_size, self._page_bytes)
+        check_room(self._model, self._options.num_pages, self._options.page_size)
 
     def allocate(self) -> None:
         """Makes an empty cache on the devices.
@@ -124,14 +85,15 @@ class Executor:
         num_pages, page_size = self._options.num_pages, self._options.page_size
         try:
             self._kv_pages = tuple(self._empty_layer() for _ in range(self._model.config.num_layers))
-            self._row_state = self._empty_row_state()
-            self._no_masks = jax.device_put(self._masks_without_any(), self._everywhere)
+            self._row_state = self._blueprint.empty_row_state()
+            no_masks = self._blueprint.masks_without_any()
+            self._no_masks = jax.device_put(no_masks, self._blueprint.everywhere)
             jax.block_until_ready((self._kv_pages, self._row_state))
         except RuntimeError as error:  # jax.errors.JaxRuntimeError
             self.release()
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise out_of_memory(self._device, num_pages, page_size, self._page_bytes) from error
+            raise out_of_memory(self._model, num_pages, page_size) from error
 
     def release(self) -> None:
         """Gives the cache's memory back; the compiled programs stay."""
@@ -182,7 +144,7 @@ class Executor:
 
     def _compile_set_row(self) -> jax.stages.Compiled:
         if self._set_row is None:
-            self._set_row = self._compile_lowered(self._lower_set_row())
+            self._set_row = self._compile_lowered(self._blueprint.trace_set_row().lower())
             self.num_compilations += 1
         return self._set_row
 
@@ -190,32 +152,7 @@ class Executor:
         return self._trace(kind, size).lower()
 
     def _trace(self, kind: StepKind, size: int) -> jax.stages.Traced:
-        params = self._model.params
-        kv_pages, cache = (
-            (layer,) * self._model.config.num_layers for layer in (self._layer_shape, self._layer_sharding)
-        )
-        row_state = jax.eval_shape(self._empty_row_state)
-        masks = jax.eval_shape(self._masks_without_any)
-        inputs = jax.eval_shape(partial(self._inputs, StepPlan(kind, ()), size))
-        jitted = jax.jit(
-            partial(step, config=self._model.config, decode_steps=self._options.decode_steps),
-            in_shardings=(_shardings(params), cache, *[self._everywhere] * 3),
-            out_shardings=(self._everywhere, cache, self._everywhere),
-            donate_argnums=(1, 2),
-        )
-        return jitted.trace(params, kv_pages, row_state, masks, inputs)
-
-    def _lower_set_row(self) -> jax.stages.Lowered:
-        vocab_size = self._model.config.vocab_size
-        jitted = jax.jit(
-            partial(with_row), in_shardings=self._everywhere, out_shardings=self._everywhere, donate_argnums=0
-        )
-        return jitted.lower(
-            jax.eval_shape(self._empty_row_state),
-            jax.ShapeDtypeStruct((), np.int32),
-            jax.ShapeDtypeStruct((vocab_size,), np.float32),
-            jax.ShapeDtypeStruct((vocab_size,), np.int32),
-        )
+        return self._blueprint.trace(self._model.params, kind, size)
 
     def _compile_lowered(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         return lowered.compile(CPU_COMPILER_OPTIONS if self._device.platform == "cpu" else None)
@@ -224,11 +161,7 @@ class Executor:
         """Dispatches a step; what comes out of it is on the device."""
         if self._row_state is None:
             raise RuntimeError("the executor has no cache: allocate() first")
-        if plan.kind == "decode":
-            size, buckets = len(plan.chunks), self.decode_buckets
-        else:
-            size, buckets = sum(chunk.length for chunk in plan.chunks), self.mixed_buckets
-        bucket = next(b for b in buckets if b >= size)
+        bucket = self._blueprint.bucket_of(plan)
         if (plan.kind, bucket) not in self._programs:
             self._programs[plan.kind, bucket] = self._compile_lowered(self._lower(plan.kind, bucket))
             self.num_compilations += 1
@@ -257,32 +190,19 @@ class Executor:
             counts_of(request, vocab_size),
         )
 
-    def _masks_without_any(self) -> npt.NDArray[np.uint32]:
-        words = mask_words(self._model.config.vocab_size)
-        return np.full((self._options.max_concurrent_decodes, words), 0xFFFFFFFF, np.uint32)
-
     def _masks(self, plan: StepPlan) -> Any:
         """What each row's next token may be. The tokens before it are known where there is a mask."""
         masked = [c.request for c in plan.chunks if c.num_outputs and c.request.masks]
         if not masked:
             return self._no_masks
-        masks = self._masks_without_any()
+        masks = self._blueprint.masks_without_any()
         for request in masked:
             for mask in request.masks:
                 mask.restrict(masks[request.row])
         return masks
 
     def _inputs(self, plan: StepPlan, bucket: int) -> StepInputs:
-        # In a mixed step no sequence has less than a token.
-        max_seqs = min(self._options.max_concurrent_decodes, bucket)
-        return step_inputs(plan, bucket, self._rows, max_seqs=max_seqs)
-
-
-def _shardings(params: Params) -> Params:
-    def sharding(weight: jax.Array) -> Sharding:
-        return weight.sharding
-
-    return jax.tree.map(sharding, params)
+        return self._blueprint.inputs(plan, bucket, self._rows)
 
 
 def _return_freed_memory() -> None:

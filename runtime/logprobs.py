@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .leaf import Leaf
 from .sampling import in_blocks
 from .token_logprobs import MAX_LOGPROBS, TokenLogprobs
+from .vocabulary import WHOLE, VocabularyPart
 
 SCORED_TOGETHER = 64  # tokens of prompts whose logits are held at a time
 
@@ -64,40 +65,62 @@ def no_logprobs(*positions: int) -> LogprobArrays:
 
 
 def logprobs_of(
-    logits: Float[Array, "n vocab"], tokens: Int[Array, " n"], wanted: Bool[Array, " n"]
+    logits: Float[Array, "n part_size"],
+    tokens: Int[Array, " n"],
+    wanted: Bool[Array, " n"],
+    part: VocabularyPart = WHOLE,
 ) -> LogprobArrays:
     """Of the tokens that were chosen from these logits; zeros if no row wants them."""
 
     return cast(
         LogprobArrays,
-        lax.cond(wanted.any(), lambda: all_logprobs(logits, tokens), lambda: no_logprobs(logits.shape[0])),
+        lax.cond(
+            wanted.any(), lambda: all_logprobs(logits, tokens, part), lambda: no_logprobs(logits.shape[0])
+        ),
     )
 
 
-def all_logprobs(logits: Float[Array, "n vocab"], tokens: Int[Array, " n"]) -> LogprobArrays:
-    """Of tokens, and the likeliest ones beside them, under the distributions that these logits are of."""
-    n, vocab = logits.shape
+def all_logprobs(
+    logits: Float[Array, "n part_size"], tokens: Int[Array, " n"], part: VocabularyPart = WHOLE
+) -> LogprobArrays:
+    """Of tokens, and the likeliest ones beside them, under the distributions that these logits are of.
+
+    Args:
+        logits: of this device's part of the vocabulary.
+        tokens: any of the vocabulary.
+        part: which part that is.
+    """
     blocks = in_blocks(logits)
     maxima = blocks.max(-1)
-    peak = maxima.max(-1)
-    total = peak + jnp.log(jnp.exp(blocks - peak[:, None, None]).sum((1, 2)))
-    # The k likeliest tokens lie in the k blocks with the largest maxima.
-    num_blocks, width = blocks.shape[1:]
-    count = min(MAX_LOGPROBS, num_blocks)
-    # lowest block first, so that of equal logits the lower id comes first
-    chosen_blocks = jnp.sort(lax.top_k(maxima, count)[1], -1)
-    candidates = jnp.take_along_axis(blocks, chosen_blocks[:, :, None], 1).reshape(n, -1)
-    most = min(MAX_LOGPROBS, candidates.shape[1])
-    values, places = lax.top_k(candidates, most)
-    ids = jnp.take_along_axis(chosen_blocks, places // width, 1) * width + places % width
-    if most < MAX_LOGPROBS:
-        missing = ((0, 0), (0, MAX_LOGPROBS - most))
+    peak = part.max(maxima.max(-1))
+    total = peak + jnp.log(part.sum(jnp.exp(blocks - peak[:, None, None]).sum((1, 2))))
+    values, ids = _likeliest(blocks, maxima)
+    ids += part.first(logits.shape[1])
+    if part.axes:  # of all parts' likeliest; in order of parts, so that again the lower id comes first
+        values, ids = (jnp.concatenate(list(part.of_each(each)), 1) for each in (values, ids))
+        values, places = lax.top_k(values, min(MAX_LOGPROBS, values.shape[1]))
+        ids = jnp.take_along_axis(ids, places, 1)
+    if values.shape[1] < MAX_LOGPROBS:
+        missing = ((0, 0), (0, MAX_LOGPROBS - values.shape[1]))
         values = jnp.pad(values, missing, constant_values=-jnp.inf)
-        ids = jnp.pad(ids, missing, constant_values=vocab)
-    at_token = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], 1)
+        ids = jnp.pad(ids, missing, constant_values=logits.shape[1])
+    at_token = part.at(logits, jnp.maximum(tokens, 0))
     return LogprobArrays(
-        at_token[:, 0] - total,
-        1 + (logits > at_token).sum(-1).astype(jnp.int32),
+        at_token - total,
+        1 + part.sum((logits > at_token[:, None]).sum(-1).astype(jnp.int32)),
         ids.astype(jnp.int32),
         values - total[:, None],
     )
+
+
+def _likeliest(
+    blocks: Float[Array, "n blocks block"], maxima: Float[Array, "n blocks"]
+) -> tuple[Float[Array, "n most"], Int[Array, "n most"]]:
+    """Logits and places of the likeliest tokens: they lie in the blocks with the largest maxima."""
+    n, num_blocks, width = blocks.shape
+    count = min(MAX_LOGPROBS, num_blocks)
+    # lowest block first, so that of equal logits the lower id comes first
+    chosen = jnp.sort(lax.top_k(maxima, count)[1], -1)
+    candidates = jnp.take_along_axis(blocks, chosen[:, :, None], 1).reshape(n, -1)
+    values, places = lax.top_k(candidates, min(MAX_LOGPROBS, candidates.shape[1]))
+    return values, jnp.take_along_axis(chosen, places // width, 1) * width + places % width

@@ -124,6 +124,7 @@ def options_for(
             page_size=page_size,
             memory_utilization=share,
             max_useful_pages=rows * -(-max_length // page_size) * (2 if caches_prefixes else 1),
+            num_rows=rows,
         ),
     )
 
@@ -133,6 +134,12 @@ def _check_model(model: Any) -> Model:
         raise TypeError(f"model={str(model)!r}: must be a Model; load it first with load_model(...)")  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(model, Model):
         raise TypeError(f"model={model!r}: must be a Model, from load_model or random_model")
+    replicas = model.layout.size("pages")
+    if replicas > 1:
+        raise NotImplementedError(
+            f"model: its mesh has {replicas} devices along batch_axis={model.partition_axis.batch_axis!r}, "
+            "and an engine does not spread its batch over replicas yet; use 1 there, and more along another axis"
+        )
     for name in ("attention", "decode_attention"):
         if getattr(model.config, name) == "reference":
             raise ValueError(

@@ -5,6 +5,9 @@ two stages (the best block, then the best in it), the thresholds of top_k and to
 is drawn by inverting the cumulative distribution, first over blocks and then inside one. On a CPU it takes a
 hundredth of the time of a sort. Thresholds are looked for among the blocks with the largest maxima first,
 which hold all the answer in the common case. What no row asks for runs zero times.
+
+Where devices have a part of the vocabulary each, all this is of the part, and what is compared are sums and
+maxima over all parts.
 """
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
@@ -21,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from .leaf import Leaf
+from .vocabulary import WHOLE, VocabularyPart
 
 BLOCK = 128  # tokens
 CANDIDATE_BLOCKS = 64
@@ -55,54 +59,83 @@ class SamplingInputs:
     banned_before: Leaf
 
 
-def sample(logits: Float[Array, "rows vocab"], inputs: SamplingInputs) -> Int[Array, " rows"]:
+def sample(
+    logits: Float[Array, "rows part"], inputs: SamplingInputs, part: VocabularyPart = WHOLE
+) -> Int[Array, " rows"]:
     """The next token of each row, int32; -1 where no token is allowed (all logits are -inf).
 
     A row's token depends on its own logits and inputs only. `min_p` cuts first, then `top_k`, then `top_p`,
     of what the ones before have left, at the given temperature; ties at a threshold are kept.
+
+    Args:
+        logits: of this device's part of the vocabulary.
+        inputs: how each row is sampled.
+        part: which part that is.
     """
-    rows, vocab = logits.shape
+    rows, size = logits.shape
     allowed = (inputs.banned < 0) | (inputs.position >= inputs.banned_before)[:, None]
-    banned = jnp.where(allowed, vocab, inputs.banned)
+    banned = part.places(jnp.where(allowed, -1, inputs.banned), size)
     logits = logits.at[jnp.arange(rows)[:, None], banned].set(-jnp.inf, mode="drop")
     blocks = in_blocks(logits)
     maxima = blocks.max(-1)
     best = jnp.argmax(maxima, -1).astype(jnp.int32)
     likeliest = best * BLOCK + jnp.argmax(_take_block(blocks, best), -1).astype(jnp.int32)
+    highest = maxima.max(-1)
+    peak = part.max(highest)
+    if part.axes:  # of equal ones the first, as in one part
+        first = part.first(size)
+        likeliest = part.min(jnp.where(highest == peak, first + likeliest, jnp.iinfo(jnp.int32).max))
     drawn = cast(
         Array,
         lax.cond(
             jnp.any(inputs.temperature > 0),
-            lambda: _draw_token(blocks, maxima, inputs),
+            lambda: _draw_token(blocks, maxima, peak, inputs, part, size),
             lambda: likeliest,
         ),
     )
     tokens = jnp.where(inputs.temperature > 0, drawn, likeliest)
-    return jnp.where(maxima.max(-1) > -jnp.inf, tokens, -1)
+    return jnp.where(peak > -jnp.inf, tokens, -1)
 
 
 def _draw_token(
-    blocks: Blocks, maxima: Float[Array, "rows blocks"], inputs: SamplingInputs
+    blocks: Blocks,
+    maxima: Float[Array, "rows blocks"],
+    peak: Rows,
+    inputs: SamplingInputs,
+    part: VocabularyPart,
+    size: int,
 ) -> Int[Array, " rows"]:
     """A token drawn from what min_p, top_k and top_p leave of each row's distribution."""
     uniform = jax.vmap(_uniform)(inputs.seed, inputs.position)
     temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
-    peak = maxima.max(-1)
 
-    def weigh(logits: Array) -> Array:
-        """exp of logits [rows, ...] relative to the row's peak; 0 where min_p cuts."""
+    def weigh(distances: Array) -> Array:
+        """Weights [rows, ...] of logits so far below the row's peak."""
+        shape = (-1,) + (1,) * (distances.ndim - 1)
+        weights = jnp.exp(-distances / temperature.reshape(shape))
+        return jnp.where(distances < jnp.inf, weights, 0.0)  # inf over a huge temperature may be NaN
+
+    def measure(logits: Array) -> Array:
+        """How far logits [rows, ...] lie below the row's peak; inf where min_p cuts."""
         shape = (-1,) + (1,) * (logits.ndim - 1)
-        weights = jnp.exp((logits - peak.reshape(shape)) / temperature.reshape(shape))
-        return jnp.where(weights >= inputs.min_p.reshape(shape), weights, 0.0)
+        distances = jnp.where(logits > -jnp.inf, peak.reshape(shape) - logits, jnp.inf)
+        return jnp.where(weigh(distances) >= inputs.min_p.reshape(shape), distances, jnp.inf)
 
-    floor = _floor(blocks, maxima, weigh, inputs)
+    reach = _reach(blocks, maxima, measure, weigh, inputs, part)
 
-    def cut(weights: Array) -> Array:
-        return jnp.where(weights >= floor.reshape((-1,) + (1,) * (weights.ndim - 1)), weights, 0.0)
+    def weights_of(logits: Array) -> Array:
+        distances = measure(logits)
+        within = distances <= reach.reshape((-1,) + (1,) * (logits.ndim - 1))
+        return jnp.where(within, weigh(distances), 0.0)
 
-    block, rest = _invert(cut(weigh(blocks)).sum(-1), uniform)
-    inside, _ = _invert(cut(weigh(_take_block(blocks, block))), rest)
-    return block * BLOCK + inside
+    by_block = weights_of(blocks).sum(-1)
+    chosen = jnp.zeros(peak.shape, jnp.int32)
+    if part.axes:
+        chosen, uniform = _invert(part.of_each(by_block.sum(-1)).T, uniform)
+    block, rest = _invert(by_block, uniform)
+    inside, _ = _invert(weights_of(_take_block(blocks, block)), rest)
+    token = part.first(size) + block * BLOCK + inside
+    return part.sum(jnp.where(chosen == part.number(), token, 0)) if part.axes else token
 
 
 def _uniform(seed: UInt[Array, " 2"], position: Int[Array, ""]) -> Float[Array, ""]:
@@ -111,78 +144,96 @@ def _uniform(seed: UInt[Array, " 2"], position: Int[Array, ""]) -> Float[Array, 
     return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
 
 
-def _floor(
+def _reach(
     blocks: Blocks,
     maxima: Float[Array, "rows blocks"],
+    measure: Callable[[Array], Array],
     weigh: Callable[[Array], Array],
     inputs: SamplingInputs,
+    part: VocabularyPart,
 ) -> Rows:
-    """The smallest weight that top_k and top_p keep, per row; 0 where neither is on."""
+    """The distance from the peak up to which top_k and top_p keep tokens, per row; inf where neither is on.
+
+    A distance and no weight: an exponential that is computed twice may differ in its last bit, and the token
+    at the threshold would be lost.
+    """
     rows, num_blocks, _ = blocks.shape
     limited = (inputs.temperature > 0) & ((inputs.top_k > 0) | (inputs.top_p < 1))
 
-    def all_weights(step: Array) -> Array:
+    def all_distances(step: Array) -> Array:
         # Tied to the loop's step, so that XLA does not hoist the exponentials out of a loop of no steps.
-        return weigh(blocks + step.astype(jnp.float32) * 0.0)
+        return measure(blocks + step.astype(jnp.float32) * 0.0)
 
-    total = _run_if(limited.any(), lambda step: all_weights(step).sum((1, 2)), jnp.zeros(rows, jnp.float32))
-    # Every weight at or above the smallest chosen block maximum lies in the chosen blocks.
+    def mass(weights: Array) -> Rows:
+        return part.sum(weights.sum((1, 2)))
+
+    total = _run_if(
+        limited.any(), lambda step: mass(weigh(all_distances(step))), jnp.zeros(rows, jnp.float32)
+    )
+    # Every logit at or above the smallest chosen block maximum lies in the chosen blocks.
     count = min(CANDIDATE_BLOCKS, num_blocks)
     edges, chosen = lax.top_k(maxima, count)
     first = jnp.arange(rows, dtype=jnp.int32)[:, None] * num_blocks
-    candidates = weigh(blocks.reshape(-1, BLOCK).at[first + chosen].get(mode="promise_in_bounds"))
-    edge = weigh(edges[:, -1:])[:, :, None]
-    inside = jnp.where(candidates >= edge, candidates, 0.0).sum((1, 2))
+    candidates = measure(blocks.reshape(-1, BLOCK).at[first + chosen].get(mode="promise_in_bounds"))
+    edge = part.min(measure(edges[:, -1:]))[:, :, None]
+    inside = mass(jnp.where(candidates <= edge, weigh(candidates), 0.0))
     # float32 sums of a vocabulary are good to about 1e-6; when in doubt, look everywhere
     enough_mass = inside >= inputs.top_p * total * (1 + 1e-5)
     enough = jnp.where(inputs.top_k > 0, inputs.top_k <= count, enough_mass) | (count == num_blocks)
-    return jnp.maximum(
-        _threshold(lambda _: candidates, total, inputs, limited & enough),
-        _threshold(all_weights, total, inputs, limited & ~enough),
+    return jnp.minimum(
+        _threshold(lambda _: candidates, weigh, total, inputs, limited & enough, part),
+        _threshold(all_distances, weigh, total, inputs, limited & ~enough, part),
     )
 
 
 def _threshold(
-    weights: Callable[[Array], Array], total: Rows, inputs: SamplingInputs, needed: Bool[Array, " rows"]
+    distances: Callable[[Array], Array],
+    weigh: Callable[[Array], Array],
+    total: Rows,
+    inputs: SamplingInputs,
+    needed: Bool[Array, " rows"],
+    part: VocabularyPart,
 ) -> Rows:
-    """The smallest weight kept: of the top_k largest, the fewest that reach top_p; 0 where not needed.
+    """The largest distance kept: of the top_k nearest, the fewest that reach top_p; inf where not needed.
 
-    `weights(step)` gives the weights [rows, blocks, block]; `total` is their sum over the whole vocabulary.
+    `distances(step)` gives this part's [rows, blocks, block], `weigh` their weights; `total` is the weight of
+    all tokens of all parts.
     """
 
-    def count_from(threshold: Rows, step: Array) -> Rows:
-        return jnp.where(weights(step) >= threshold[:, None, None], 1.0, 0.0).sum((1, 2))
+    def count_to(reach: Rows, step: Array) -> Rows:
+        return part.sum(jnp.where(distances(step) <= reach[:, None, None], 1.0, 0.0).sum((1, 2)))
 
-    def mass_from(threshold: Rows, step: Array) -> Rows:
-        values = weights(step)
-        return jnp.where(values >= threshold[:, None, None], values, 0.0).sum((1, 2))
+    def mass_to(reach: Rows, step: Array) -> Rows:
+        values = distances(step)
+        return part.sum(jnp.where(values <= reach[:, None, None], weigh(values), 0.0).sum((1, 2)))
 
     by_k, by_p = needed & (inputs.top_k > 0), needed & (inputs.top_p < 1)
     top_k = inputs.top_k.astype(jnp.float32)
-    from_k = _largest(lambda threshold, step: count_from(threshold, step) >= top_k, by_k)
-    kept = jnp.where(by_k, _run_if(by_k.any(), lambda step: mass_from(from_k, step), total), total)
-    from_p = _largest(lambda threshold, step: mass_from(threshold, step) >= inputs.top_p * kept, by_p)
-    return jnp.maximum(from_k, from_p)
+    to_k = _smallest(lambda reach, step: count_to(reach, step) >= top_k, by_k)
+    kept = jnp.where(by_k, _run_if(by_k.any(), lambda step: mass_to(to_k, step), total), total)
+    to_p = _smallest(lambda reach, step: mass_to(reach, step) >= inputs.top_p * kept, by_p)
+    return jnp.minimum(to_k, to_p)
 
 
-def _largest(holds: Callable[[Rows, Array], Array], needed: Array) -> Rows:
-    """The largest weight in [0, 1] for which `holds(weight, step)`, by bisection over its bits.
+def _smallest(holds: Callable[[Rows, Array], Array], needed: Array) -> Rows:
+    """The smallest distance for which `holds(distance, step)`, by bisection over its bits.
 
-    0 where not needed.
+    inf where it holds for no number, or is not needed.
     """
 
     def halve(step: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
-        middle = low + (high - low + 1) // 2
+        middle = low + (high - low) // 2
         good = holds(lax.bitcast_convert_type(middle, jnp.float32), step)
-        return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
+        return jnp.where(good, low, middle + 1), jnp.where(good, middle, high)
 
-    one = lax.bitcast_convert_type(jnp.ones(needed.shape, jnp.float32), jnp.int32)
+    infinite = lax.bitcast_convert_type(jnp.full(needed.shape, jnp.inf, jnp.float32), jnp.int32)
     # A loop of no steps instead of a lax.cond: XLA's CPU backend takes milliseconds for a conditional here.
-    # 30 steps, for the bits of 1.0 are below 2**30.
-    steps = jnp.where(needed.any(), 30, 0)
-    low, _ = cast(tuple[Array, Array], lax.fori_loop(0, steps, halve, (jnp.zeros_like(one), one)))
-    return jnp.where(needed, lax.bitcast_convert_type(low, jnp.float32), 0.0)
+    # 31 steps, for the bits of inf are below 2**31.
+    steps = jnp.where(needed.any(), 31, 0)
+    bounds = (jnp.zeros_like(infinite), infinite)
+    _, high = cast(tuple[Array, Array], lax.fori_loop(0, steps, halve, bounds))
+    return jnp.where(needed, lax.bitcast_convert_type(high, jnp.float32), jnp.inf)
 
 
 def _run_if(condition: Array, compute: Callable[[Array], Array], otherwise: Array) -> Array:

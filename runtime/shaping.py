@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from .leaf import Leaf
+from .vocabulary import WHOLE, VocabularyPart
 
 WORD = 32  # tokens in a word of a mask
 IN_PROMPT, GENERATED = 1, 2  # what one occurrence of a token adds to its count: a flag, and a number above it
@@ -34,7 +36,8 @@ def mask_words(vocab_size: int) -> int:
 class RowState:
     """What the device remembers of each row of the batch.
 
-    Bias and counts of a row mean something only if its request uses them.
+    Bias and counts of a row mean something only if its request uses them. Where devices have a part of the
+    vocabulary each, they have that part of these.
 
     Attributes:
         last_tokens: [num_rows] int32, the token that was chosen last, the next one's input.
@@ -83,24 +86,30 @@ def with_row(
 
 
 def with_tokens(
-    state: RowState, rows: Int[Array, " n"], tokens: Int[Array, " n"], which: Bool[Array, " n"]
+    state: RowState,
+    rows: Int[Array, " n"],
+    tokens: Int[Array, " n"],
+    which: Bool[Array, " n"],
+    part: VocabularyPart = WHOLE,
 ) -> RowState:
     """The state after some of the sequences got another token; -1 is none."""
     row = jnp.where(which & (tokens >= 0), rows, state.counts.shape[0])
+    places = part.places(tokens, state.counts.shape[1])
     return replace(
         state,
         last_tokens=state.last_tokens.at[row].set(tokens, mode="drop"),
-        counts=state.counts.at[row, tokens].add(GENERATED, mode="drop"),
+        counts=state.counts.at[row, places].add(GENERATED, mode="drop"),
     )
 
 
 def shape_logits(
-    logits: Float[Array, "n vocab"],
+    logits: Float[Array, "n part_size"],
     inputs: ShapingInputs,
     rows: Int[Array, " n"],
     state: RowState,
     masks: UInt[Array, "num_rows words"],
-) -> Float[Array, "n vocab"]:
+    part: VocabularyPart = WHOLE,
+) -> Float[Array, "n part_size"]:
     """The logits that tokens are chosen from.
 
     Biases are added and what is masked becomes -inf; then a token that occurs in prompt or output has its
@@ -108,11 +117,12 @@ def shape_logits(
     4.1), and one that was generated c times, c > 0, loses c * frequency + presence. As in vLLM.
 
     Args:
-        logits: the model's.
+        logits: the model's, of this device's part of the vocabulary.
         inputs: of each sequence.
         rows: the sequences' rows of the batch; one beyond the last is padding.
         state: of the rows.
-        masks: a bit per token, the lowest first; 0 forbids it.
+        masks: a bit per token of the whole vocabulary, the lowest first; 0 forbids it.
+        part: which part of the vocabulary.
     """
     biased = jnp.where(inputs.biased[:, None], logits + state.bias.at[rows].get(mode="clip"), logits)
     counts = state.counts.at[rows].get(mode="clip")
@@ -122,6 +132,20 @@ def shape_logits(
     shaped -= inputs.frequency[:, None] * generated.astype(jnp.float32)
     shaped -= jnp.where(generated > 0, inputs.presence[:, None], 0.0)
     words = jnp.where(inputs.masked[:, None], masks.at[rows].get(mode="clip"), jnp.uint32(0xFFFFFFFF))
+    return jnp.where(_allowed(words, logits.shape[1], part), shaped, -jnp.inf)
+
+
+def _allowed(words: UInt[Array, "n words"], size: int, part: VocabularyPart) -> Bool[Array, "n part_size"]:
+    """The bits of a part of `size` tokens, which may begin and end within a word."""
+    first = part.first(size)
+    if part.axes:
+        # as many words as hold a part wherever it begins; one more behind the last, so that all are there
+        padded = jnp.pad(words, ((0, 0), (0, 1)))
+        words = lax.dynamic_slice_in_dim(
+            padded, first // WORD, min((size - 1) // WORD + 2, padded.shape[1]), 1
+        )
     bits = (words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None]) & 1
-    allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] > 0
-    return jnp.where(allowed, shaped, -jnp.inf)
+    bits = bits.reshape(bits.shape[0], -1)
+    if part.axes:
+        return lax.dynamic_slice_in_dim(bits, first % WORD, size, 1) > 0
+    return bits[:, :size] > 0

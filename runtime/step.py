@@ -1,7 +1,7 @@
 """What one step is: the function that is compiled.
 
 A step's tokens stay on the device, one per row of the batch, and are the next step's input; the host only
-reads copies of them.
+reads copies of them. On several devices each chooses among the tokens whose logits it has, and they agree.
 """
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
@@ -15,15 +15,17 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from ..kernels import KVPages
-from ..model import Batch, Params, Qwen3Config, forward, hidden_states, logits
+from ..model import Batch, Layout, Params, Qwen3Config, forward, hidden_states, logits
 from .leaf import Leaf
 from .logprobs import SCORED_TOGETHER, LogprobArrays, all_logprobs, logprobs_of, no_logprobs
 from .sampling import sample
 from .shaping import RowState, shape_logits, with_tokens
 from .step_inputs import StepInputs
+from .vocabulary import VocabularyPart
 
 
 @jax.tree_util.register_dataclass
@@ -56,19 +58,20 @@ def step(
     *,
     config: Qwen3Config,
     decode_steps: int,
+    layout: Layout,
 ) -> tuple[StepOutput, tuple[KVPages, ...], RowState]:
     """One mixed step, or some decode steps: what is chosen, and cache and rows after it."""
     page_size = kv_pages[0].page_size
     if inputs.samples is not None:
         batch = _mixed_batch(inputs, row_state.last_tokens, page_size)
         assert batch.logit_rows is not None
-        x, kv_pages = hidden_states(params, config, batch, kv_pages)
-        row_logits = logits(params, config, x[batch.logit_rows])
+        x, kv_pages = hidden_states(params, config, batch, kv_pages, layout=layout)
+        row_logits = logits(params, config, x[batch.logit_rows], layout=layout)
         ends = jnp.asarray(inputs.kv_lens)
         tokens, logprobs, row_state = _choose(
-            row_logits, inputs, ends, jnp.asarray(inputs.samples), row_state, masks
+            row_logits, inputs, ends, jnp.asarray(inputs.samples), row_state, masks, layout
         )
-        scores = _scores(partial(logits, params, config), x, inputs)
+        scores = _scores(partial(logits, params, config, layout=layout), x, inputs, layout)
         return replace(_one_step(tokens, logprobs), scores=scores), kv_pages, row_state
 
     assert inputs.ends is not None
@@ -79,8 +82,8 @@ def step(
         kv_lens = jnp.minimum(inputs.kv_lens + j, ends)
         runs = (kv_lens == inputs.kv_lens + j) & (kv_lens > 0)
         batch = _decode_batch(inputs, kv_lens, runs, row_state.last_tokens, page_size)
-        row_logits, kv_pages = forward(params, config, batch, kv_pages)
-        tokens, logprobs, row_state = _choose(row_logits, inputs, kv_lens, runs, row_state, masks)
+        row_logits, kv_pages = forward(params, config, batch, kv_pages, layout=layout)
+        tokens, logprobs, row_state = _choose(row_logits, inputs, kv_lens, runs, row_state, masks, layout)
         return (tokens, logprobs), kv_pages, row_state
 
     if decode_steps == 1:
@@ -121,27 +124,61 @@ def _choose(
     which: Bool[Array, " n"],
     row_state: RowState,
     masks: UInt[Array, "num_rows words"],
+    layout: Layout,
 ) -> tuple[Int[Array, " n"], LogprobArrays, RowState]:
     """The next token of each sequence; those that count are remembered."""
-    rows = jnp.asarray(inputs.rows)
-    shaped = shape_logits(row_logits, inputs.shaping, rows, row_state, masks)
-    tokens = sample(shaped, replace(inputs.sampling, position=positions))
-    logprobs = logprobs_of(row_logits, tokens, jnp.asarray(inputs.wants_logprobs))
-    return tokens, logprobs, with_tokens(row_state, rows, tokens, which)
+    part = _part_of(layout)
+
+    def choose(
+        row_logits: Array,
+        inputs: StepInputs,
+        positions: Array,
+        which: Array,
+        row_state: RowState,
+        masks: Array,
+    ) -> tuple[Array, LogprobArrays, RowState]:
+        rows = jnp.asarray(inputs.rows)
+        shaped = shape_logits(row_logits, inputs.shaping, rows, row_state, masks, part)
+        tokens = sample(shaped, replace(inputs.sampling, position=positions), part)
+        logprobs = logprobs_of(row_logits, tokens, jnp.asarray(inputs.wants_logprobs), part)
+        return tokens, logprobs, with_tokens(row_state, rows, tokens, which, part)
+
+    of_rows, same = row_state_specs(layout), PartitionSpec()
+    mapped = layout.shard_map(
+        choose, (layout.spec(None, "vocab"), same, same, same, of_rows, same), (same, same, of_rows)
+    )
+    return mapped(row_logits, inputs, positions, which, row_state, masks)
 
 
-def _scores(score: Any, x: Float[Array, "num_tokens hidden"], inputs: StepInputs) -> LogprobArrays:
+def _part_of(layout: Layout) -> VocabularyPart:
+    return VocabularyPart(layout.mesh_axes("vocab") if layout.size("vocab") > 1 else ())
+
+
+def row_state_specs(layout: Layout) -> RowState:
+    """How what is remembered of the rows is split, a `PartitionSpec` in the place of each array."""
+    by_token: Any = layout.spec(None, "vocab")
+    no_token: Any = layout.spec(None)
+    return RowState(last_tokens=no_token, bias=by_token, counts=by_token)
+
+
+def _scores(
+    score: Any, x: Float[Array, "num_tokens hidden"], inputs: StepInputs, layout: Layout
+) -> LogprobArrays:
     """Log-probabilities of given tokens behind others, as many at a time as `SCORED_TOGETHER`."""
     assert inputs.scored is not None
     assert inputs.targets is not None
     assert inputs.num_scored is not None
     scored, targets = jnp.asarray(inputs.scored), jnp.asarray(inputs.targets)
+    part = _part_of(layout)
+    logprobs = layout.shard_map(
+        partial(all_logprobs, part=part), (layout.spec(None, "vocab"), PartitionSpec()), PartitionSpec()
+    )
 
     def put(i: Array, scores: LogprobArrays) -> LogprobArrays:
         start = i * SCORED_TOGETHER
         which = lax.dynamic_slice_in_dim(scored, start, SCORED_TOGETHER)
         following = lax.dynamic_slice_in_dim(targets, start, SCORED_TOGETHER)
-        some = all_logprobs(score(x[which]), following)
+        some = logprobs(score(x[which]), following)
         return _put(scores, some, start, SCORED_TOGETHER)
 
     count = -(-jnp.asarray(inputs.num_scored)[0] // SCORED_TOGETHER)

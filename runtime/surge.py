@@ -121,6 +121,7 @@ class vSurge(LifeCycle):
 
         Raises:
             ValueError, TypeError: an option out of range.
+            NotImplementedError: a model whose mesh has replicas (more than one device along `batch_axis`).
             OutOfMemory: not even one page fits the device.
         """
         options = options_for(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -182,8 +181,7 @@ class AutoEasyDeLModelForCausalLM:
         folder = find_checkpoint(pretrained_model_name_or_path, revision=revision)
         max_length = _max_length(options, read_config(folder).max_length)
         if not auto_shard_model and tuple(sharding_axis_dims) != TRIVIAL_DIMS:
-            with suppress(NotImplementedError):  # a mesh that nobody uses may well be beyond this version
-                make_mesh(sharding_axis_dims, sharding_axis_names)
+            make_mesh(sharding_axis_dims, sharding_axis_names)  # which cannot be, is refused all the same
             logger.warning(
                 "auto_shard_model=False: the model goes to the first device, not to sharding_axis_dims=%s",
                 tuple(sharding_axis_dims),

@@ -84,7 +84,7 @@ def test_an_append_that_vector_or_scalar_memory_has_no_room_for_is_refused(
 def test_a_cache_has_no_empty_dimension(name: str) -> None:
     sizes = {"num_pages": 4, "page_size": 16, "num_kv_heads": 2, "head_dim": 8} | {name: 0}
     with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
-        empty_kv_pages(**sizes, dtype="float32")
+        empty_kv_pages(**sizes, dtype="float32")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8", "float64", "float8_e5m2"])

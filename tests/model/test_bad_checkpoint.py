@@ -187,15 +187,15 @@ def test_a_bad_checkpoint_is_named_and_leaves_nothing_on_the_device(write, damag
 
 def test_a_load_that_is_interrupted_half_way_leaves_nothing_on_the_device(tmp_path, monkeypatch):
     write_single(tmp_path)
-    to_device, done = checkpoint.to_device, []
+    to_devices, done = checkpoint.to_devices, []
 
     def interrupted(*args: Any) -> jax.Array:
         if len(done) == 7:
             raise KeyboardInterrupt
         done.append(0)
-        return to_device(*args)
+        return to_devices(*args)
 
-    monkeypatch.setattr(checkpoint, "to_device", interrupted)
+    monkeypatch.setattr(checkpoint, "to_devices", interrupted)
     before = len(jax.live_arrays())
     with pytest.raises(KeyboardInterrupt) as caught:
         load_model(tmp_path)

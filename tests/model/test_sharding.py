@@ -1,23 +1,34 @@
-"""Meshes of one device, and clear words where more are asked for."""
+"""Meshes, what lies where on them, and clear words where a model cannot be split so."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vsurge.kernels import empty_kv_pages
-from vsurge.model import Experts, PartitionAxis, Qwen3Config, make_mesh, random_model
+from vsurge.model import Experts, PartitionAxis, Qwen3Config, layout_of, make_mesh, random_model
 from vsurge.model.params import param_specs
-from vsurge.model.sharding import cache_sharding, named_sharding
 
 SMALL = Qwen3Config(40, 16, 24, 2, 4, 2, 8)
 ONE = jax.devices()[:1]
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    """As much of a device as a mesh looks at."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "fake"
+
+
 FOUR = jax.devices()[:1] * 4  # stand-ins: a mesh of them is never built
 
 
@@ -30,28 +41,51 @@ def test_one_device_makes_a_mesh_of_five_axes(dims):
 def test_axes_may_have_other_names():
     mesh = make_mesh(axis_names=("a", "b", "c", "d", "e"), devices=ONE)
     assert mesh.axis_names == ("a", "b", "c", "d", "e")
-    assert named_sharding(
-        mesh, ("q_heads", "hidden"), PartitionAxis("d", "d", "d", "d", "b", "c", "e", "a")
-    ).spec == (PartitionSpec("d", "b"))
+    named = PartitionAxis("d", "d", "d", "d", "b", "c", "e", "a")
+    assert layout_of(SMALL, mesh, named).spec("q_heads", "hidden") == PartitionSpec("d", "b")
     with pytest.raises(ValueError, match=r"vocab_axis='tp'.*'a'"):
-        named_sharding(mesh, ("vocab",), PartitionAxis())
+        layout_of(SMALL, mesh, PartitionAxis())
 
 
 @pytest.mark.parametrize(
-    ("dims", "axis"),
+    ("dims", "shape", "parts"),
     [
-        ((1, 1, 1, -1, 1), "'tp'"),
-        ((1, 2, 1, 1, 1), "'fsdp'"),
-        ((2, 1, -1, 1, 1), "'dp'"),
-        ((1, 1, 1, 1, 4), "'sp'"),
-        ((1, 1, 2, 1, 1), "'ep'"),
+        ((1, 1, 1, 2, 1), {"tp": 2}, {"kv_heads": 2, "q_heads": 2, "vocab": 2, "mlp": 2, "hidden": 1}),
+        ((1, 2, 1, 2, 2), {"fsdp": 2, "tp": 2, "sp": 2}, {"hidden": 2, "kv_heads": 2, "tokens": 2}),
+        ((1, 1, 1, 4, 1), {"tp": 2, "tp_copies": 2}, {"kv_heads": 2, "q_heads": 4, "vocab": 4, "mlp": 4}),
+        ((2, 1, 2, 1, 1), {"dp": 2, "ep": 2}, {"pages": 2, "rows": 2, "experts": 2, "kv_heads": 1}),
     ],
 )
-def test_more_than_one_device_is_refused_by_axis(dims, axis):
-    with pytest.raises(
-        NotImplementedError, match=rf"devices along {axis}.*not supported yet.*\(1, 1, 1, 1, 1\)"
-    ):
-        make_mesh(dims, devices=FOUR)
+def test_a_layout_says_in_how_many_parts_everything_is_split(dims, shape, parts):
+    devices = [FakeDevice(i) for i in range(math.prod(dims))]
+    layout = layout_of(SMALL, make_mesh(dims, devices=devices), PartitionAxis())
+    assert {name: size for name, size in layout.mesh.shape.items() if size > 1} == shape
+    assert {axis: layout.size(axis) for axis in parts} == parts
+    assert list(layout.mesh.devices.flat) == devices  # a copy of a KV head lies next to the head
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "message"),
+    [
+        ({"vocab_size": 41}, 2, r"vocab_size=41: cannot be split evenly over 2 devices \(vocab_axis='tp'\)"),
+        ({"intermediate_size": 25}, 2, "intermediate_size=25: .* over 2 devices"),
+        ({"num_q_heads": 6, "num_kv_heads": 3}, 4, "num_q_heads=6: .* over 4 devices"),
+        (
+            {"num_q_heads": 12, "num_kv_heads": 3, "intermediate_size": 24}, 4,
+            "num_kv_heads=3: must be a multiple of the 4 devices along key_value_head_axis='tp', or divide",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_split_evenly_is_refused_with_both_numbers(changes, tp, message):
+    mesh = make_mesh((1, 1, 1, tp, 1), devices=[FakeDevice(i) for i in range(tp)])
+    with pytest.raises(ValueError, match=message):
+        layout_of(replace(SMALL, **changes), mesh, PartitionAxis())
+
+
+def test_query_heads_and_their_kv_heads_must_be_split_alike():
+    mesh = make_mesh((1, 1, 1, 2, 1), devices=[FakeDevice(i) for i in range(2)])
+    with pytest.raises(ValueError, match=r"key_value_head_axis=None, head_axis='tp': must be the same axis"):
+        layout_of(SMALL, mesh, PartitionAxis(key_value_head_axis=None))
 
 
 def test_without_a_minus_one_a_machine_of_four_devices_lends_one():
@@ -81,8 +115,9 @@ def test_names_must_be_five_different_ones(names):
 
 
 def test_one_axis_cannot_split_two_dimensions_of_an_array():
+    layout = layout_of(SMALL, make_mesh(devices=ONE), PartitionAxis(hidden_state_axis="tp"))
     with pytest.raises(ValueError, match=r"hidden_state_axis='tp'.*\['tp', 'tp'\]"):
-        named_sharding(make_mesh(devices=ONE), ("mlp", "hidden"), PartitionAxis(hidden_state_axis="tp"))
+        layout.spec("mlp", "hidden")
 
 
 def test_weights_are_described_by_the_mapping():
@@ -109,14 +144,14 @@ def test_the_cache_is_described_by_the_same_mapping():
     assert empty_kv_pages(7, 16, 3, 8, "bfloat16").axes.keys() == {"data"}
     for axis in ("tp", "sp", None):
         axes = PartitionAxis(key_value_head_axis=axis)
-        placed = jax.device_put(kv_pages, cache_sharding(mesh, kv_pages, axes))
-        assert placed.data.sharding == NamedSharding(mesh, PartitionSpec(None, None, axis, None, None))
+        layout = layout_of(SMALL, mesh, axes)
+        placed = jax.device_put(kv_pages, layout.cache_sharding(kv_pages))
+        assert placed.data.sharding == NamedSharding(mesh, PartitionSpec("dp", None, axis, None, None))
         assert placed.scales is not None
-        assert placed.scales.sharding == NamedSharding(mesh, PartitionSpec(None, None, axis, None))
-        weights = named_sharding(mesh, ("kv_heads", "hidden"), axes)
-        assert weights.spec[0] == placed.data.sharding.spec[2]
+        assert placed.scales.sharding == NamedSharding(mesh, PartitionSpec("dp", None, axis, None))
+        assert layout.spec("kv_heads", "hidden")[0] == placed.data.sharding.spec[2]
     with pytest.raises(ValueError, match=r"key_value_head_axis='tensor'.*'tp'"):
-        cache_sharding(mesh, kv_pages, PartitionAxis(key_value_head_axis="tensor"))
+        layout_of(SMALL, mesh, PartitionAxis(key_value_head_axis="tensor"))
 
 
 def test_every_axis_of_weights_and_cache_is_in_the_mapping():
@@ -126,14 +161,15 @@ def test_every_axis_of_weights_and_cache_is_in_the_mapping():
     named = {axis for spec in specs for axis in spec.axes} | {
         axis for axes in cache.values() for axis in axes
     }
-    assert named | {"tokens"} == PartitionAxis().mesh_axes().keys()
+    activations = {"tokens", "rows"}
+    assert named | activations == PartitionAxis().mesh_axes().keys()
 
 
 def test_four_real_devices_are_counted_by_minus_one():
     script = (
         "import jax; from vsurge.model import make_mesh\n"
         "assert len(jax.devices()) == 4 and make_mesh().size == 1\n"
-        "make_mesh((1, 1, 1, -1, 1))"
+        "print(make_mesh((1, 1, 1, -1, 1)).shape['tp'])"
     )
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -142,4 +178,4 @@ def test_four_real_devices_are_counted_by_minus_one():
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
-    assert "NotImplementedError: sharding_axis_dims=(1, 1, 1, 4, 1): 4 devices along 'tp'" in done.stderr
+    assert done.stdout == "4\n", done.stderr

@@ -14,7 +14,7 @@ import pytest
 
 from vsurge.model import Model, Qwen3Config, random_model
 from vsurge.runtime import SamplingParams, vSurge
-from vsurge.runtime.executor import MAX_PROGRAMS
+from vsurge.runtime.blueprint import MAX_PROGRAMS
 
 from .scripted import TIMEOUT_S
 

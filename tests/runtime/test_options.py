@@ -14,13 +14,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 from jaxtyping import TypeCheckError
 
-from vsurge.model import Model
+from vsurge.model import Layout, Model, PartitionAxis
+from vsurge.model.sharding import AXIS_NAMES, TRIVIAL_DIMS
 from vsurge.runtime import OutOfMemory, vSurge
+from vsurge.runtime.blueprint import MAX_PROGRAMS, default_buckets
 from vsurge.runtime.cache_size import CPU_CACHE_BYTES, choose_num_pages, page_bytes
-from vsurge.runtime.executor import MAX_PROGRAMS, Executor, default_buckets
+from vsurge.runtime.executor import Executor
 from vsurge.runtime.page_pool import PagePool
+
+
+class FakeDevice(SimpleNamespace):
+    """As much of a device as a mesh looks at; a mesh hashes its devices."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
 
 INTEGERS = (
     "max_concurrent_decodes", "max_concurrent_prefill", "max_prefill_length", "max_batched_tokens",
@@ -176,7 +187,9 @@ def test_the_cache_is_as_large_as_it_can_be_of_use_and_no_larger_than_its_budget
     assert size == 4 * 2 * 2 * 64 * 4 * 128  # layers, keys and values, heads, head_dim, bytes, tokens
 
     def pages(useful: int, page_size: int = 128) -> int:
-        return choose_num_pages(model, page_size=page_size, memory_utilization=0.9, max_useful_pages=useful)
+        return choose_num_pages(
+            model, page_size=page_size, memory_utilization=0.9, max_useful_pages=useful, num_rows=4
+        )
 
     assert pages(12) == 12
     assert pages(10**9) == CPU_CACHE_BYTES // size
@@ -193,15 +206,21 @@ def test_the_cache_is_as_large_as_it_can_be_of_use_and_no_larger_than_its_budget
 @pytest.mark.usefixtures("no_type_checker")  # the stand-in is no Model
 def test_an_accelerators_cache_is_a_share_of_what_the_weights_leave() -> None:
     gib = 1 << 30
-    device = SimpleNamespace(
-        platform="tpu", memory_stats=lambda: {"bytes_limit": 16 * gib, "bytes_in_use": 6 * gib}
+    device = FakeDevice(
+        id=0, platform="gpu", memory_stats=lambda: {"bytes_limit": 16 * gib, "bytes_in_use": 6 * gib}
     )
     for cache_dtype, row_bytes in ((np.dtype(jnp.bfloat16), 2 * 128), (np.dtype(np.int8), 128 + 4)):
-        config = SimpleNamespace(num_layers=2, num_kv_heads=8, head_dim=128, cache_dtype=cache_dtype)
-        mesh = SimpleNamespace(devices=SimpleNamespace(flat=[device]))
-        model: Any = SimpleNamespace(config=config, mesh=mesh)
-        num_pages = choose_num_pages(model, page_size=128, memory_utilization=0.5, max_useful_pages=10**9)
-        assert num_pages == 5 * gib // (2 * 2 * 8 * row_bytes * 128)
+        config = SimpleNamespace(
+            vocab_size=1000, num_layers=2, num_kv_heads=8, head_dim=128, cache_dtype=cache_dtype
+        )
+        mesh = Mesh(np.array([device]).reshape(TRIVIAL_DIMS), AXIS_NAMES)
+        layout = Layout(mesh, PartitionAxis())
+        model: Any = SimpleNamespace(config=config, mesh=mesh, layout=layout)
+        num_pages = choose_num_pages(
+            model, page_size=128, memory_utilization=0.5, max_useful_pages=10**9, num_rows=16
+        )
+        remembered = 16 * 1000 * (4 + 4)  # a bias and a count of each token
+        assert num_pages == (10 * gib - remembered) // 2 // (2 * 2 * 8 * row_bytes * 128)
 
 
 def test_an_argument_of_a_wrong_type_is_caught_by_the_type_checker() -> None:

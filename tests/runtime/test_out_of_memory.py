@@ -7,12 +7,23 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from vsurge.model import Model
+from vsurge.model import Layout, Model, PartitionAxis
+from vsurge.model.sharding import AXIS_NAMES, TRIVIAL_DIMS
 from vsurge.runtime import OutOfMemory, vSurge
 from vsurge.runtime.cache_size import out_of_memory, page_bytes
 from vsurge.runtime.host_memory import available_bytes
+
+
+class FakeDevice(SimpleNamespace):
+    """As much of a device as a mesh looks at; a mesh hashes its devices."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
 
 PAGE_SIZE = 16
 MIB = 1 << 20
@@ -89,12 +100,18 @@ def test_a_system_that_does_not_say_what_is_free_is_just_tried(
         surge.start()
 
 
+@pytest.mark.usefixtures("no_type_checker")  # the stand-in is no Model
 def test_an_accelerator_tells_what_its_allocator_knows() -> None:
     stats = {"bytes_limit": 16 << 30, "bytes_in_use": 12 << 30}
-    device = SimpleNamespace(platform="tpu", memory_stats=lambda: stats)
+    device = FakeDevice(id=0, platform="gpu", memory_stats=lambda: stats)
+    mesh = Mesh(np.array([device]).reshape(TRIVIAL_DIMS), AXIS_NAMES)
+    # pages of 8 MiB: layers, keys and values, heads, tokens, head_dim, bytes
+    config = SimpleNamespace(num_layers=4, num_kv_heads=32, head_dim=128, cache_dtype=np.dtype(np.float32))
+    model: Any = SimpleNamespace(config=config, mesh=mesh, layout=Layout(mesh, PartitionAxis()))
+    assert page_bytes(model, 64) == 1 << 23
     message = (
         r"num_pages=1000: a cache of 7.81 GiB does not fit, .* 4.00 GiB are free; num_pages=460 would fit"
     )
-    assert re.search(message, str(out_of_memory(device, 1000, 128, 1 << 23)))
-    in_pieces = str(out_of_memory(device, 480, 128, 1 << 23))  # less than is free, but was refused
+    assert re.search(message, str(out_of_memory(model, 1000, 64)))
+    in_pieces = str(out_of_memory(model, 480, 64))  # less than is free, but was refused
     assert in_pieces.endswith("num_pages=240 would fit")

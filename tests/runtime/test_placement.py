@@ -19,7 +19,7 @@ from vsurge.runtime.scheduler import StepPlan
 
 from .scripted import TIMEOUT_S
 
-OVER_HEADS = PartitionSpec(None, None, "tp", None, None)  # pages, keys and values, KV heads, tokens, head_dim
+OVER_HEADS = PartitionSpec("dp", None, "tp", None, None)  # pages, keys and values, KV heads, tokens, head_dim
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_another_mapping_places_the_cache_elsewhere(model: Model) -> None:
     other = replace(model, partition_axis=PartitionAxis(key_value_head_axis="sp"))
     executor = vSurge.from_model(other, num_pages=2, verbose=False)._executor
     executor.allocate()
-    expected = NamedSharding(model.mesh, PartitionSpec(None, None, "sp", None, None))
+    expected = NamedSharding(model.mesh, PartitionSpec("dp", None, "sp", None, None))
     assert [layer.data.sharding for layer in executor._kv_pages] == [expected] * model.config.num_layers
 
 
@@ -82,7 +82,7 @@ import jax, numpy as np
 from jax.sharding import Mesh
 from vsurge.model import Qwen3Config, random_model
 from vsurge.model.params import param_specs
-from vsurge.model.sharding import AXIS_NAMES, named_sharding
+from vsurge.model.sharding import AXIS_NAMES
 from vsurge.runtime import SamplingParams, vSurge
 
 config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_layers=1, num_q_heads=4,
@@ -91,8 +91,9 @@ model = random_model(config, seed=0, dtype="float32")
 
 def generate(*devices):
     mesh = Mesh(np.array(devices).reshape(1, 1, 1, -1, 1), AXIS_NAMES)
-    places = jax.tree.map(lambda t: named_sharding(mesh, t.axes, model.partition_axis), param_specs(config))
-    placed = replace(model, mesh=mesh, params=jax.device_put(model.params, places))
+    placed = replace(model, mesh=mesh)
+    places = jax.tree.map(lambda t: placed.layout.sharding(*t.axes), param_specs(config))
+    placed = replace(placed, params=jax.device_put(model.params, places))
     surge = vSurge.from_model(placed, max_concurrent_decodes=1, prefill_lengths=[8], max_length=32,
                               page_size=4, num_pages=8, verbose=False)
     with surge:

@@ -1,16 +1,19 @@
 # make demo: text streams from the built-in checkpoint.   make test: the suite, but for the longer sweeps,
-# which are make test-slow.
+# which are make test-slow.   make test-tp: the runtime's tests with the model on two devices.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-tp test-slow lint format bench clean
 
 demo: .venv/.core
 	@$(BIN)/vsurge demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m "not slow"
+
+test-tp: .venv/.dev
+	VSURGE_TEST_TP=2 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests/runtime
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow

@@ -137,9 +137,8 @@ def _check_model(model: Any) -> Model:
     replicas = model.layout.size("pages")
     if replicas > 1:
         raise NotImplementedError(
-            f"model: its mesh has {replicas} devices along batch_axis={model.partition_axis.batch_axis!r}, "
-            "and an engine does not spread its batch over replicas yet; use 1 there, and more "
-            "along another axis"
+            f"model: its mesh has {replicas} devices along batch_axis={model.partition_axis.batch_axis!r}; "
+            "an engine does not spread its batch over replicas yet; use 1 there, and more along another axis"
         )
     for name in ("attention", "decode_attention"):
         if getattr(model.config, name) == "reference":

@@ -17,8 +17,12 @@ import jax
 import jaxtyping
 import pytest
 
+from .devices import TP
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if TP > 1:
+    jax.config.update("jax_num_cpu_devices", TP)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from vsurge.model import Model, load_model
 from vsurge.runtime import vSurge
 from vsurge.runtime.options import EngineOptions
 
+from ..devices import TP
 from .scripted import Scripted, ScriptedExecutor
 
 
@@ -30,8 +31,11 @@ def tokenizer(demo_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def model(demo_path: Path) -> Model:
-    """In float32, so that rounding hardly depends on the size of a batch."""
-    return load_model(demo_path, dtype="float32")
+    """In float32, so that rounding hardly depends on the size of a batch.
+
+    On as many devices as VSURGE_TEST_TP says (`make test-tp`).
+    """
+    return load_model(demo_path, dtype="float32", sharding_axis_dims=(1, 1, 1, TP, 1))
 
 
 @pytest.fixture(scope="session")

@@ -149,6 +149,10 @@ def test_every_sampling_option_sets_its_parameter() -> None:
         (("--tokenizer", "/no/such"), "--tokenizer '/no/such': must be a folder with tokenizer.json or"),
         (("--tokenizer", "{tmp_path}"), "--tokenizer '{tmp_path}': must be a folder with tokenizer.json or"),
         (("--tokenizer", ""), "--tokenizer '': must be a folder with tokenizer.json or"),
+        (("--tp", "0"), "--tp 0: must be at least 1"),
+        (("--tp", "99"), "sharding_axis_dims=(1, 1, 1, 99, 1): needs 99 devices, there are "),
+        (("--sharding-axis-dims", "1,1,2"), "sharding_axis_dims=(1, 1, 2): must have 5 entries"),
+        (("--sharding-axis-dims", "1,x"), "--sharding-axis-dims '1,x': must be five numbers like 1,1,1,2,1"),
     ],
 )
 def test_wrong_values_end_with_one_line_that_says_which(

@@ -105,6 +105,11 @@ def _model() -> argparse.ArgumentParser:
     group.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id (default: the model's own)")
     _add_dtype(group)
     _add_quantization(group)
+    mesh = group.add_mutually_exclusive_group()
+    mesh.add_argument("--tp", type=int, metavar="N",
+        help="devices that share the model, each with its part of all heads (default: 1)")  # fmt: skip
+    mesh.add_argument("--sharding-axis-dims", metavar="DP,FSDP,EP,TP,SP",
+        help="devices along each axis of the mesh; one may be -1 for all that remain")  # fmt: skip
     return parser
 
 

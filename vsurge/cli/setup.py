@@ -90,8 +90,9 @@ def build_engine(
             f"{args.num_pages}; give one of them"
         )
     memory_utilization = share_of_memory(args, instead="--num-pages N chooses another size")
+    dims = axis_dims(args)
     keep_compiled_programs()
-    model = _load(args, folder)
+    model = _load(args, folder, dims)
     if args.kv_dtype is not None:
         kv_dtype = parse_dtype(args.kv_dtype, "--kv-dtype", SUPPORTED_DTYPES)
         model = replace(model, config=replace(model.config, kv_dtype=kv_dtype))
@@ -131,15 +132,35 @@ def share_of_memory(args: argparse.Namespace, *, instead: str | None) -> float:
     return share
 
 
-def _load(args: argparse.Namespace, folder: Path | None) -> Model:
+def axis_dims(args: argparse.Namespace) -> tuple[int, ...]:
+    """The shape of the mesh, from --tp or --sharding-axis-dims.
+
+    Raises:
+        ValueError: they make no mesh.
+    """
+    if args.sharding_axis_dims is None:
+        if args.tp is not None and args.tp < 1:
+            raise ValueError(f"--tp {args.tp}: must be at least 1")
+        return (1, 1, 1, given(args.tp, 1), 1)
+    try:
+        return tuple(int(size) for size in args.sharding_axis_dims.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--sharding-axis-dims {args.sharding_axis_dims!r}: must be five numbers like 1,1,1,2,1"
+        ) from None
+
+
+def _load(args: argparse.Namespace, folder: Path | None, dims: tuple[int, ...]) -> Model:
     if folder is not None:
-        return load_model(folder, dtype=args.dtype, quantization_method=args.quantization)
-    dtype = given(args.dtype, jnp.bfloat16)
+        return load_model(
+            folder, dtype=args.dtype, quantization_method=args.quantization, sharding_axis_dims=dims
+        )
     return random_model(
         args.random_weights,
         seed=given(args.seed, 0),
-        dtype=dtype,
+        dtype=given(args.dtype, jnp.bfloat16),
         quantization_method=args.quantization,
+        sharding_axis_dims=dims,
     )
 
 

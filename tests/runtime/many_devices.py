@@ -1,0 +1,79 @@
+"""Runs the demo checkpoint's engine on meshes of eight devices, and prints what it says, as JSON.
+
+`python -m tests.runtime.many_devices DIMS…`, like 1,1,1,2,1: a program of its own, as jax's devices are those
+of a process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import jax
+from transformers import AutoTokenizer
+
+import vsurge
+from vsurge.runtime import SamplingParams, vSurge
+
+from ..collectives import collectives
+from .greedy import CAPITAL, GREEDY, STORY
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SAMPLED = (
+    SamplingParams(temperature=1.2, top_k=40, top_p=0.9, max_tokens=16, seed=3, min_tokens=3, logprobs=3,
+                   prompt_logprobs=2, presence_penalty=0.5, repetition_penalty=1.1, logit_bias={5: 1.0}),
+    SamplingParams(temperature=1.5, top_p=0.95, max_tokens=16, seed=5, ignore_eos=True,
+                   allowed_token_ids=range(100, 1400, 3)),
+    SamplingParams(temperature=1.0, min_p=0.01, max_tokens=16, seed=7, ignore_eos=True),
+)  # fmt: skip
+
+
+def on(dims: tuple[int, ...]) -> dict[str, Any]:
+    model = vsurge.load_model(
+        vsurge.demo_model_path(), dtype="float32", sharding_axis_dims=dims, progress=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(vsurge.demo_model_path())
+    surge = vSurge.from_model(
+        model,
+        tokenizer,
+        max_concurrent_decodes=2,
+        prefill_lengths=[16],
+        max_length=96,
+        page_size=16,
+        num_pages=16,
+        verbose=False,
+    )
+    with surge:
+        greedy = surge.generate([CAPITAL, STORY], GREEDY).result(300)
+        sampled = surge.generate([CAPITAL] * len(SAMPLED), SAMPLED).result(300)
+        executor = surge._executor
+        assert executor._row_state is not None
+        return {
+            "greedy": [sample.text for sample in greedy],
+            "sampled": [sample.token_ids for sample in sampled],
+            "logprobs": [
+                [[one.logprob for one in each.values()] for each in of if each is not None]
+                for of in (sampled[0].logprobs, sampled[0].prompt_logprobs)
+                if of is not None
+            ],
+            "cache": [list(shard.data.shape) for shard in executor._kv_pages[0].data.addressable_shards],
+            "bias": [list(shard.data.shape) for shard in executor._row_state.bias.addressable_shards],
+            "sent": [
+                [plan[0], *key, count]
+                for plan, program in executor._programs.items()
+                for key, count in collectives(program).items()
+            ],
+        }
+
+
+def main(*meshes: str) -> None:
+    found = {mesh: on(tuple(int(size) for size in mesh.split(","))) for mesh in meshes}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -35,7 +35,7 @@ MESHES = {
     "sp=4": (1, 1, 1, 1, 4),
     "fsdp=2 tp=2 sp=2": (1, 2, 1, 2, 2),
 }
-QUICKLY = {"xla_backend_optimization_level": 0}
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
 PAGE_SIZE, NUM_PAGES, NUM_TOKENS = 4, 16, 32
 NEW, KV_LENS = (17, 1, 6), (17, 1, 9)  # of each sequence; the last one has three tokens in the cache already
 

@@ -25,6 +25,8 @@ from vsurge.runtime.cache_size import CPU_CACHE_BYTES, choose_num_pages, page_by
 from vsurge.runtime.executor import Executor
 from vsurge.runtime.page_pool import PagePool
 
+from ..devices import TP
+
 
 class FakeDevice(SimpleNamespace):
     """As much of a device as a mesh looks at; a mesh hashes its devices."""
@@ -184,7 +186,8 @@ def test_an_engine_has_at_most_sixteen_programs_by_default(
 
 def test_the_cache_is_as_large_as_it_can_be_of_use_and_no_larger_than_its_budget(model: Model) -> None:
     size = page_bytes(model, 128)
-    assert size == 4 * 2 * 2 * 64 * 4 * 128  # layers, keys and values, heads, head_dim, bytes, tokens
+    # layers, keys and values, heads, head_dim, bytes, tokens
+    assert size == 4 * 2 * (2 // TP) * 64 * 4 * 128
 
     def pages(useful: int, page_size: int = 128) -> int:
         return choose_num_pages(
@@ -192,7 +195,7 @@ def test_the_cache_is_as_large_as_it_can_be_of_use_and_no_larger_than_its_budget
         )
 
     assert pages(12) == 12
-    assert pages(10**9) == CPU_CACHE_BYTES // size
+    assert pages(10**9) == CPU_CACHE_BYTES // (size * TP)  # the devices of a CPU share its memory
     with pytest.raises(
         OutOfMemory, match=r"one page of 1000000 tokens takes .* the cache may take 1024.0 MiB"
     ):

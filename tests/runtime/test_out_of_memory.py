@@ -17,6 +17,8 @@ from vsurge.runtime import OutOfMemory, vSurge
 from vsurge.runtime.cache_size import out_of_memory, page_bytes
 from vsurge.runtime.host_memory import available_bytes
 
+from ..devices import TP
+
 
 class FakeDevice(SimpleNamespace):
     """As much of a device as a mesh looks at; a mesh hashes its devices."""
@@ -48,7 +50,7 @@ def test_the_number_of_pages_that_is_advised_fits(
     make: Callable[[int], vSurge], model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vsurge.runtime.cache_size.available_bytes", lambda: 64 * MIB)
-    size = page_bytes(model, PAGE_SIZE)
+    size = page_bytes(model, PAGE_SIZE) * TP  # the devices of a CPU share its memory
     with pytest.raises(OutOfMemory) as refused:
         make(64 * MIB // size + 1).start()
     found = re.search(

@@ -17,6 +17,7 @@ from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.executor import Executor
 from vsurge.runtime.scheduler import StepPlan
 
+from ..devices import TP
 from .scripted import TIMEOUT_S
 
 OVER_HEADS = PartitionSpec("dp", None, "tp", None, None)  # pages, keys and values, KV heads, tokens, head_dim
@@ -38,6 +39,7 @@ def test_the_cache_lies_on_the_models_mesh_by_the_models_mapping(surge: vSurge) 
         assert layer.data.sharding == NamedSharding(surge.model.mesh, OVER_HEADS)
 
 
+@pytest.mark.skipif(TP > 1, reason="query heads and KV heads that are split must lie on one axis")
 def test_another_mapping_places_the_cache_elsewhere(model: Model) -> None:
     other = replace(model, partition_axis=PartitionAxis(key_value_head_axis="sp"))
     executor = vSurge.from_model(other, num_pages=2, verbose=False)._executor
@@ -49,7 +51,7 @@ def test_another_mapping_places_the_cache_elsewhere(model: Model) -> None:
 def test_every_program_takes_and_gives_the_cache_where_it_lies_and_in_place(surge: vSurge) -> None:
     executor = surge._executor
     cache = [NamedSharding(surge.model.mesh, OVER_HEADS)] * surge.model.config.num_layers
-    cache_bytes = sum(layer.data.nbytes for layer in executor._kv_pages)
+    cache_bytes = sum(layer.data.addressable_shards[0].data.nbytes for layer in executor._kv_pages)
     assert len(executor._programs) == len(executor.decode_buckets) + len(executor.mixed_buckets)
     for program in executor._programs.values():
         _, taken, *_ = program.input_shardings[0]
@@ -67,7 +69,8 @@ def test_every_program_takes_and_gives_the_cache_where_it_lies_and_in_place(surg
 @pytest.mark.parametrize("kind", ["mixed", "decode"])
 def test_a_step_leaves_the_cache_at_its_address(executor: Executor, kind: str) -> None:
     def addresses() -> list[int]:
-        return [layer.data.unsafe_buffer_pointer() for layer in executor._kv_pages]
+        shards = [shard.data for layer in executor._kv_pages for shard in layer.data.addressable_shards]
+        return [shard.unsafe_buffer_pointer() for shard in shards]
 
     before, cache = addresses(), executor._kv_pages
     executor.run(StepPlan(kind, ())).tokens.block_until_ready()  # pyright: ignore[reportArgumentType]

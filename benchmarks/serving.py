@@ -51,7 +51,7 @@ from .workload import Workload
 
 LONG_PROMPT, REPEATED_PROMPT = 4096, 2048  # tokens
 BUDGETS = (64, 16, 8)  # `max_batched_tokens` beside the long prompt
-PAGE_SIZES = (128, 32)  # of the cache that the repeated prompt is found in, but for its last tokens
+PAGE_SIZES = (128, 32)  # of the cache that the repeated prompt is found in
 BATCH = 16
 SOAK_AFTER, SOAK_REQUESTS = 1_000, 10_000
 

@@ -106,7 +106,7 @@ def test_scales_may_have_places_that_mean_nothing(
 ) -> None:
     """As they have on a TPU."""
     assert [kv_pages.scale_tokens(size, "tpu") for size in (16, 128, 144)] == [128, 128, 256]
-    monkeypatch.setattr(kv_pages, "scale_tokens", lambda _: 128)
+    monkeypatch.setattr(kv_pages, "scale_tokens", lambda *_: 128)
     rows = normal_rows(40)
     for got, want in zip(
         written(rows, "int8", implementation), written(rows, "int8", "reference"), strict=True

@@ -164,6 +164,7 @@ def test_weights_are_quantized_as_they_are_loaded(method: ed.EasyDeLQuantization
     assert load(quantization_method=Quantization.NONE).params.layers[0].q_proj.dtype == jnp.bfloat16
 
 
+@pytest.mark.usefixtures("no_type_checker")
 def test_a_quantization_method_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^quantization_method='int3': must be one of .*NF4"):
         load(quantization_method="int3")

@@ -26,8 +26,8 @@ from .params import Params, TensorSpec
 from .progress import progress_bar
 from .quantization import FLOAT32, QuantizedMatrix, quantizer
 from .quantized_specs import Quantization, parts_of, quantized_specs
-from .safetensors_file import FLOATS, CheckpointError, Part, StoredTensor, read_header
-from .sharding import Layout
+from .safetensors_file import FLOATS, CheckpointError, StoredTensor, read_header
+from .sharding import Layout, device_parts
 from .stacked import stacked_on_devices
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -113,7 +113,7 @@ def _most_read(spec: TensorSpec, sharding: jax.sharding.Sharding) -> int:
     of one of the matrices that it is made of."""
     if spec.parts is not None:
         return math.prod(spec.stored_shape)
-    parts = _parts(sharding, spec.shape)
+    parts = device_parts(sharding, spec.shape)
     return sum(math.prod(stop - start for start, stop in part) for part in parts)
 
 
@@ -168,7 +168,7 @@ class _Copying:
 def to_devices(tensor: StoredTensor, dtype: np.dtype[Any], sharding: jax.sharding.Sharding) -> jax.Array:
     """Begins to copy one tensor to its devices, to each the slice that it holds."""
     shards: list[jax.Array] = []
-    for part, devices in _parts(sharding, tensor.shape).items():
+    for part, devices in device_parts(sharding, tensor.shape).items():
         values = tensor.read(part, dtype)
         shards += [_copied(values, device) for device in devices]
     return jax.make_array_from_single_device_arrays(tensor.shape, sharding, shards)
@@ -179,16 +179,6 @@ def _copied(array: npt.NDArray[Any], device: Any) -> jax.Array:
     if on_device.platform() == "cpu" and on_device.unsafe_buffer_pointer() == array.ctypes.data:
         return jnp.copy(on_device)  # jax takes aligned memory as it is, whatever may_alias says
     return on_device
-
-
-def _parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part, list[Any]]:
-    """The different parts that this process's devices hold, and which devices hold each."""
-    devices: dict[Part, list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        part = tuple((one.indices(n)[0], one.indices(n)[1]) for one, n in zip(index, shape, strict=True))
-        devices.setdefault(part, []).append(device)
-    return devices
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

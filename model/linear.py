@@ -1,7 +1,8 @@
 """x @ weight.T, for weights in any form that a checkpoint or `quantize` gives them.
 
-Quantized weights are made numbers of within the product. On an accelerator that is part of the matrix
-multiplication's own loop over the weights, so that memory is read in 8 or 4 bits per weight.
+Quantized weights are made numbers of within the product. On a TPU that is part of the matrix multiplication's
+own loop over `a8bit` weights, and over `fp8` weights where there are few rows: memory is read in 8 bits per
+weight. Other forms are written to memory first, or their scales are; docs/quantization.md has the figures.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ compiled: there is room for all of them, those of other devices' experts come la
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -144,13 +145,13 @@ def grouped_mlp(
     """
     weights = tuple(weight.astype(rows.dtype) for weight in (gate_proj, up_proj, down_proj))
 
-    def by_ragged_dot(rows: Array, group_sizes: Array, *weights: Array) -> Array:
-        return _by_ragged_dot(rows, group_sizes, *weights, precision=precision)
-
-    def by_tiles(rows: Array, group_sizes: Array, *weights: Array) -> Array:
-        return _by_tiles(rows, group_sizes, *weights, precision=precision, tile=tile)
-
-    return lax.platform_dependent(rows, group_sizes, *weights, tpu=by_ragged_dot, default=by_tiles)
+    return lax.platform_dependent(
+        rows,
+        group_sizes,
+        *weights,
+        tpu=partial(_by_ragged_dot, precision=precision),
+        default=partial(_by_tiles, precision=precision, tile=tile),
+    )
 
 
 def _by_ragged_dot(

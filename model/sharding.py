@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..kernels import KVPages
 from .config import Qwen3Config
+from .safetensors_file import Part
 
 AXIS_NAMES = ("dp", "fsdp", "ep", "tp", "sp")
 TRIVIAL_DIMS = (1, 1, 1, 1, 1)
@@ -205,6 +206,16 @@ def _with_copies(mesh: Mesh, axis: str, parts: int) -> Mesh:
     shape[place : place + 1] = parts, shape[place] // parts
     names[place : place + 1] = axis, axis + COPIES
     return Mesh(mesh.devices.reshape(shape), tuple(names))
+
+
+def device_parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part, list[Any]]:
+    """The different parts of an array that this process's devices hold, and which devices hold each."""
+    devices: dict[Part, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        part = tuple((one.indices(n)[0], one.indices(n)[1]) for one, n in zip(index, shape, strict=True))
+        devices.setdefault(part, []).append(device)
+    return devices
 
 
 def make_mesh(

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from .safetensors_file import StoredTensor
+from .sharding import device_parts
 
 UINTS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
@@ -40,31 +41,26 @@ def stacked_on_devices(
         add: called with an array that is ready when the host need not hold the piece any longer, and its
             bytes.
     """
-    places = {
-        device: tuple(slice(*one.indices(n)) for one, n in zip(index, shape, strict=True))
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-        if index is not None
-    }
+    parts = device_parts(sharding, shape)
     pieces: dict[Any, jax.Array] = {}
     on_device: jax.Array | None = None
     written: jax.Array | None = None
     try:
-        for device, place in places.items():
-            size = [one.stop - one.start for one in place]
-            pieces[device] = jnp.zeros(size, _bits(device, dtype), device=device)
+        for part, devices in parts.items():
+            size = [stop - start for start, stop in part]
+            pieces |= {each: jnp.zeros(size, _bits(each, dtype), device=each) for each in devices}
         for number, tensor in enumerate(tensors):
             make_room(math.prod(tensor.shape) * dtype.itemsize)
-            for device, (numbers, rows, columns) in places.items():
-                if numbers.start <= number < numbers.stop:
-                    read = tensor.read(((columns.start, columns.stop), (rows.start, rows.stop)), dtype)
-                    part = np.ascontiguousarray(read).view(pieces[device].dtype)
-                    on_device = jax.device_put(part, device)
-                    place_there = np.int32(number - numbers.start)
-                    stack, done = _put(pieces[device], on_device, place_there)
-                    pieces[device], written = stack, done
-                    add(done, part.nbytes)
-        for device in places:
-            pieces[device] = _with_dtype(pieces[device], dtype)
+            for ((first, end), rows, columns), devices in parts.items():
+                if not first <= number < end:
+                    continue
+                values = np.ascontiguousarray(tensor.read((columns, rows), dtype))
+                for device in devices:
+                    on_device = jax.device_put(values.view(pieces[device].dtype), device)
+                    pieces[device], written = _put(pieces[device], on_device, np.int32(number - first))
+                    add(written, values.nbytes)
+        for device, piece in pieces.items():
+            pieces[device] = _with_dtype(piece, dtype)
         return jax.make_array_from_single_device_arrays(shape, sharding, list(pieces.values()))
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
         for array in (*pieces.values(), on_device, written):

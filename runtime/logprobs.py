@@ -33,7 +33,7 @@ class LogprobArrays:
         chosen: [*positions] float32, log-probability of the token that stands there.
         rank: [*positions] int32, its place among all tokens, the likeliest being 1.
         ids, values: [*positions, MAX_LOGPROBS], int32 and float32, the likeliest tokens and their
-            log-probabilities, in order.
+            log-probabilities, in order; behind the last of a small vocabulary -inf.
     """
 
     chosen: Leaf
@@ -103,7 +103,7 @@ def all_logprobs(
     if values.shape[1] < MAX_LOGPROBS:
         missing = ((0, 0), (0, MAX_LOGPROBS - values.shape[1]))
         values = jnp.pad(values, missing, constant_values=-jnp.inf)
-        ids = jnp.pad(ids, missing, constant_values=logits.shape[1])
+        ids = jnp.pad(ids, missing, constant_values=-1)
     at_token = part.at(logits, jnp.maximum(tokens, 0))
     return LogprobArrays(
         at_token - total,

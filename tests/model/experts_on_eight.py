@@ -7,7 +7,6 @@ shape of a device's part of a stacked matrix.
 from __future__ import annotations
 
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,9 @@ from vsurge.model import Experts, PartitionAxis, Qwen3Config, random_model
 from vsurge.model.moe import experts_mlp
 from vsurge.model.params import param_specs
 from vsurge.model.sharding import AXIS_NAMES, Layout
+
+from ..collectives import collectives
+from ..devices import simulate_devices
 
 CONFIG = Qwen3Config(40, 32, 48, 1, 4, 2, 16, dtype=np.dtype(np.float32), experts=Experts(16, 3, 24, True))
 TP_ALONE = PartitionAxis(expert_axis="tp", mlp_intermediate_axis=None)
@@ -31,9 +33,7 @@ MESHES = {
 
 
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.config.update("jax_numpy_rank_promotion", "raise")
+    simulate_devices()
     layer = random_model(CONFIG, seed=0, dtype="float32").params.layers[0]
     layer = jax.tree.map(lambda array: array * 10, layer)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 32)), jnp.float32)
@@ -50,14 +50,12 @@ def main() -> None:
         )
         there = jax.device_put(x, layout.sharding("tokens", None))
         program = run.lower(placed, CONFIG, there, layout=layout).compile()
-        text = program.as_text()
-        assert text is not None
         difference = np.asarray(program(placed, there)) - expected
         errors = np.linalg.norm(difference, axis=1) / np.linalg.norm(expected, axis=1)
-        exchanges = re.findall(r"(?:all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
         results[name] = {
             "error": float(errors.max()),
-            "exchanges": sorted(exchange.removesuffix("(") for exchange in exchanges),
+            "tokens": there.addressable_shards[0].data.shape[0],
+            "sent": [[*key, count] for key, count in collectives(program).items()],
             "shard": list(placed.gate_proj.addressable_shards[0].data.shape),
         }
     print(json.dumps(results))

@@ -21,10 +21,7 @@ from vsurge.model.params import param_specs
 from vsurge.model.safetensors_file import StoredTensor
 
 from ..collectives import collectives
-
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+from ..devices import simulate_devices
 
 MESHES = {
     "one": (1, 1, 1, 1, 1),
@@ -108,6 +105,7 @@ def shares(model: Model) -> dict[str, list[float]]:
 
 
 def main(folder: str) -> None:
+    simulate_devices()
     found: dict[str, Any] = {}
     expected: list[np.ndarray] = []
     for mesh in MESHES:

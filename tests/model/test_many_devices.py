@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.numpy import save_file
 from vsurge.model.config_json import config_from_json
 from vsurge.model.params import param_specs
 
+from ..devices import printed_by
 from .checkpoints import CONFIG
 from .many_devices import MESHES
 
@@ -42,16 +41,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         folder / "model.safetensors",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.model.many_devices", str(folder)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed_by("tests.model.many_devices", str(folder))
 
 
 @pytest.mark.parametrize("mesh", SHARDED)

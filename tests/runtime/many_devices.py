@@ -10,18 +10,14 @@ import json
 import sys
 from typing import Any
 
-import jax
 from transformers import AutoTokenizer
 
 import vsurge
 from vsurge.runtime import SamplingParams, vSurge
 
 from ..collectives import collectives
+from ..devices import simulate_devices
 from .greedy import CAPITAL, GREEDY, STORY
-
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SAMPLED = (
     SamplingParams(temperature=1.2, top_k=40, top_p=0.9, max_tokens=16, seed=3, min_tokens=3, logprobs=3,
@@ -71,6 +67,7 @@ def on(dims: tuple[int, ...]) -> dict[str, Any]:
 
 
 def main(*meshes: str) -> None:
+    simulate_devices()
     found = {mesh: on(tuple(int(size) for size in mesh.split(","))) for mesh in meshes}
     print(json.dumps(found))
 

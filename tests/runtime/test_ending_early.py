@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,13 +125,18 @@ def test_an_id_that_is_no_string_is_refused(scripted: Scripted) -> None:
         scripted.surge.abort(7)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_request_whose_time_is_up_ends_with_what_it_has_and_frees_its_pages(scripted: Scripted) -> None:
+def test_a_request_whose_time_is_up_ends_with_what_it_has_and_frees_its_pages(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elapsed_s = 0.0
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + elapsed_s)
+    monkeypatch.setattr("vsurge.runtime.loop.time", clock)
     scripted.executor.hold()
-    generation = scripted.surge.generate([[1], [2]], LONG, timeout_s=[0.02, None])
+    generation = scripted.surge.generate([[1], [2]], LONG, timeout_s=[1000, None])
     scripted.executor.let(3)
     scripted.executor.wait_until_held()
     assert scripted.pool.num_used == 2
-    time.sleep(0.03)  # in the step
+    elapsed_s = 1000.0  # in the step
     scripted.executor.let(None)
     timed_out, other = generation.result(TIMEOUT_S)
     assert (timed_out.finish_reason, other.finish_reason) == ("timeout", "length")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from ..devices import printed_by
 
 VOCAB, HIDDEN, LAYERS, ROWS, MIXED = 1536, 192, 4, 2, 16
 ONE = "1,1,1,1,1"
@@ -22,27 +20,14 @@ REST = {
 }  # fmt: skip
 
 
-def run(*meshes: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.runtime.many_devices", *meshes],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="module")
 def sample() -> dict[str, Any]:
-    return run(ONE, *SAMPLE)
+    return printed_by("tests.runtime.many_devices", ONE, *SAMPLE)
 
 
 @pytest.fixture(scope="module")
 def rest() -> dict[str, Any]:
-    return run(ONE, *REST)
+    return printed_by("tests.runtime.many_devices", ONE, *REST)
 
 
 def assert_alike(found: dict[str, Any], expected: dict[str, Any], dims: str, parts: tuple[int, int]) -> None:

@@ -93,7 +93,7 @@ def tpu_temporaries() -> dict[str, int]:
     """Bytes that an MLP of the 8B shape has in memory besides arguments and result, compiled for a TPU."""
     print(f"temporary bytes of Qwen3-8B's MLP at {TPU_ROWS} tokens, compiled for {CHIP}")
     config = published_config("8B")
-    layer = param_specs(config).layers[0]
+    layer: Any = param_specs(config).layers[0]
     x = jax.ShapeDtypeStruct((TPU_ROWS, config.hidden_size), np.float32)
     found: dict[str, int] = {}
     for name, method, int8_activations, _ in FORMS[:5]:

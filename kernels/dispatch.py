@@ -11,7 +11,8 @@ import jax
 
 Implementation = Literal["mosaic_tpu", "mosaic_gpu", "triton", "xla", "reference"]
 
-# The best implementation for a platform, of the kernels that have it.
+# The best implementation for a platform, of the kernels that have it. "triton" has not been run on a GPU yet:
+# who wants it asks for it.
 PREFERRED: dict[str, Implementation] = {"cpu": "xla", "tpu": "mosaic_tpu"}
 
 logger = logging.getLogger("vsurge.kernels")
@@ -51,4 +52,4 @@ def choose_implementation(
 
 @cache
 def _log_fallback_once(kernel: str, platform: str) -> None:
-    logger.warning("%s: no kernel written for %r yet, falling back to 'xla'", kernel, platform)
+    logger.warning("%s: no kernel is chosen on %r by itself yet, falling back to 'xla'", kernel, platform)

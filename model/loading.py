@@ -21,7 +21,7 @@ from .generation_defaults import GenerationDefaults, generation_defaults_from_js
 from .params import Params
 from .quantization import Method, parse_method
 from .quantization_json import quantization_from_json
-from .quantized_specs import Quantization, quantized_specs
+from .quantized_specs import Quantization, check_split, quantized_specs
 from .random_weights import random_params
 from .safetensors_file import StoredTensor
 from .sharding import AXIS_NAMES, TRIVIAL_DIMS, Layout, PartitionAxis, layout_of, make_mesh
@@ -109,7 +109,7 @@ def load_model(
     generation_defaults = read_generation_defaults(folder)
     stored_as = read_quantization(folder)
     quantization = chosen_quantization(stored_as, asked, folder)
-    quantized_specs(config, quantization)  # that it can be is known before the files are read
+    check_split(quantized_specs(config, quantization), layout)  # known before the files are read
     stored = open_checkpoint(folder, config, stored_as)
     param_dtype = default_dtype(folder, config, stored) if dtype is None else parse_dtype(dtype, "dtype")
     config = _computing_in(config, compute_dtype, param_dtype)
@@ -275,11 +275,11 @@ def random_model(
         raise TypeError(f"name_or_config={config!r}: must be the name of a published model or a Qwen3Config")
     param_dtype = parse_dtype(dtype, "dtype")
     quantization = _asked_quantization(quantization_method)
-    quantized_specs(config, quantization)
     config = _computing_in(config, compute_dtype, param_dtype)
     mesh = make_mesh(sharding_axis_dims, axis_names)
     partition_axis = _checked(partition_axis)
     layout = layout_of(config, mesh, partition_axis)
+    check_split(quantized_specs(config, quantization), layout)
     params = random_params(config, seed=seed, dtype=param_dtype, layout=layout, quantization=quantization)
     return Model(config, params, mesh, partition_axis, GenerationDefaults(), None)
 

@@ -17,6 +17,7 @@ import numpy as np
 from .config import ConfigError, Qwen3Config
 from .params import Params, TensorSpec, param_specs
 from .quantization import DATA_DTYPE, FLOAT32, Method, QuantizedMatrix, check_shape, part_shapes
+from .sharding import Layout
 
 SCALES = {"a8bit": "_scale", "nf4": "_scale", "fp8": "_scale_inv"}  # what is added to the tensor's name
 
@@ -59,6 +60,21 @@ def quantized_specs(config: Qwen3Config, quantization: Quantization | None) -> P
     return jax.tree.map(
         lambda spec: parts_of(spec, quantization.method) if quantization.applies_to(spec) else spec, specs
     )
+
+
+def check_split(specs: Params, layout: Layout) -> None:
+    """Checks that a layout can split every tensor evenly; of blocks there are fewer than of weights.
+
+    Raises:
+        ValueError: it cannot, with the tensor's name.
+    """
+    for spec in jax.tree.leaves(specs):
+        for size, axis in zip(spec.shape, spec.axes, strict=True):
+            if size % layout.size(axis):
+                raise ValueError(
+                    f"{spec.name} {spec.shape}: {size} cannot be split evenly over the {layout.size(axis)} "
+                    f"devices of {layout.mesh_axes(axis)}"
+                )
 
 
 def parts_of(spec: TensorSpec, method: Method) -> QuantizedMatrix:

@@ -57,8 +57,9 @@ def stacked_on_devices(
                 values = np.ascontiguousarray(tensor.read((columns, rows), dtype))
                 for device in devices:
                     on_device = jax.device_put(values.view(pieces[device].dtype), device)
-                    pieces[device], written = _put(pieces[device], on_device, np.int32(number - first))
-                    add(written, values.nbytes)
+                    stack, done = _put(pieces[device], on_device, np.int32(number - first))
+                    pieces[device], written = stack, done
+                    add(done, values.nbytes)
         for device, piece in pieces.items():
             pieces[device] = _with_dtype(piece, dtype)
         return jax.make_array_from_single_device_arrays(shape, sharding, list(pieces.values()))

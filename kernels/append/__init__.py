@@ -23,8 +23,15 @@ def _mosaic_tpu(*arguments: Any, **options: Any) -> KVPages:
     return cast(KVPages, mosaic_tpu.append_kv(*arguments, **options))
 
 
+def _triton(*arguments: Any, **options: Any) -> KVPages:
+    from . import triton
+
+    return cast(KVPages, triton.append_kv(*arguments, **options))
+
+
 IMPLEMENTATIONS: dict[Implementation, Callable[..., KVPages]] = {
     "mosaic_tpu": _mosaic_tpu,
+    "triton": _triton,
     "xla": xla.append_kv,
     "reference": reference.append_kv,
 }

@@ -39,8 +39,15 @@ def _append_and_attend(*arguments: Any, **options: Any) -> tuple[ArrayLike, Arra
     return cast("tuple[ArrayLike, ArrayLike, KVPages]", mosaic_tpu.append_and_attend(*arguments, **options))
 
 
+def _triton(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike]:
+    from . import triton
+
+    return cast("tuple[ArrayLike, ArrayLike]", triton.paged_decode_attention(*arguments, **options))
+
+
 IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]] = {
     "mosaic_tpu": _mosaic_tpu,
+    "triton": _triton,
     "xla": xla.paged_decode_attention,
     "reference": reference.paged_decode_attention,
 }

@@ -35,8 +35,15 @@ def _mosaic_tpu(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike |
     )
 
 
+def _triton(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike | None]:
+    from . import triton
+
+    return cast("tuple[ArrayLike, ArrayLike | None]", triton.ragged_paged_attention(*arguments, **options))
+
+
 IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike | None]]] = {
     "mosaic_tpu": _mosaic_tpu,
+    "triton": _triton,
     "xla": xla.ragged_paged_attention,
     "reference": reference.ragged_paged_attention,
 }

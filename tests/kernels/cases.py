@@ -17,7 +17,8 @@ from vsurge.kernels.ragged import reference as ragged_reference
 from .batches import DecodeBatch, RaggedBatch, Setup
 
 # What is compared with the reference on this machine. An implementation for another device adds its name.
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_tpu")
+INTERPRETED: tuple[Implementation, ...] = ("mosaic_tpu", "triton")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", *INTERPRETED)
 
 TOLERANCES = {
     "float32": 1e-5,
@@ -38,9 +39,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # KV blocks have 128 tokens
 }
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-# The interpreter of kernels for TPU is slow: what other tests show as well it runs with the slow tests only.
+# Interpreters of kernels are slow: what other tests show as well they run with the slow tests only.
 each_implementation_slowly = pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+    "implementation", ["xla", *(pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETED)]
 )
 
 
@@ -52,7 +53,7 @@ def every_option() -> list[Any]:
         for dtype, options in [*(("float32", options) for options in OPTIONS), ("bfloat16", "all")]
     ]
     return [
-        pytest.param(*case, marks=pytest.mark.slow if case[:2] == ("mosaic_tpu", "float32") else ())
+        pytest.param(*case, marks=pytest.mark.slow if case[0] in INTERPRETED and case[1] == "float32" else ())
         for case in cases
     ]
 
@@ -92,7 +93,7 @@ each_geometry = pytest.mark.parametrize(
         pytest.param(
             implementation,
             setup,
-            marks=pytest.mark.slow if i > (1 if implementation == "mosaic_tpu" else 3) else (),
+            marks=pytest.mark.slow if i > (1 if implementation in INTERPRETED else 3) else (),
         )
         for implementation in IMPLEMENTATIONS
         for i, setup in enumerate(GEOMETRIES)

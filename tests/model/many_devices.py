@@ -1,6 +1,7 @@
-"""Runs a checkpoint on meshes of eight devices, and prints what there is to be asserted, as JSON.
+"""Runs checkpoints on meshes of eight devices, and prints what there is to be asserted, as JSON.
 
-`python -m tests.model.many_devices FOLDER`: a program of its own, as jax's devices are those of a process.
+`python -m tests.model.many_devices FOLDER…`, whose names say what they hold: a program of its own, as jax's
+devices are those of a process.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import numpy as np
 from vsurge.kernels import KVPages, empty_kv_pages
 from vsurge.model import Batch, Model, forward, load_model
 from vsurge.model.params import param_specs
+from vsurge.model.quantization import Method
 from vsurge.model.safetensors_file import StoredTensor
 
 from ..collectives import collectives
 from ..devices import simulate_devices
 
+ONE = (1, 1, 1, 1, 1)
 MESHES = {
-    "one": (1, 1, 1, 1, 1),
+    "one": ONE,
     "tp=2": (1, 1, 1, 2, 1),
     "tp=4": (1, 1, 1, 4, 1),
     "tp=8": (1, 1, 1, 8, 1),
@@ -32,7 +35,17 @@ MESHES = {
     "sp=4": (1, 1, 1, 1, 4),
     "fsdp=2 tp=2 sp=2": (1, 2, 1, 2, 2),
 }
-QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
+OF_EXPERTS = {"one": ONE, "fsdp=2 ep=2 tp=2": (1, 2, 2, 2, 1)}
+QUANTIZED = {"one": ONE, "fsdp=2 tp=2": (1, 2, 1, 2, 1)}
+# A folder's name -> meshes, and the form to quantize its weights to. "saved" is quantized already.
+KINDS: dict[str, tuple[dict[str, tuple[int, ...]], Method | None]] = {
+    "dense": (MESHES, None),
+    "experts": (OF_EXPERTS, None),
+    "saved": (QUANTIZED, None),
+    "a8bit": (QUANTIZED, "a8bit"),
+    "nf4": (QUANTIZED, "nf4"),
+    "fp8": (QUANTIZED, "fp8"),
+}
 PAGE_SIZE, NUM_PAGES, NUM_TOKENS = 4, 16, 32
 NEW, KV_LENS = (17, 1, 6), (17, 1, 9)  # of each sequence; the last one has three tokens in the cache already
 
@@ -58,7 +71,7 @@ def batches() -> tuple[Batch, Batch]:
     return mixed, decode
 
 
-def on(mesh: str, folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+def on(dims: tuple[int, ...], folder: Path, method: Method | None) -> tuple[dict[str, Any], list[np.ndarray]]:
     """What is to be known of a mesh, and the logits of both steps."""
     read: list[tuple[str, Any]] = []
     original = StoredTensor.read
@@ -68,7 +81,7 @@ def on(mesh: str, folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
         return original(self, part, dtype)
 
     StoredTensor.read = watched
-    model = load_model(folder, sharding_axis_dims=MESHES[mesh], progress=False)
+    model = load_model(folder, sharding_axis_dims=dims, quantization_method=method, progress=False)
     StoredTensor.read = original
     config, layout = model.config, model.layout
     empty = partial(
@@ -87,7 +100,7 @@ def on(mesh: str, folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     logits: list[np.ndarray] = []
     for kind, batch in zip(("mixed", "decode"), batches(), strict=True):
         jitted = jax.jit(partial(forward, layout=layout), static_argnums=1, donate_argnums=3)
-        program = jitted.lower(model.params, config, batch, kv_pages).compile(QUICKLY)
+        program = jitted.lower(model.params, config, batch, kv_pages).compile()
         scores, kv_pages = program(model.params, batch, kv_pages)
         logits.append(np.asarray(scores))
         facts["collectives"][kind] = [[*key, count] for key, count in collectives(program).items()]
@@ -97,25 +110,36 @@ def on(mesh: str, folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
 def shares(model: Model) -> dict[str, list[float]]:
     """Of each matrix the share that each device holds."""
     specs, leaves = jax.tree.leaves(param_specs(model.config)), jax.tree.leaves(model.params)
+    if len(specs) != len(leaves):
+        return {}  # quantized ones are two arrays each
     return {
         spec.name: [shard.data.size / spec.size for shard in leaf.addressable_shards]
         for spec, leaf in zip(specs, leaves, strict=True)
-        if leaf.ndim == 2
+        if leaf.ndim >= 2
     }
 
 
-def main(folder: str) -> None:
-    simulate_devices()
+def on_all(meshes: dict[str, tuple[int, ...]], folder: Path, method: Method | None) -> dict[str, Any]:
+    """What is to be known of each mesh, with the largest error of a row against the first."""
     found: dict[str, Any] = {}
     expected: list[np.ndarray] = []
-    for mesh in MESHES:
-        facts, logits = on(mesh, Path(folder))
+    for mesh, dims in meshes.items():
+        facts, logits = on(dims, folder, method)
         expected = expected or logits
         facts["errors"] = [
             float((np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)).max())
             for a, b in zip(logits, expected, strict=True)
         ]
         found[mesh] = facts
+    return found
+
+
+def main(*folders: str) -> None:
+    simulate_devices()
+    found: dict[str, Any] = {}
+    for folder in map(Path, folders):
+        meshes, method = KINDS[folder.name]
+        found[folder.name] = on_all(meshes, folder, method)
     print(json.dumps(found))
 
 

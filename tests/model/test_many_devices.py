@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from vsurge.model import load_model, save_model
 from vsurge.model.config_json import config_from_json
-from vsurge.model.params import param_specs
+from vsurge.model.params import TensorSpec, param_specs
 
 from ..devices import printed_by
 from .checkpoints import CONFIG
@@ -25,23 +26,39 @@ CHANGES = {
 }  # fmt: skip
 LAYERS, HIDDEN, TOKENS, SEQS = 1, 16, 32, 3
 SHARDED = [mesh for mesh in MESHES if mesh != "one"]
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24, "norm_topk_prob": True,
+}  # fmt: skip
+IN_BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}  # whole ones on every device
+
+
+def write_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A random one that keeps the size of what goes through it."""
+    folder.mkdir()
+    raw = CONFIG | CHANGES | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    rng = np.random.default_rng(0)
+    specs: list[TensorSpec] = jax.tree.leaves(param_specs(config_from_json(raw, source="here")))
+    save_file(
+        {
+            name: (rng.normal(size=spec.stored_shape) / math.sqrt(spec.stored_shape[-1])).astype(np.float32)
+            for spec in specs
+            for name in spec.stored_names
+        },
+        folder / "model.safetensors",
+    )
+    return folder
+
+
+def found_in(*folders: Path) -> dict[str, Any]:
+    return printed_by("tests.model.many_devices", *map(str, folders))
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `many_devices` prints of a small random checkpoint."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    (folder / "config.json").write_text(json.dumps(CONFIG | CHANGES))
-    config = config_from_json(CONFIG | CHANGES, source="here")
-    rng = np.random.default_rng(0)
-    save_file(
-        {
-            spec.name: (rng.normal(size=spec.shape) / math.sqrt(spec.shape[-1])).astype(np.float32)
-            for spec in jax.tree.leaves(param_specs(config))
-        },
-        folder / "model.safetensors",
-    )
-    return printed_by("tests.model.many_devices", str(folder))
+    return found_in(write_checkpoint(tmp_path_factory.mktemp("here") / "dense"))["dense"]
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
@@ -121,3 +138,29 @@ def test_a_split_sequence_sends_only_new_keys_and_values_and_the_rows_that_need_
 
 def test_one_device_sends_nothing(found: dict[str, Any]) -> None:
     assert found["one"]["collectives"] == {"mixed": [], "decode": []}
+
+
+def test_experts_are_read_and_computed_on_their_devices(tmp_path: Path) -> None:
+    found = found_in(write_checkpoint(tmp_path / "experts", **EXPERTS))["experts"]
+    for mesh, facts in found.items():
+        assert max(facts["errors"]) < 1e-5, mesh
+        shares = {name: share for name, share in facts["weights"].items() if "experts" in name}
+        assert len(shares) == 3 * LAYERS
+        assert all(share == [1 / len(share)] * len(share) for share in shares.values()), mesh
+        read = [
+            math.prod(stop - start for start, stop in part)
+            for name, part in facts["read"]
+            if "experts" in name
+        ]
+        assert sum(read) == 3 * LAYERS * 8 * 24 * HIDDEN  # each once
+
+
+@pytest.mark.parametrize(
+    "method", ["a8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "fp8"))]
+)
+def test_quantized_weights_on_many_devices_are_those_of_one(tmp_path: Path, method: Any) -> None:
+    """Quantized by each device while they are read, and read quantized."""
+    folder = write_checkpoint(tmp_path / method, **({} if method == "a8bit" else IN_BLOCKS))
+    save_model(load_model(folder, quantization_method=method), tmp_path / "saved")
+    for facts in found_in(folder, tmp_path / "saved").values():
+        assert max(facts["fsdp=2 tp=2"]["errors"]) < 1e-5

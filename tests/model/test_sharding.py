@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vsurge.kernels import empty_kv_pages
 from vsurge.model import Experts, PartitionAxis, Qwen3Config, layout_of, make_mesh, random_model
 from vsurge.model.params import param_specs
+from vsurge.model.quantized_specs import Quantization, check_split, quantized_specs
 
 SMALL = Qwen3Config(40, 16, 24, 2, 4, 2, 8)
 ONE = jax.devices()[:1]
@@ -80,6 +81,16 @@ def test_a_model_that_cannot_be_split_evenly_is_refused_with_both_numbers(change
     mesh = make_mesh((1, 1, 1, tp, 1), devices=[FakeDevice(i) for i in range(tp)])
     with pytest.raises(ValueError, match=message):
         layout_of(replace(SMALL, **changes), mesh, PartitionAxis())
+
+
+def test_blocks_of_weights_that_devices_cannot_share_evenly_are_refused():
+    config = Qwen3Config(512, 256, 512, 1, 8, 8, 64)
+    mesh = make_mesh((1, 1, 1, 8, 1), devices=[FakeDevice(i) for i in range(8)])
+    layout = layout_of(config, mesh, PartitionAxis())
+    check_split(param_specs(config), layout)
+    message = r"q_proj.weight_scale_inv \(4, 2\): 4 cannot be split evenly over the 8 devices of \('tp',\)"
+    with pytest.raises(ValueError, match=message):
+        check_split(quantized_specs(config, Quantization("fp8")), layout)
 
 
 def test_query_heads_and_their_kv_heads_must_be_split_alike():

@@ -61,7 +61,7 @@ def beside_a_prefill(model: Model, budget: int) -> dict[str, Any]:
     work, vocab = Workload(), model.config.vocab_size
     surge = vSurge.from_model(
         model, max_concurrent_decodes=8, max_batched_tokens=budget, max_length=LONG_PROMPT + 64,
-        num_pages=60, prefix_caching=False,
+        num_pages=120, prefix_caching=False,
     )  # fmt: skip
     with surge:
         generation = surge.generate([work.prompt(64, vocab, seed) for seed in range(4)], _greedy(2000))
@@ -75,6 +75,7 @@ def beside_a_prefill(model: Model, budget: int) -> dict[str, Any]:
                 break
         [sample] = prompt.result()
         generation.abort()
+        assert surge.metrics.num_preemptions == 0
     return {
         "alone_s": alone, "beside_s": np.diff(times[2:-2]).tolist(), "max_batched_tokens": budget,
         "prompt_tokens": LONG_PROMPT, "first_token_s": sample.time_to_first_token_s,
@@ -354,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=2, help="how often each figure is taken (default: 2)")
     parser.add_argument("--requests", type=int, default=SOAK_REQUESTS, help="of the soak")
     parser.add_argument("--only", action="append", help="one of the measurements, by name; may be repeated")
-    parser.add_argument("--out", type=Path, help="JSON, with every sample")
+    parser.add_argument("--out", type=Path, help="JSON, with every sample; written after each")
     options = parser.parse_args(arguments)
     small = load_model(Path(demo.__file__).parent)
     model = random_model(options.model, seed=0)
@@ -374,9 +375,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, measure in measured.items():
         if options.only is None or name in options.only:
             result[name] = measure()
+            if options.out is not None:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
     print_table(rows_of(result))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs need not be fast here. This takes a fifth off what the kernels' tests take, most of it compilation.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in a test
 
 import jax

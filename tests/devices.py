@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 
-# Compiled programs need not be fast here: this halves the time that XLA takes for them.
-QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 TP = int(os.environ.get("VSURGE_TEST_TP", "1"))  # how many the runtime's tests spread their model over
 
 
@@ -28,7 +26,7 @@ def printed_by(program: str, *arguments: str, timeout_s: float = 500) -> Any:
     done = subprocess.run(
         [sys.executable, "-m", program, *arguments],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=timeout_s,

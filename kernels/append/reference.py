@@ -27,11 +27,12 @@ def append_kv(
     if stored_as != kv_pages.dtype:
         data = data.view(kv_pages.dtype)
     scales = None if kv_pages.scales is None else np.array(kv_pages.scales)
+    new = np.asarray(keys), np.asarray(values)
     for token, slot in enumerate(np.asarray(slots).tolist()):
         if 0 <= slot < kv_pages.num_pages * kv_pages.page_size:
             page, offset = divmod(slot, kv_pages.page_size)
-            for kind, rows in enumerate((keys, values)):
-                row = np.asarray(rows[token])
+            for kind, rows in enumerate(new):
+                row = rows[token]
                 if scales is not None:
                     row, scales[page, kind, :, offset] = quantize(row, kv_pages.dtype)
                 data[page, kind, :, offset] = row.astype(data.dtype)

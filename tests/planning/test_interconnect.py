@@ -28,7 +28,7 @@ TEXT = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 }
 
 ENTRY %main.1 (a: f32[8]) -> f32[8] {
-  %one = bf16[64,4096]{1,0:T(8,128)(2,1)S(1)} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
+  %a = bf16[64,4096]{1,0:T(8,128)(2,1)} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}
   %two = (f32[64]{0:T(128)S(1)}, f32[64]{0}) all-reduce(%x, %y), replica_groups={{0,1},{2,3}}, to_apply=%add
   %three = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4], dimensions={0}
   %done = bf16[32,16]{1,0} all-gather-done(%three)

@@ -113,8 +113,8 @@ def describe(model: str, question: Question, plan: SlicePlan) -> list[str]:
         lines += describe_memory(question, plan)
     if plan.instead is not None:
         lines.append(row("smallest slice", describe_instead(question, plan)))
-    elif plan.refused is not None:
-        lines.append(row("smallest slice", f"no {plan.slice.chip} slice holds it"))
+    elif plan.refused is not None or not all(step.fits for step in plan.decode):
+        lines.append(row("smallest slice", f"no slice of {plan.slice.chip} has room for it in one replica"))
     for program in plan.programs:
         name = f"{program.kind} step of {program.size:,}"
         lines.append(row(name, describe_sent(program.sent.always) or "sends nothing"))
@@ -136,7 +136,7 @@ def row(label: str, text: str) -> str:
     return f"  {label:<{LABEL}}{text}"
 
 
-def gib(size: float) -> str:
+def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
@@ -274,7 +274,7 @@ def _plan_json(question: Question, plan: SlicePlan) -> dict[str, Any]:
             "sequences": {context: memory.sequences(context) for context in question.contexts},
         },
         "programs": [
-            asdict(dataclasses.replace(program, sent=None))  # pyright: ignore[reportArgumentType]
+            {name: value for name, value in vars(program).items() if name != "sent"}
             | {"collectives": _sent_json(program.sent.always)}
             | {"collectives_in_branches": _sent_json(program.sent.sometimes)}
             for program in plan.programs

@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from ..model import (
@@ -23,6 +24,7 @@ from ..model import (
     Quantization,
     QuantizedMatrix,
     Qwen3Config,
+    layout_of,
     make_mesh,
 )
 from ..model.quantized_specs import quantized_specs
@@ -177,16 +179,22 @@ def _model(config: Qwen3Config, mesh: Any, quantization: Quantization | None) ->
     axes = PartitionAxis()
     if config.experts is not None:
         axes = replace(axes, expert_axis=axes.mlp_intermediate_axis, mlp_intermediate_axis=None)
-    nothing: Any = None
-    model = Model(config, nothing, mesh, axes, GenerationDefaults(), None)
-    layout = model.layout
+    layout = layout_of(config, mesh, axes)
 
-    def shape(spec: Any) -> jax.ShapeDtypeStruct:
-        dtype = spec.dtype or config.dtype
-        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=layout.sharding(*spec.axes))
+    @cache  # layers are alike
+    def placed(shape: tuple[int, ...], axes: tuple[str, ...], dtype: np.dtype[Any]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
 
-    params: Params = jax.tree.map(shape, quantized_specs(config, quantization))
-    return replace(model, params=params)
+    params: Params = jax.tree.map(
+        lambda spec: placed(spec.shape, spec.axes, spec.dtype or config.dtype),
+        _specs(config, quantization),
+    )
+    return Model(config, params, mesh, axes, GenerationDefaults(), None)
+
+
+@lru_cache(maxsize=4)
+def _specs(config: Qwen3Config, quantization: Quantization | None) -> Params:
+    return quantized_specs(config, quantization)
 
 
 @cache

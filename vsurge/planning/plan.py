@@ -8,50 +8,17 @@ from dataclasses import dataclass
 import jax
 
 from ..kernels.tuning import Compilers, ReplayError, ScheduleError
-from ..model import ConfigError, Quantization, Qwen3Config
-from ..model.progress import progress_bar
-from ..runtime.scheduler import StepKind
+from ..model import ConfigError
 from .assumptions import PlanAssumptions, assumed
 from .attention import Pending, predict_decode, predict_prefill
 from .collectives import Collective, Interconnect, scaled
-from .deployment import Deployment, deploy
+from .deployment import Deployment
+from .fitting import deploy_for, memory_of, smallest_slice, what_is_too_much
 from .memory import DeviceMemory
-from .programs import ProgramFacts, compile_step, engine_options, facts_of, with_layers
-from .slices import Slice, slices_of
+from .programs import ProgramFacts, compile_steps
+from .question import Question
+from .slices import Slice
 from .timing import Attention, StepTime, time_of_step
-
-FEW = (1, 2)  # layers of the programs that are compiled
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What a plan is asked for.
-
-    Attributes:
-        config: the model.
-        quantization: of its weights.
-        tp: devices that share it; None for as many as the slice has, or as can share it evenly.
-        batches: sequences that decode together, ascending.
-        contexts: tokens of each, ascending.
-        page_size: tokens per page of the cache.
-        chunk: tokens of prompts in a step.
-        utilization: the cache's share of what weights and rows leave.
-        assumed: assumptions that differ from those of `PlanAssumptions.of`.
-    """
-
-    config: Qwen3Config
-    quantization: Quantization | None
-    tp: int | None
-    batches: tuple[int, ...]
-    contexts: tuple[int, ...]
-    page_size: int
-    chunk: int
-    utilization: float
-    assumed: dict[str, float]
-
-    @property
-    def max_length(self) -> int:
-        return max(self.contexts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +145,7 @@ def plan_slice(
         return refused(what_is_too_much(memory, *smallest))
     attention = _predictions(question, deployment, compilers, assumptions)
     try:
-        programs = _programs(question, deployment, memory.num_pages, show_progress=show_progress)
+        programs = compile_steps(question, deployment, memory.num_pages, show_progress=show_progress)
         decoding, prompts = (pending.result() for pending in attention)
     except (jax.errors.JaxRuntimeError, ReplayError, ScheduleError) as error:
         return refused(f"does not compile: {' '.join(str(error).split())}")
@@ -216,67 +183,6 @@ def plan_slice(
     )
 
 
-def deploy_for(question: Question, slice_: Slice, *, any_tp: bool = False) -> Deployment:
-    """The model on a slice, shared as was asked; or, with `any_tp` too, as widely as it can be.
-
-    Raises:
-        ValueError: it cannot be shared so.
-    """
-    if question.tp is not None and not any_tp:
-        return deploy(question.config, question.quantization, slice_, question.tp)
-    number = slice_.num_devices
-    refusal = ValueError(f"no devices in {slice_.name}")
-    for tp in sorted((n for n in range(1, number + 1) if number % n == 0), reverse=True):
-        try:
-            return deploy(question.config, question.quantization, slice_, tp)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            refusal = error
-    raise refusal
-
-
-def memory_of(deployment: Deployment, question: Question, programs: tuple[ProgramFacts, ...]) -> DeviceMemory:
-    """A device's memory, with what the compiled steps need."""
-    return DeviceMemory(
-        capacity=deployment.slice.kind.hbm_bytes,
-        weights=deployment.weight_bytes(),
-        row_state=deployment.row_state_bytes(max(question.batches)),
-        temporaries=max((program.temporaries for program in programs), default=0),
-        program=sum(program.code for program in programs),
-        page=deployment.page_bytes(question.page_size),
-        page_size=question.page_size,
-        utilization=question.utilization,
-    )
-
-
-def smallest_slice(question: Question, chip: str, batch: int, context: int) -> tuple[Slice, int] | None:
-    """The smallest slice with room for weights and cache, not counting what steps need; and its tp."""
-    for slice_ in slices_of(chip):
-        try:
-            deployment = deploy_for(question, slice_, any_tp=True)
-        except ConfigError:
-            raise
-        except ValueError:
-            continue
-        if memory_of(deployment, question, ()).holds(batch, context):
-            return slice_, deployment.tp
-    return None
-
-
-def what_is_too_much(memory: DeviceMemory, batch: int, context: int) -> str:
-    """Why a batch does not fit, with the numbers."""
-    sizes = {"weights": memory.weights, "what is remembered of rows": memory.row_state}
-    if memory.program:
-        sizes |= {"temporaries": memory.temporaries, "programs": memory.program}
-    taken = ", ".join(f"{name} ({size / 2**30:.2f} GiB)" for name, size in sizes.items())
-    capacity = f"the {memory.capacity / 2**30:.2f} GiB of a device"
-    if memory.left <= 0:
-        return f"{taken} are more than {capacity}"
-    needed = f"{batch:,} of {context:,} tokens need {batch * context:,}"
-    return f"{taken} leave {memory.tokens:,} tokens of cache in {capacity}; {needed}"
-
-
 def _batches(question: Question) -> list[tuple[int, int]]:
     return [(batch, context) for context in question.contexts for batch in question.batches]
 
@@ -294,29 +200,6 @@ def _predictions(
         max_seqs=max(question.batches), max_context=longest, chunk=question.chunk,
     )  # fmt: skip
     return decode, prefill
-
-
-def _programs(
-    question: Question, deployment: Deployment, num_pages: int, *, show_progress: bool
-) -> tuple[ProgramFacts, ProgramFacts]:
-    """The largest decode step and the largest mixed one, of all layers, by those of few."""
-    rows = max(question.batches)
-    sizes: dict[StepKind, int] = {"decode": rows, "mixed": max(question.chunk, rows)}
-    work = [(kind, layers) for kind in sizes for layers in FEW]
-    found = dict[tuple[StepKind, int], ProgramFacts]()
-    bar = f"compiling for {deployment.slice.name}"
-    for kind, layers in progress_bar(work, bar, show=show_progress, unit="program"):
-        few = deployment.of_layers(layers)
-        options = engine_options(
-            few, num_rows=rows, max_length=question.max_length, page_size=question.page_size,
-            num_pages=num_pages, chunk=question.chunk,
-        )  # fmt: skip
-        program = compile_step(few, options, kind, sizes[kind])
-        found[kind, layers] = facts_of(program, kind, sizes[kind])
-    decode, mixed = (
-        with_layers(found[kind, FEW[0]], found[kind, FEW[1]], deployment.config.num_layers) for kind in sizes
-    )
-    return decode, mixed
 
 
 class _Clock:

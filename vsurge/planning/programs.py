@@ -8,18 +8,24 @@ what the second one adds is what each of the others would.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
 
 from ..kernels.tuning.compiler import UNREADABLE
+from ..model.progress import progress_bar
 from ..runtime.blueprint import Blueprint
 from ..runtime.options import EngineOptions, options_for
 from ..runtime.scheduler import StepKind
 from .collectives import Collective, Sent, collectives_of
 from .deployment import Deployment
+from .question import Question
+
+FEW = (1, 2)  # layers of the programs that are compiled
 
 
 @dataclass(frozen=True)
@@ -81,26 +87,65 @@ def engine_options(
     )
 
 
-def compile_step(
+def compile_steps(
+    question: Question, deployment: Deployment, num_pages: int, *, show_progress: bool
+) -> tuple[ProgramFacts, ProgramFacts]:
+    """The largest decode step and the largest mixed one, of all layers, by those of few.
+
+    Args:
+        question: batch, contexts and chunk.
+        deployment: model and devices.
+        num_pages: of the cache.
+        show_progress: show a bar on a terminal.
+
+    Raises:
+        jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
+    """
+    rows = max(question.batches)
+    sizes: dict[StepKind, int] = {"decode": rows, "mixed": max(question.chunk, rows)}
+    work = [(kind, layers) for kind in sizes for layers in FEW]
+    found = dict[tuple[StepKind, int], ProgramFacts]()
+    bar = f"compiling for {deployment.slice.name}"
+
+    def lowered(kind: StepKind, layers: int) -> jax.stages.Lowered:
+        few = deployment.of_layers(layers)
+        options = engine_options(
+            few, num_rows=rows, max_length=question.max_length, page_size=question.page_size,
+            num_pages=num_pages, chunk=question.chunk,
+        )  # fmt: skip
+        return lower_step(few, options, kind, sizes[kind])
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        # Without a device a program in the compilation cache cannot be loaded: jax says so, and compiles.
+        warnings.filterwarnings("ignore", UNREADABLE, UserWarning)
+        # Only this thread traces and lowers, which is Python; the others are XLA's.
+        futures = [pool.submit(lowered(kind, layers).compile) for kind, layers in work]
+        for key, future in zip(
+            progress_bar(work, bar, show=show_progress, unit="program"), futures, strict=True
+        ):
+            found[key] = facts_of(future.result(), key[0], sizes[key[0]])
+    decode, mixed = (
+        with_layers(found[kind, FEW[0]], found[kind, FEW[1]], deployment.config.num_layers) for kind in sizes
+    )
+    return decode, mixed
+
+
+def lower_step(
     deployment: Deployment, options: EngineOptions, kind: StepKind, size: int
-) -> jax.stages.Compiled:
-    """A step of the engine, compiled for the slice.
+) -> jax.stages.Lowered:
+    """A step of the engine, to be compiled for the slice.
 
     Args:
         deployment: model and devices.
         options: the engine's.
         kind: of the step.
         size: sequences of a decode step, tokens of a mixed one.
-
-    Raises:
-        jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
     """
     layout = deployment.layout
-    with jax.set_mesh(layout.mesh), warnings.catch_warnings():
-        # Without a device a program in the compilation cache cannot be loaded: jax says so, and compiles.
-        warnings.filterwarnings("ignore", UNREADABLE, UserWarning)
-        traced = Blueprint(deployment.config, options, layout).trace(deployment.model.params, kind, size)
-        return traced.lower().compile()
+    with jax.set_mesh(layout.mesh):  # by which kernels know that they are traced for a TPU
+        return (
+            Blueprint(deployment.config, options, layout).trace(deployment.model.params, kind, size).lower()
+        )
 
 
 def facts_of(program: jax.stages.Compiled, kind: StepKind, size: int) -> ProgramFacts:

@@ -149,7 +149,7 @@ def describe_memory(question: Question, plan: SlicePlan) -> list[str]:
         *([("temporaries", memory.temporaries), ("program", memory.program)] if compiled else []),
         ("cache", memory.cache),
     ]  # fmt: skip
-    per = "device, a core" if plan.slice.kind.devices_per_chip > 1 else "chip"
+    per = "core" if plan.slice.kind.devices_per_chip > 1 else "chip"
     lines = [row(f"memory of a {per}", f"{gib(memory.capacity)}, of which")]
     lines += [row(f"  {name}", f"{gib(size):>10}  {size / memory.capacity:6.1%}") for name, size in parts]
     fitting = ", ".join(f"{memory.sequences(c):,} of {c:,}" for c in question.contexts)

@@ -103,7 +103,7 @@ def compile_steps(
     """
     rows = max(question.batches)
     sizes: dict[StepKind, int] = {"decode": rows, "mixed": max(question.chunk, rows)}
-    work = [(kind, layers) for kind in sizes for layers in FEW]
+    work: list[tuple[StepKind, int]] = [(kind, layers) for kind in sizes for layers in FEW]
     found = dict[tuple[StepKind, int], ProgramFacts]()
     bar = f"compiling for {deployment.slice.name}"
 

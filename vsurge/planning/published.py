@@ -1,4 +1,4 @@
-"""`vsurge plan` held against published serving figures: `python -m vsurge.benchmarks.planning`.
+"""`vsurge plan` held against published serving figures: `python -m vsurge.planning.published`.
 
 The figures are SGLang-JAX's own ("Performance Benchmark Results" in its repository, of September 12, 2025:
 commit 10f32e4 on TPU v6e-4, tensor parallelism of 4, bfloat16, random prompts of 1,024 tokens and answers of
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from ..kernels.tuning import Compilers
 from ..model import published_config
-from ..planning import Question, SlicePlan, parse_slice, plan_slice
+from .plan import SlicePlan, plan_slice
+from .question import Question
+from .slices import parse_slice
 
 PROMPT = OUTPUT = 1024  # tokens
 MEMORY_FRACTION = 0.8  # of the memory, for weights and cache

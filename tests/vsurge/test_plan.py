@@ -85,7 +85,7 @@ def test_slices_stand_side_by_side_in_text_json_and_a_picture(command: Callable,
     v5e, v6e, v7x, small = document["slices"]
     assert (v5e["replicas"], v6e["replicas"], v7x["devices"]) == (2, 1, 8)
     assert small["refused"] is not None
-    assert small["instead"] == {"slice": "v5e:2x4", "tp": 8}
+    assert small["instead"] == {"slice": "v5e:2x2", "tp": 4}  # in int8
     assert v6e["assumptions"]["hop_us"] == {
         "value": 0, "meaning": "us from a chip to its neighbour", "source": "--assume",
     }  # fmt: skip

@@ -59,7 +59,7 @@ SOURCES = {
     "latency_us": ("us from a copy's service to its arrival", "assumed; nobody has published it"),
     "copy_ns": ("ns that a copy takes besides its bytes", "assumed; nobody has published it"),
     "hop_us": ("us from a chip to its neighbour", 'about 1 us: "How to Scale Your Model", chapter 3'),
-    "logit_passes": ("arrays of logits read or written to choose tokens", "counted in runtime/step.py"),
+    "logit_passes": ("arrays of logits read or written to choose tokens", "assumed: logits, bias and counts, each a few times"),
     "step_us": ("us between two steps", "the next step is dispatched before a step ends"),
 }
 NAMES = tuple(SOURCES)
@@ -67,7 +67,8 @@ MAY_BE_ZERO = ("latency_us", "copy_ns", "hop_us", "logit_passes", "step_us")
 # What has no number of its own. {layers}, {tp} and so on are the plan's.
 ALWAYS = (
     "memory of a device: what libtpu's compiler lets a program use",
-    "steps of one layer and of two are compiled; the other layers take what the second one adds",
+    "steps of one layer and of two are compiled, of 64 sequences at most; the other layers take what the "
+    "second one adds, and larger batches send and take in proportion",
     "the parts of a step follow one another: no collective hides behind a product",
     "a product takes the longer of its operations at the matrix rate and its weights at the bandwidth; what "
     "goes from one product to the next stays in vector memory",

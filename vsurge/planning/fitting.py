@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..model import ConfigError
 from .deployment import Deployment, deploy
 from .memory import DeviceMemory
@@ -31,12 +33,18 @@ def deploy_for(question: Question, slice_: Slice, *, any_tp: bool = False) -> De
 
 
 def memory_of(deployment: Deployment, question: Question, programs: tuple[ProgramFacts, ...]) -> DeviceMemory:
-    """A device's memory, with what the compiled steps need."""
+    """A device's memory, with what the compiled steps need: a decode step of more sequences in proportion."""
+    rows = max(question.batches)
+
+    def temporaries(program: ProgramFacts) -> int:
+        more = rows / program.size if program.kind == "decode" else 1.0
+        return math.ceil(program.temporaries * max(more, 1.0))
+
     return DeviceMemory(
         capacity=deployment.slice.kind.hbm_bytes,
         weights=deployment.weight_bytes(),
-        row_state=deployment.row_state_bytes(max(question.batches)),
-        temporaries=max((program.temporaries for program in programs), default=0),
+        row_state=deployment.row_state_bytes(rows),
+        temporaries=max(map(temporaries, programs), default=0),
         program=sum(program.code for program in programs),
         page=deployment.page_bytes(question.page_size),
         page_size=question.page_size,

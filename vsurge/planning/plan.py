@@ -152,7 +152,7 @@ def plan_slice(
     memory = memory_of(deployment, question, programs)
     if not memory.holds(*smallest):
         return refused(what_is_too_much(memory, *smallest), programs)
-    clock = _Clock(deployment, assumptions, *programs)
+    clock = _Clock(deployment, assumptions, max(question.batches), *programs)
     largest = (max(question.batches), max(question.contexts))
     return SlicePlan(
         slice=slice_,
@@ -206,9 +206,15 @@ class _Clock:
     """Times of steps of any size, by the programs of one."""
 
     def __init__(
-        self, deployment: Deployment, assumptions: PlanAssumptions, decode: ProgramFacts, mixed: ProgramFacts
+        self,
+        deployment: Deployment,
+        assumptions: PlanAssumptions,
+        num_rows: int,
+        decode: ProgramFacts,
+        mixed: ProgramFacts,
     ) -> None:
         self._decode, self._mixed = decode, mixed
+        self._num_rows = num_rows
         self._products = deployment.products()
         self._local_vocab = deployment.config.vocab_size // deployment.layout.size("vocab")
         self._assumptions = assumptions
@@ -227,7 +233,7 @@ class _Clock:
     def prefill(self, tokens: int, attention: Attention) -> StepTime:
         """Of one prompt's tokens: a step computes logits of a row for each sequence that it has room for."""
         sent = scaled(self._mixed.sent.always, tokens / self._mixed.size)
-        return self._time(tokens, min(self._decode.size, tokens), attention, sent)
+        return self._time(tokens, min(self._num_rows, tokens), attention, sent)
 
     def _time(
         self, rows: int, logit_rows: int, attention: Attention, collectives: Counter[Collective]

@@ -26,6 +26,8 @@ from .deployment import Deployment
 from .question import Question
 
 FEW = (1, 2)  # layers of the programs that are compiled
+# Sequences that they are compiled for at most: sorting rows of logits takes the compiler half a second a row.
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def compile_steps(
 ) -> tuple[ProgramFacts, ProgramFacts]:
     """The largest decode step and the largest mixed one, of all layers, by those of few.
 
+    The decode step is of `MOST_ROWS` sequences where larger batches are asked for.
+
     Args:
         question: batch, contexts and chunk.
         deployment: model and devices.
@@ -101,7 +105,7 @@ def compile_steps(
     Raises:
         jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
     """
-    rows = max(question.batches)
+    rows = min(max(question.batches), MOST_ROWS)
     sizes: dict[StepKind, int] = {"decode": rows, "mixed": max(question.chunk, rows)}
     work: list[tuple[StepKind, int]] = [(kind, layers) for kind in sizes for layers in FEW]
     found = dict[tuple[StepKind, int], ProgramFacts]()

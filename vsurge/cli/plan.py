@@ -270,6 +270,7 @@ def _plan_json(question: Question, plan: SlicePlan) -> dict[str, Any]:
         and asdict(memory)
         | {
             "cache": memory.cache,
+            "num_pages": memory.num_pages,
             "tokens": memory.tokens,
             "sequences": {context: memory.sequences(context) for context in question.contexts},
         },

@@ -59,7 +59,10 @@ SOURCES = {
     "latency_us": ("us from a copy's service to its arrival", "assumed; nobody has published it"),
     "copy_ns": ("ns that a copy takes besides its bytes", "assumed; nobody has published it"),
     "hop_us": ("us from a chip to its neighbour", 'about 1 us: "How to Scale Your Model", chapter 3'),
-    "logit_passes": ("arrays of logits read or written to choose tokens", "assumed: logits, bias and counts, each a few times"),
+    "logit_passes": (
+        "arrays of logits read or written to choose tokens",
+        "assumed: logits, bias and counts, each a few times",
+    ),
     "step_us": ("us between two steps", "the next step is dispatched before a step ends"),
 }
 NAMES = tuple(SOURCES)

@@ -27,10 +27,10 @@ from .options import EngineOptions
 from .request import Request
 from .results import start_reading
 from .rows import bias_of, counts_of
-from .scheduler import StepKind, StepPlan
 from .shaping import RowState
 from .step import StepOutput
 from .step_inputs import StepInputs
+from .step_plan import StepKind, StepPlan
 
 logger = logging.getLogger("vsurge.runtime")
 
@@ -169,8 +169,9 @@ class Executor:
             inputs = self._inputs(plan, bucket)
             masks = self._masks(plan)
         with TraceAnnotation("vsurge.dispatch"):
-            for request in self._rows.taken():
-                self._take_row(request)
+            for rows in self._rows:
+                for request in rows.taken():
+                    self._take_row(request)
             output: StepOutput
             output, self._kv_pages, self._row_state = self._programs[plan.kind, bucket](
                 self._model.params, self._kv_pages, self._row_state, masks, inputs
@@ -185,10 +186,14 @@ class Executor:
         vocab_size = self._model.config.vocab_size
         self._row_state = self._compile_set_row()(
             self._row_state,
-            np.int32(request.row),
+            np.int32(self._row_of(request)),
             bias_of(request, vocab_size),
             counts_of(request, vocab_size),
         )
+
+    def _row_of(self, request: Request) -> int:
+        """Its row in the batch of all replicas."""
+        return request.replica * self._options.rows_per_replica + request.row
 
     def _masks(self, plan: StepPlan) -> Any:
         """What each row's next token may be. The tokens before it are known where there is a mask."""
@@ -198,7 +203,7 @@ class Executor:
         masks = self._blueprint.masks_without_any()
         for request in masked:
             for mask in request.masks:
-                mask.restrict(masks[request.row])
+                mask.restrict(masks[self._row_of(request)])
         return masks
 
     def _inputs(self, plan: StepPlan, bucket: int) -> StepInputs:

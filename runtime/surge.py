@@ -37,9 +37,10 @@ class vSurge(LifeCycle):
         self.num_pages, self.page_size = options.num_pages, options.page_size
         self.eos_token_ids = options.eos_token_ids
         self._requests = RequestBuilder(processor, options, model.config.vocab_size)
-        self._pool = PagePool(options.num_pages, options.page_size)
+        pools = [PagePool(options.pages_per_replica, options.page_size) for _ in range(options.num_replicas)]
+        self._pool = pools[0]
         scheduler = Scheduler(
-            self._pool,
+            *pools,
             max_concurrent_decodes=options.max_concurrent_decodes,
             max_concurrent_prefill=options.max_concurrent_prefill,
             max_prefill_length=options.max_prefill_length,
@@ -121,7 +122,6 @@ class vSurge(LifeCycle):
 
         Raises:
             ValueError, TypeError: an option out of range.
-            NotImplementedError: a model whose mesh has replicas (more than one device along `batch_axis`).
             OutOfMemory: not even one page fits the device.
         """
         options = options_for(

@@ -22,7 +22,7 @@ from ..model import Layout, Params, Qwen3Config
 from .options import EngineOptions
 from .rows import Rows
 from .shaping import RowState, by_axes, empty_row_state, mask_words, with_row
-from .step import output_by_axes, step
+from .step import step
 from .step_inputs import StepInputs, step_inputs
 from .step_plan import StepKind, StepPlan
 
@@ -91,7 +91,10 @@ class Blueprint:
             out_shardings=self._row_state_sharding,
         )
         self.everywhere = layout.sharding()
-        self._spans_processes = len({device.process_index for device in layout.mesh.devices.flat}) > 1
+        several_processes = len({device.process_index for device in layout.mesh.devices.flat}) > 1
+        # Each replica's output stays where it is, unless another process has to read it.
+        stays = options.num_replicas > 1 and not several_processes
+        self._output_sharding = None if stays else self.everywhere
 
     def trace(self, params: Params, kind: StepKind, size: int) -> jax.stages.Traced:
         """A step of a bucket's size, to be lowered and compiled.
@@ -110,7 +113,7 @@ class Blueprint:
             in_shardings=(
                 _shardings(params), cache, self._row_state_sharding, self.everywhere, self.everywhere,
             ),
-            out_shardings=(self._output_sharding(kind), cache, self._row_state_sharding),
+            out_shardings=(self._output_sharding, cache, self._row_state_sharding),
             donate_argnums=(1, 2),
         )  # fmt: skip
         inputs = jax.eval_shape(
@@ -123,12 +126,6 @@ class Blueprint:
             jax.eval_shape(self.masks_without_any),
             inputs,
         )
-
-    def _output_sharding(self, kind: StepKind) -> Any:
-        """Where what comes out of a step lies, so that this process can read all of it."""
-        if self._spans_processes:
-            return self.everywhere
-        return output_by_axes(kind, self._layout.sharding)
 
     def trace_set_row(self) -> jax.stages.Traced:
         """The program that writes what the device remembers of one row."""

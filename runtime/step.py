@@ -9,7 +9,6 @@ Replicas run the same program, each on its own rows, pages and inputs, and know 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -27,7 +26,6 @@ from .logprobs import SCORED_TOGETHER, LogprobArrays, all_logprobs, logprobs_of,
 from .sampling import sample
 from .shaping import RowState, by_axes, shape_logits, with_tokens
 from .step_inputs import StepInputs
-from .step_plan import StepKind
 from .vocabulary import VocabularyPart
 
 
@@ -73,27 +71,27 @@ def step(
     )
     if layout.size("rows") == 1:
         return replica(params, kv_pages, row_state, masks, inputs)
-    kind: StepKind = "decode" if inputs.samples is None else "mixed"
     ours = PartitionSpec(layout.mesh_axes("rows"))
     mapped = jax.shard_map(
         replica,
         mesh=layout.mesh,
         in_specs=(PartitionSpec(), ours, ours, ours, ours),
-        out_specs=(output_by_axes(kind, layout.spec), ours, ours),
+        out_specs=(_output_specs(layout, inputs), ours, ours),
         axis_names=set(layout.mesh_axes("rows")),
         check_vma=False,
     )
     return cast(Any, mapped(params, kv_pages, row_state, masks, inputs))
 
 
-def output_by_axes(kind: StepKind, make: Callable[..., Any]) -> StepOutput:
-    """What `make` gives for the logical axes of each array of a step's output, in its place."""
+def _output_specs(layout: Layout, inputs: StepInputs) -> StepOutput:
+    """How the replicas' output is put together, a `PartitionSpec` in the place of each array."""
 
-    def logprobs(*axes: str | None) -> LogprobArrays:
-        return LogprobArrays(make(*axes), make(*axes), make(*axes), make(*axes))
+    def logprobs(spec: Any) -> LogprobArrays:
+        return LogprobArrays(spec, spec, spec, spec)
 
-    scores = logprobs("rows") if kind == "mixed" else None
-    return StepOutput(make(None, "rows"), logprobs(None, "rows"), scores)
+    tokens: Any = layout.spec(None, "rows")
+    scores = None if inputs.scored is None else logprobs(layout.spec("rows"))
+    return StepOutput(tokens, logprobs(tokens), scores)
 
 
 def _replica_step(

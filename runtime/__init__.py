@@ -5,6 +5,7 @@ from .errors import EngineError, EngineFailed, EngineStopped, OutOfMemory, Queue
 from .generation import Generation
 from .guided_params import GuidedDecodingParams
 from .metrics import EngineMetrics, RequestMetrics
+from .processes import Processes, join_processes
 from .sampling_params import SamplingParams
 from .surge import vSurge
 from .token_logprobs import Logprob
@@ -18,10 +19,12 @@ __all__ = [
     "GuidedDecodingParams",
     "Logprob",
     "OutOfMemory",
+    "Processes",
     "QueueFull",
     "RequestMetrics",
     "ReturnSample",
     "SamplingParams",
     "StepFailed",
+    "join_processes",
     "vSurge",
 ]

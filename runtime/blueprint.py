@@ -8,7 +8,7 @@ can also be traced for devices that are not there (`jax.experimental.topologies`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ from ..kernels import KVPages, empty_kv_pages
 from ..model import Layout, Params, Qwen3Config
 from .options import EngineOptions
 from .rows import Rows
-from .scheduler import StepKind, StepPlan
-from .shaping import RowState, empty_row_state, mask_words, with_row
+from .shaping import RowState, by_axes, empty_row_state, mask_words, with_row
 from .step import step
 from .step_inputs import StepInputs, step_inputs
+from .step_plan import StepKind, StepPlan
 
 MAX_PROGRAMS = 16  # and those of `prefill_lengths`, if there are more
 SMALLEST_MIXED = 16  # tokens
@@ -45,8 +45,9 @@ def default_buckets(smallest: int, largest: int, limit: int) -> tuple[int, ...]:
 class Blueprint:
     """The programs of one engine.
 
-    Weights, cache and what is remembered of the rows lie where the layout puts them; what else goes in and
-    out of a program is the same on every device.
+    Weights, cache and what is remembered of the rows lie where the layout puts them. What else goes into a
+    program is the same on every device; what else comes out is so on those of a replica, and on all of them
+    where several processes have a part of the devices each.
 
     Args:
         config: the model's shape.
@@ -54,8 +55,8 @@ class Blueprint:
         layout: of the model.
 
     Attributes:
-        decode_buckets: sequences of the decode steps that are compiled.
-        mixed_buckets: tokens of the mixed steps that are compiled.
+        decode_buckets: sequences of the decode steps that are compiled, in each replica.
+        mixed_buckets: tokens of the mixed steps that are compiled, in each replica.
         layer: shapes of one layer's cache.
         layer_sharding: where they lie.
         empty_layer, empty_row_state: jitted, make an empty cache of a layer and an empty `RowState`.
@@ -63,7 +64,7 @@ class Blueprint:
 
     def __init__(self, config: Qwen3Config, options: EngineOptions, layout: Layout) -> None:
         self._config, self._options, self._layout = config, options, layout
-        rows, most = options.max_concurrent_decodes, options.max_batched_tokens
+        rows, most = options.rows_per_replica, options.max_batched_tokens
         self.decode_buckets = default_buckets(min(2, rows), rows, MAX_PROGRAMS // 2)
         if options.prefill_lengths is None:
             limit = MAX_PROGRAMS - len(self.decode_buckets)
@@ -84,13 +85,16 @@ class Blueprint:
         self.layer: KVPages = jax.eval_shape(empty_layer)
         self.layer_sharding = layout.cache_sharding(self.layer)
         self.empty_layer: Callable[[], KVPages] = jax.jit(empty_layer, out_shardings=self.layer_sharding)
-        by_token: Any = layout.sharding("rows", "vocab")
-        no_token: Any = layout.sharding("rows")
-        self._row_state_sharding = RowState(last_tokens=no_token, bias=by_token, counts=by_token)
+        self._row_state_sharding = by_axes(layout.sharding)
         self.empty_row_state: Callable[[], RowState] = jax.jit(
-            partial(empty_row_state, rows, config.vocab_size), out_shardings=self._row_state_sharding
+            partial(empty_row_state, options.max_concurrent_decodes, config.vocab_size),
+            out_shardings=self._row_state_sharding,
         )
         self.everywhere = layout.sharding()
+        several_processes = len({device.process_index for device in layout.mesh.devices.flat}) > 1
+        # Each replica's output stays where it is, unless another process has to read it.
+        stays = options.num_replicas > 1 and not several_processes
+        self._output_sharding = None if stays else self.everywhere
 
     def trace(self, params: Params, kind: StepKind, size: int) -> jax.stages.Traced:
         """A step of a bucket's size, to be lowered and compiled.
@@ -109,10 +113,12 @@ class Blueprint:
             in_shardings=(
                 _shardings(params), cache, self._row_state_sharding, self.everywhere, self.everywhere,
             ),
-            out_shardings=(self.everywhere, cache, self._row_state_sharding),
+            out_shardings=(self._output_sharding, cache, self._row_state_sharding),
             donate_argnums=(1, 2),
         )  # fmt: skip
-        inputs = jax.eval_shape(partial(self.inputs, StepPlan(kind, ()), size, self.rows()))
+        inputs = jax.eval_shape(
+            partial(self.inputs, StepPlan(kind, (), self._options.num_replicas), size, self.rows())
+        )
         return jitted.trace(
             params,
             (self.layer,) * num_layers,
@@ -138,28 +144,40 @@ class Blueprint:
             jax.ShapeDtypeStruct((vocab_size,), np.int32),
         )
 
-    def rows(self) -> Rows:
-        """What the host remembers of the rows of the batch, none of which is taken."""
-        return Rows(self._options.max_concurrent_decodes, self._options.pages_per_seq)
+    def rows(self) -> tuple[Rows, ...]:
+        """What the host remembers of the rows of each replica's batch, none of which is taken."""
+        options = self._options
+        return tuple(
+            Rows(options.rows_per_replica, options.pages_per_seq) for _ in range(options.num_replicas)
+        )
 
     def bucket_of(self, plan: StepPlan) -> int:
         """The size of the program that runs a plan."""
         if plan.kind == "decode":
-            size, buckets = len(plan.chunks), self.decode_buckets
+            size, buckets = max(map(len, plan.parts)), self.decode_buckets
         else:
-            size, buckets = sum(chunk.length for chunk in plan.chunks), self.mixed_buckets
+            size = max(sum(chunk.length for chunk in part) for part in plan.parts)
+            buckets = self.mixed_buckets
         return next(bucket for bucket in buckets if bucket >= size)
 
-    def inputs(self, plan: StepPlan, bucket: int, rows: Rows) -> StepInputs:
-        """What the host sends for a plan."""
+    def inputs(self, plan: StepPlan, bucket: int, rows: Sequence[Rows]) -> StepInputs:
+        """What the host sends for a plan: that for each replica, one behind the other."""
         # In a mixed step no sequence has less than a token.
-        max_seqs = min(self._options.max_concurrent_decodes, bucket)
-        return step_inputs(plan, bucket, rows, max_seqs=max_seqs)
+        max_seqs = min(self._options.rows_per_replica, bucket)
+        parts = [
+            step_inputs(plan.kind, chunks, bucket, of_replica, max_seqs=max_seqs)
+            for chunks, of_replica in zip(plan.parts, rows, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else jax.tree.map(_concatenated, *parts)
 
     def masks_without_any(self) -> npt.NDArray[np.uint32]:
         """[rows, words], masks that allow every token."""
         words = mask_words(self._config.vocab_size)
         return np.full((self._options.max_concurrent_decodes, words), 0xFFFFFFFF, np.uint32)
+
+
+def _concatenated(*arrays: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate(arrays)
 
 
 def _shardings(params: Params) -> Params:

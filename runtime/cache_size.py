@@ -67,7 +67,7 @@ def choose_num_pages(
     max_useful_pages: int,
     num_rows: int,
 ) -> int:
-    """As many pages as fit, but no more than the engine can ever use.
+    """As many pages as fit, as many in each replica, but no more than the engine can ever use.
 
     On an accelerator `memory_utilization` of what is free after the weights and what is remembered of the
     rows; on a CPU `CPU_CACHE_BYTES`.
@@ -80,7 +80,7 @@ def choose_num_pages(
         num_rows: of the batch.
 
     Raises:
-        OutOfMemory: not even one page fits.
+        OutOfMemory: not even one page, in each replica, fits.
     """
     device = model.mesh.devices.flat[0]
     stats: dict[str, Any] | None = device.memory_stats()
@@ -95,13 +95,14 @@ def choose_num_pages(
             int(free * memory_utilization),
             f"{memory_utilization:g} of {free / 2**30:.2f} GiB free",
         )
-    size = bytes_per_page(model, page_size)
-    if budget < size:
+    size, replicas = bytes_per_page(model, page_size), model.layout.size("pages")
+    if budget < size * replicas:
+        each = f" in each of {replicas} replicas" if replicas > 1 else ""
         raise OutOfMemory(
-            f"one page of {page_size} tokens takes {size / 2**20:.1f} MiB, the cache may take "
-            f"{budget / 2**20:.1f} MiB ({source}); use a smaller page_size or a smaller model"
+            f"one page of {page_size} tokens{each} takes {size * replicas / 2**20:.1f} MiB, the cache may "
+            f"take {budget / 2**20:.1f} MiB ({source}); use a smaller page_size or a smaller model"
         )
-    num_pages = min(budget // size, max_useful_pages)
+    num_pages = min(budget // size, max_useful_pages) // replicas * replicas
     logger.info(
         "cache: %d pages of %d tokens, %.2f GiB (%s)", num_pages, page_size, num_pages * size / 2**30, source
     )

@@ -9,12 +9,14 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from jax.profiler import TraceAnnotation
 
 from ..kernels import KVPages
@@ -27,16 +29,38 @@ from .options import EngineOptions
 from .request import Request
 from .results import start_reading
 from .rows import bias_of, counts_of
-from .scheduler import StepKind, StepPlan
 from .shaping import RowState
 from .step import StepOutput
 from .step_inputs import StepInputs
+from .step_plan import StepKind, StepPlan
 
 logger = logging.getLogger("vsurge.runtime")
 
 # LLVM's first level of optimization instead of its highest: a quarter less time to compile and, measured on
 # Qwen3-0.6B, steps no slower, for the matrix products are library calls.
 CPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 1}
+
+
+RowContent = tuple[int, npt.NDArray[np.float32], npt.NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """A step as the device sees it; it knows no requests, so another process can run it.
+
+    Attributes:
+        kind, bucket: which program.
+        inputs: of it, NumPy arrays.
+        masks: [num_rows, words], what the next tokens may be; None for any.
+        row_contents: what is to be remembered of rows from this step on: each row's number, its bias [vocab]
+            and the counts of its tokens [vocab].
+    """
+
+    kind: StepKind
+    bucket: int
+    inputs: StepInputs
+    masks: npt.NDArray[np.uint32] | None
+    row_contents: Sequence[RowContent]
 
 
 class Executor:
@@ -87,7 +111,9 @@ class Executor:
             self._kv_pages = tuple(self._empty_layer() for _ in range(self._model.config.num_layers))
             self._row_state = self._blueprint.empty_row_state()
             no_masks = self._blueprint.masks_without_any()
-            self._no_masks = jax.device_put(no_masks, self._blueprint.everywhere)
+            self._no_masks = jax.make_array_from_callback(
+                no_masks.shape, self._blueprint.everywhere, no_masks.__getitem__
+            )
             jax.block_until_ready((self._kv_pages, self._row_state))
         except RuntimeError as error:  # jax.errors.JaxRuntimeError
             self.release()
@@ -162,47 +188,56 @@ class Executor:
         if self._row_state is None:
             raise RuntimeError("the executor has no cache: allocate() first")
         bucket = self._blueprint.bucket_of(plan)
-        if (plan.kind, bucket) not in self._programs:
-            self._programs[plan.kind, bucket] = self._compile_lowered(self._lower(plan.kind, bucket))
-            self.num_compilations += 1
         with TraceAnnotation("vsurge.inputs"):
-            inputs = self._inputs(plan, bucket)
-            masks = self._masks(plan)
+            inputs = self._blueprint.inputs(plan, bucket, self._rows)
+            call = StepCall(plan.kind, bucket, inputs, self._masks(plan), self._row_contents())
         with TraceAnnotation("vsurge.dispatch"):
-            for request in self._rows.taken():
-                self._take_row(request)
-            output: StepOutput
-            output, self._kv_pages, self._row_state = self._programs[plan.kind, bucket](
-                self._model.params, self._kv_pages, self._row_state, masks, inputs
-            )
+            output = self.dispatch(call)
             start_reading(plan, output)
         return output
 
-    def _take_row(self, request: Request) -> None:
-        """Writes what the device is to remember of a request that has come to its row."""
-        if not (request.is_biased or request.params.has_penalties):
-            return
-        vocab_size = self._model.config.vocab_size
-        self._row_state = self._compile_set_row()(
-            self._row_state,
-            np.int32(request.row),
-            bias_of(request, vocab_size),
-            counts_of(request, vocab_size),
+    def dispatch(self, call: StepCall) -> StepOutput:
+        """Begins a step of which only what the device needs is known."""
+        for row, bias, counts in call.row_contents:
+            self._row_state = self._compile_set_row()(self._row_state, np.int32(row), bias, counts)
+        masks = self._no_masks if call.masks is None else call.masks
+        output: StepOutput
+        output, self._kv_pages, self._row_state = self._program(call.kind, call.bucket)(
+            self._model.params, self._kv_pages, self._row_state, masks, call.inputs
         )
+        return output
 
-    def _masks(self, plan: StepPlan) -> Any:
-        """What each row's next token may be. The tokens before it are known where there is a mask."""
+    def _program(self, kind: StepKind, bucket: int) -> jax.stages.Compiled:
+        if (kind, bucket) not in self._programs:
+            self._programs[kind, bucket] = self._compile_lowered(self._lower(kind, bucket))
+            self.num_compilations += 1
+        return self._programs[kind, bucket]
+
+    def _row_contents(self) -> list[RowContent]:
+        """What the device is to remember of requests that have come to their rows."""
+        vocab_size = self._model.config.vocab_size
+        taken = [request for rows in self._rows for request in rows.taken()]
+        return [
+            (self._row_of(request), bias_of(request, vocab_size), counts_of(request, vocab_size))
+            for request in taken
+            if request.is_biased or request.params.has_penalties
+        ]
+
+    def _row_of(self, request: Request) -> int:
+        """Its row in the batch of all replicas."""
+        return request.replica * self._options.rows_per_replica + request.row
+
+    def _masks(self, plan: StepPlan) -> npt.NDArray[np.uint32] | None:
+        """What each row's next token may be; None for any. The tokens before it are known where there is a
+        mask."""
         masked = [c.request for c in plan.chunks if c.num_outputs and c.request.masks]
         if not masked:
-            return self._no_masks
+            return None
         masks = self._blueprint.masks_without_any()
         for request in masked:
             for mask in request.masks:
-                mask.restrict(masks[request.row])
+                mask.restrict(masks[self._row_of(request)])
         return masks
-
-    def _inputs(self, plan: StepPlan, bucket: int) -> StepInputs:
-        return self._blueprint.inputs(plan, bucket, self._rows)
 
 
 def _return_freed_memory() -> None:

@@ -147,6 +147,7 @@ class LifeCycle:
         Raises:
             ValueError, TypeError: another structure, shape or dtype; the message names the first array that
                 differs, with both. The engine goes on with the old weights.
+            NotImplementedError: the model lies on the devices of several processes.
         """
         with self._updating:
             placed = placed_like(params, self.model.params)

@@ -18,8 +18,9 @@ from .meter import Meter
 from .metrics import EngineMetrics
 from .request import Request
 from .results import read_results
-from .scheduler import Scheduler, StepPlan
+from .scheduler import Scheduler
 from .step import StepOutput
+from .step_plan import StepPlan
 
 logger = logging.getLogger("vsurge.runtime")
 
@@ -70,7 +71,8 @@ class Loop:
         try:
             self._meter.start()
             self._serve()
-            self._scheduler.pool.check_integrity()
+            for pool in self._scheduler.pools:
+                pool.check_integrity()
         except BaseException as failure:
             logger.exception("the engine's thread failed")
             self._end(failure)

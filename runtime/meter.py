@@ -115,20 +115,20 @@ class Meter:
         first = marks[0]
         seconds = max(min(WINDOW_S, now - self._started_at), 1e-9)  # a clock may stand still
         work_s = last.work_s - first.work_s
-        scheduler, pool = self._scheduler, self._scheduler.pool
+        scheduler, pools = self._scheduler, self._scheduler.pools
         return EngineMetrics(
             num_requests=self._num_requests,
-            num_running=len(scheduler.running),
+            num_running=scheduler.num_running,
             num_waiting=scheduler.num_queued,
             num_preempted=len(scheduler.waiting) - scheduler.num_queued,
             num_finished=self._ended["finished"],
             num_aborted=self._ended["abort"],
             num_timed_out=self._ended["timeout"],
             num_failed=self._ended["failed"],
-            num_pages=pool.num_pages,
-            num_pages_used=pool.num_used,
-            num_pages_free=pool.num_free,
-            num_pages_cached=pool.num_cached,
+            num_pages=sum(pool.num_pages for pool in pools),
+            num_pages_used=sum(pool.num_used for pool in pools),
+            num_pages_free=sum(pool.num_free for pool in pools),
+            num_pages_cached=sum(pool.num_cached for pool in pools),
             num_steps=self._num_steps,
             batch_size=self._batch_size,
             num_prompt_tokens=scheduler.num_prompt_tokens,

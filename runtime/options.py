@@ -21,9 +21,10 @@ class EngineOptions:
 
     Attributes:
         max_concurrent_decodes: rows of the batch: requests that hold pages at a time.
-        max_concurrent_prefill: prompts in one step.
-        max_prefill_length: tokens of prompts in one step; a longer prompt takes several.
-        max_batched_tokens: tokens in one step that has prompts, with those of whoever decodes beside them.
+        max_concurrent_prefill: prompts in one step, in each replica.
+        max_prefill_length: tokens of prompts in one step, in each replica; a longer prompt takes several.
+        max_batched_tokens: tokens in one step that has prompts, with those of whoever decodes beside them, in
+            each replica.
         prefill_lengths: sizes of steps with prompts, tokens, in order; None for a default choice.
         decode_steps: tokens that a step without prompts makes for each sequence.
         prefix_caching: whether prefixes are looked up in the cache.
@@ -36,6 +37,7 @@ class EngineOptions:
         vsurge_name: of the engine's thread.
         verbose: show progress bars on a terminal.
         compilation_cache_dir: where compiled programs are kept; None for jax's own setting.
+        num_replicas: that share the rows and the pages evenly.
     """
 
     max_concurrent_decodes: int
@@ -54,6 +56,17 @@ class EngineOptions:
     vsurge_name: str
     verbose: bool
     compilation_cache_dir: Path | None = None
+    num_replicas: int = 1
+
+    @property
+    def rows_per_replica(self) -> int:
+        """Rows of the batch that each replica has."""
+        return self.max_concurrent_decodes // self.num_replicas
+
+    @property
+    def pages_per_replica(self) -> int:
+        """Pages of the cache that each replica has."""
+        return self.num_pages // self.num_replicas
 
     @property
     def pages_per_seq(self) -> int:
@@ -63,7 +76,7 @@ class EngineOptions:
     @property
     def longest_sequence(self) -> int:
         """Most tokens of a sequence that `max_length` and the cache allow; its last is never in the cache."""
-        return min(self.max_length, self.num_pages * self.page_size + 1)
+        return min(self.max_length, self.pages_per_replica * self.page_size + 1)
 
 
 def options_for(
@@ -89,9 +102,13 @@ def options_for(
 ) -> EngineOptions:
     """The options of an engine around a model; parameters and errors are those of `vSurge.from_model`."""
     config = _check_model(model).config
-    rows = as_integer("max_concurrent_decodes", max_concurrent_decodes, 1)
+    replicas = model.layout.size("rows")
+    total_rows = as_integer("max_concurrent_decodes", max_concurrent_decodes, 1)
+    rows = _shared_out("max_concurrent_decodes", total_rows, model)
     page_size = as_integer("page_size", page_size, 1)
     num_pages = as_optional_integer("num_pages", num_pages, 1)
+    if num_pages is not None:
+        _shared_out("num_pages", num_pages, model)
     share = as_number("memory_utilization", memory_utilization, 0, 1, low_open=True)
     extra_eos = as_integers("extra_eos_token_ids", extra_eos_token_ids, 0)
     check_vocabulary("extra_eos_token_ids", extra_eos, config.vocab_size)
@@ -103,10 +120,10 @@ def options_for(
     prompts = as_optional_integer("max_concurrent_prefill", max_concurrent_prefill, 1)
     caches_prefixes = as_flag("prefix_caching", prefix_caching)
     return EngineOptions(
-        max_concurrent_decodes=rows,
+        max_concurrent_decodes=total_rows,
         max_concurrent_prefill=rows if prompts is None else prompts,
         max_prefill_length=prefill_length,
-        max_batched_tokens=_batched_tokens(max_batched_tokens, prefill_length, rows),
+        max_batched_tokens=_batched_tokens(max_batched_tokens, prefill_length, total_rows, replicas),
         decode_steps=as_integer("decode_steps", decode_steps, 1),
         prefix_caching=caches_prefixes,
         prefill_lengths=None if lengths is None else tuple(sorted(set(lengths))),
@@ -118,13 +135,14 @@ def options_for(
         vsurge_name=vsurge_name,
         verbose=as_flag("verbose", verbose),
         compilation_cache_dir=_folder("compilation_cache_dir", compilation_cache_dir),
+        num_replicas=replicas,
         num_pages=num_pages  # last: it looks at the device
         or choose_num_pages(
             model,
             page_size=page_size,
             memory_utilization=share,
-            max_useful_pages=rows * -(-max_length // page_size) * (2 if caches_prefixes else 1),
-            num_rows=rows,
+            max_useful_pages=total_rows * -(-max_length // page_size) * (2 if caches_prefixes else 1),
+            num_rows=total_rows,
         ),
     )
 
@@ -134,11 +152,12 @@ def _check_model(model: Any) -> Model:
         raise TypeError(f"model={str(model)!r}: must be a Model; load it first with load_model(...)")  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(model, Model):
         raise TypeError(f"model={model!r}: must be a Model, from load_model or random_model")
-    replicas = model.layout.size("pages")
-    if replicas > 1:
-        raise NotImplementedError(
-            f"model: its mesh has {replicas} devices along batch_axis={model.partition_axis.batch_axis!r}; "
-            "an engine does not spread its batch over replicas yet; use 1 there, and more along another axis"
+    batch_axis, axes = model.partition_axis.batch_axis, vars(model.partition_axis)
+    also = [field for field, axis in axes.items() if axis == batch_axis and field != "batch_axis"]
+    if also and model.layout.size("rows") > 1:
+        raise ValueError(
+            f"model: batch_axis={batch_axis!r} is its {also[0]} too; each replica needs a whole model, so "
+            "the batch must have an axis of its own, or one of 1 device"
         )
     for name in ("attention", "decode_attention"):
         if getattr(model.config, name) == "reference":
@@ -147,6 +166,17 @@ def _check_model(model: Any) -> Model:
                 f"compiled program, and an engine compiles its steps; use {name}=None or 'xla'"
             )
     return model
+
+
+def _shared_out(name: str, number: int, model: Model) -> int:
+    """The share of each replica."""
+    replicas = model.layout.size("rows")
+    if number % replicas:
+        raise ValueError(
+            f"{name}={number}: must be a multiple of the {replicas} replicas along "
+            f"batch_axis={model.partition_axis.batch_axis!r}, which share them evenly"
+        )
+    return number // replicas
 
 
 def _folder(name: str, value: Any) -> Path | None:
@@ -185,12 +215,14 @@ def _prefill_length(wanted: int | None, lengths: tuple[int, ...] | None, max_len
     return wanted
 
 
-def _batched_tokens(wanted: int | None, prefill_length: int, rows: int) -> int:
+def _batched_tokens(wanted: int | None, prefill_length: int, rows: int, replicas: int) -> int:
     wanted = as_optional_integer("max_batched_tokens", wanted, 1)
     if wanted is None:
-        return max(prefill_length, 2 * rows)
-    if wanted < rows:
+        return max(prefill_length, 2 * rows // replicas)
+    if wanted * replicas < rows:
+        each = f" over {replicas} replicas" if replicas > 1 else ""
         raise ValueError(
-            f"max_batched_tokens={wanted}: must be at least max_concurrent_decodes={rows}, one token for each"
+            f"max_batched_tokens={wanted}: must be at least max_concurrent_decodes={rows}{each}, one token "
+            "for each"
         )
     return wanted

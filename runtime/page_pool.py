@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 KEY_BYTES = 16  # two prefixes among 2**32 share a key with a probability of 2**-65
 
@@ -104,6 +105,10 @@ class PagePool:
             self._kept.pop(page, None)
             pages.append(page)
         return pages
+
+    def num_known(self, keys: Iterable[bytes]) -> int:
+        """Pages that `share` would find."""
+        return sum(1 for _ in takewhile(self._page_of.__contains__, keys))
 
     def release(self, pages: Sequence[int]) -> None:
         """Takes one owner from each page of a sequence, whose last pages will be the first to be forgotten.

@@ -51,8 +51,9 @@ class Request:
         num_cached: tokens of the prompt that it found in the cache when it was first admitted; None before.
         num_preemptions: how often it lost its pages and was put back into the queue.
         num_pending: tokens that planned steps will bring.
-        row: its row in the batch while it runs.
-        pages: its pages of the cache, in order.
+        replica: which replica it runs on, or ran on last.
+        row: its row in that replica's batch while it runs.
+        pages: its pages of that replica's cache, in order.
         page_keys: see `keys_of_full_pages`.
         num_registered: pages that the pool knows by their keys.
     """
@@ -89,6 +90,7 @@ class Request:
     num_cached: int | None = None
     num_preemptions: int = 0
     num_pending: int = 0
+    replica: int = 0
     row: int = -1
     pages: list[int] = field(default_factory=list[int])
     page_keys: list[bytes] = field(default_factory=list[bytes])

@@ -178,9 +178,12 @@ class RequestBuilder:
         if wanted > room:
             needed = -(-(len(ids) + wanted - 1) // options.page_size)
             advice = f"max_tokens={room} would fit" if room > 0 else self._truncation(params)
+            cache = "the whole cache has"
+            if options.num_replicas > 1:
+                cache = f"each of {options.num_replicas} replicas has its share of"
             raise ValueError(
                 f"prompts[{index}]: its {len(ids)} tokens and {wanted} of output need {needed} pages of "
-                f"{options.page_size} tokens, the whole cache has num_pages={options.num_pages}; {advice}, "
+                f"{options.page_size} tokens, {cache} num_pages={options.num_pages}; {advice}, "
                 "or build the engine with more pages"
             )
         return wanted

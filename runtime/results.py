@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from .logprobs import LogprobArrays
-from .scheduler import Chunk, StepPlan, StepResults
 from .step import StepOutput
+from .step_plan import Chunk, StepPlan, StepResults
 from .token_logprobs import TokenLogprobs
 
 
@@ -24,17 +24,24 @@ def read_results(plan: StepPlan, output: StepOutput) -> StepResults:
     """Waits for a step, and reads what is wanted of it."""
     output = jax.tree.map(np.asarray, _wanted(plan, output))
     tokens: Any = output.tokens
+    # What is of a replica takes an equal part of each array, and begins with what is of its chunks.
+    size = tokens.shape[1] // plan.num_replicas
+    places = [start * size + i for start, part in enumerate(plan.parts) for i in range(len(part))]
     logprobs: list[list[TokenLogprobs] | None] | None = None
     if output.logprobs is not None:
-        logprobs = [_logprobs(output.logprobs, i, chunk) for i, chunk in enumerate(plan.chunks)]
+        logprobs = [
+            _logprobs(output.logprobs, i, chunk) for i, chunk in zip(places, plan.chunks, strict=True)
+        ]
     scores: list[list[TokenLogprobs]] | None = None
     if output.scores is not None:
-        scores, start = [], 0
-        for chunk in plan.chunks:
-            count = len(chunk.tokens_to_score)
-            scores.append([output.scores.at(start + i) for i in range(count)])
-            start += count
-    return StepResults(tokens[:, : len(plan.chunks)].T.tolist(), logprobs, scores)
+        scores, size = [], output.scores.chosen.shape[0] // plan.num_replicas
+        for replica, part in enumerate(plan.parts):
+            start = replica * size
+            for chunk in part:
+                count = len(chunk.tokens_to_score)
+                scores.append([output.scores.at(start + i) for i in range(count)])
+                start += count
+    return StepResults(tokens[:, places].T.tolist(), logprobs, scores)
 
 
 def _wanted(plan: StepPlan, output: StepOutput) -> StepOutput:

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from .request import Request
 from .sampling import MAX_BANNED, SamplingInputs
-from .scheduler import Chunk
 from .shaping import GENERATED, IN_PROMPT, ShapingInputs
+from .step_plan import Chunk
 
 LARGEST_FLOAT, LARGEST_INT = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
 

@@ -11,91 +11,35 @@ A step may be planned before the tokens of the ones before it are known: what a 
 and a token that comes for a request that has ended meanwhile is dropped. The device runs steps in order, so
 pages that a request gives back may go to another one at once, and a page may be shared as soon as a step that
 fills it is planned.
+
+Replicas, of which there is one unless the mesh says otherwise, have rows and pages of their own and share the
+queue and the steps: a request is admitted by the one where the pages in use and those that it would have to
+fill are the fewest, so that load is spread, and a prefix is looked for where it is cached. Who has lost its
+pages may come back to another one.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
 
 from .channel import FinishReason
 from .page_pool import PagePool
+from .replica import Prompts, Replica, insert
 from .request import NO_TOKEN, Request
-from .token_logprobs import TokenLogprobs
-
-HEADROOM = 64  # one page in so many is left to those that run when a request is admitted
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """`length` tokens of a request, from position `start`.
-
-    Attributes:
-        num_outputs: tokens that come out of it: 0 if the prompt goes on, 1 at its end; `length` of a decode.
-    """
-
-    request: Request
-    start: int
-    length: int
-    num_outputs: int
-
-    @property
-    def output_index(self) -> int:
-        """Which of the request's generated tokens is the first to come out of this chunk, if any does."""
-        return self.start + self.length - self.num_outputs + 1 - len(self.request.prompt_ids)
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether its first token is one that was generated, and may be known to the device alone."""
-        return self.start >= self.request.num_to_prefill
-
-    @property
-    def tokens_to_score(self) -> Sequence[int]:
-        """Tokens of the prompt whose log-probabilities are wanted: those that follow the chunk's own."""
-        request = self.request
-        if request.params.prompt_logprobs is None or self.start >= len(request.prompt_ids) - 1:
-            return ()
-        return request.prompt_ids[self.start + 1 : self.start + self.length + 1]
-
-
-@dataclass(frozen=True)
-class StepResults:
-    """What came of a step, chunk by chunk.
-
-    Attributes:
-        token_ids: the tokens chosen, of which the first `num_outputs` count; -1 where none was allowed.
-        logprobs: of these, where the request wants them; None if none does.
-        scores: log-probabilities of `Chunk.tokens_to_score`; None if there are none.
-    """
-
-    token_ids: Sequence[Sequence[int]]
-    logprobs: Sequence[Sequence[TokenLogprobs] | None] | None = None
-    scores: Sequence[Sequence[TokenLogprobs]] | None = None
-
-
-StepKind = Literal["mixed", "decode"]
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One step: the next tokens of whoever decodes and, if it is mixed, chunks of prompts behind them."""
-
-    kind: StepKind
-    chunks: tuple[Chunk, ...]
+from .step_plan import Chunk, StepPlan, StepResults
 
 
 class Scheduler:
-    """Plans steps and keeps account of rows and pages.
+    """Plans steps and keeps account of requests, rows and pages.
 
     Args:
-        pool: the pages of the cache.
-        max_concurrent_decodes: rows of the batch: requests that hold pages at a time.
-        max_batched_tokens: of a mixed step, at least the rows.
-        max_prefill_length: tokens of prompts in one step; a longer prompt takes several.
-        max_concurrent_prefill: prompts in one step.
+        pools: the pages of each replica's cache, as many for each.
+        max_concurrent_decodes: rows of the batch: requests that hold pages at a time. Each replica has an
+            equal share of them.
+        max_batched_tokens: of a mixed step, in each replica, at least its rows.
+        max_prefill_length: tokens of prompts in one step, in each replica; a longer prompt takes several.
+        max_concurrent_prefill: prompts in one step, in each replica.
         decode_steps: tokens that one decode step makes for each request.
         priority_places: places in the queue that one step of priority is worth.
         prefix_caching: whether prefixes are looked up in the cache.
@@ -103,8 +47,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: PagePool,
-        *,
+        *pools: PagePool,
         max_concurrent_decodes: int,
         max_batched_tokens: int,
         max_prefill_length: int,
@@ -113,24 +56,38 @@ class Scheduler:
         priority_places: int = 1024,
         prefix_caching: bool = True,
     ) -> None:
-        self.pool = pool
-        self.waiting: list[Request] = []  # both in the order of their turns
-        self.running: list[Request] = []
+        self.pools = pools
+        self.waiting: list[Request] = []  # in the order of their turns
         self.num_preemptions = 0
         self.num_computed_prompt_tokens = 0  # in planned steps, and tokens computed anew
         self.num_generated_tokens = 0
         self.num_prompt_tokens = 0  # of those admitted for the first time; and how many of these were cached
         self.num_cached_tokens = 0
+        self._replicas = [
+            Replica(
+                index,
+                pool,
+                num_rows=max_concurrent_decodes // len(pools),
+                decode_steps=decode_steps,
+                prefix_caching=prefix_caching,
+            )
+            for index, pool in enumerate(pools)
+        ]
         self._max_batched_tokens = max_batched_tokens
         self._max_prefill_length = max_prefill_length
         self._max_concurrent_prefill = max_concurrent_prefill
-        self._decode_steps = decode_steps
         self._priority_places = priority_places
-        self._prefix_caching = prefix_caching
-        self._num_rows = max_concurrent_decodes
-        self._free_rows = list(range(max_concurrent_decodes))[::-1]
         self._num_arrived = 0
         self._num_returning = 0  # of those that wait, how many had been admitted before
+
+    @property
+    def running(self) -> list[Request]:
+        """Those that have a row; of each replica in the order of their turns."""
+        return [request for replica in self._replicas for request in replica.running]
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(replica.running) for replica in self._replicas)
 
     @property
     def num_queued(self) -> int:
@@ -139,7 +96,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting) or self.num_running > 0
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -150,141 +107,73 @@ class Scheduler:
         turn = self._num_arrived + request.priority * self._priority_places
         request.turn = turn, self._num_arrived
         self._num_arrived += 1
-        _insert(self.waiting, request)
+        insert(self.waiting, request)
 
     def plan(self) -> StepPlan | None:
         """The next step; None if there is nothing to do before the tokens of earlier steps are committed."""
-        decodes, has_preempted = self._decodes()
-        prompts = self._prompts(self._max_batched_tokens - len(decodes), admits=not has_preempted)
-        if not prompts:
-            decodes = [self._extended(chunk) for chunk in decodes]
-        for chunk in decodes:
-            self._count(chunk)
-        chunks = (*decodes, *prompts)
-        return StepPlan("mixed" if prompts else "decode", chunks) if chunks else None
-
-    def _count(self, chunk: Chunk) -> None:
-        """From now on its tokens are computed."""
-        chunk.request.num_computed += chunk.length
-        chunk.request.num_pending += chunk.num_outputs
-        self._register(chunk.request)
-
-    def _decodes(self) -> tuple[list[Chunk], bool]:
-        """A token of each request that decodes, and whether one lost its pages for that."""
-        chunks, has_preempted = list[Chunk](), False
-        for request in tuple(self.running):
-            if request.row < 0 or not request.can_decode:
-                continue
-            if request.masks and request.num_pending:  # what its next token may be is not known yet
-                continue
-            while not self._grow(request, request.num_computed + 1):
-                has_preempted = True
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is request:
-                    break
-            else:
-                chunks.append(Chunk(request, request.num_computed, 1, 1))
-        return chunks, has_preempted
-
-    def _extended(self, chunk: Chunk) -> Chunk:
-        """More tokens of a decode, up to `decode_steps`: as many as may come, and have pages."""
-        request = chunk.request
-        most = 1 if request.masks else request.max_tokens_in_cache - chunk.start
-        length = max(1, min(self._decode_steps, most))
-        while length > 1 and not self._grow(request, chunk.start + length):
-            length -= 1
-        return replace(chunk, length=length, num_outputs=length)
-
-    def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Gives it pages for so many tokens; False if there are not as many."""
-        missing = self.pool.pages_for(num_tokens) - len(request.pages)
-        if missing > 0:
-            if not self.pool.can_allocate(missing):
-                return False
-            request.pages += self.pool.allocate(missing)
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        self._take_from(request)
-        self.running.remove(request)
-        request.num_preemptions += 1
-        self.num_preemptions += 1
-        self._num_returning += 1
-        _insert(self.waiting, request)
-
-    def _prompts(self, budget: int, *, admits: bool) -> list[Chunk]:
-        """Chunks of prompts, of those that run and those that wait."""
-        budget = min(budget, self._max_prefill_length)
-        chunks = list[Chunk]()
-        prefilling = [request for request in self.running if not request.is_prefilled]
-        while budget > 0 and len(chunks) < self._max_concurrent_prefill:
-            overtakes = self.waiting and not (prefilling and prefilling[0].turn < self.waiting[0].turn)
-            request = self._admit() if overtakes and admits else None
-            if request is None:
-                # It is not asked again in this step: pages that those behind it fill now might let it in.
-                admits = admits and not overtakes
-                if not prefilling:
-                    break
-                request = prefilling.pop(0)
-            rest = request.num_to_prefill - request.num_computed
-            length = min(budget, rest)
-            chunks.append(Chunk(request, request.num_computed, length, int(length == rest)))
-            self._count(chunks[-1])  # at once, for the next one may begin alike
-            self.num_computed_prompt_tokens += length
-            budget -= length
-        return chunks
-
-    def _admit(self) -> Request | None:
-        """The request whose turn it is, with a row and pages; None if it has to wait."""
-        if not (self.waiting and self._free_rows):
+        decodes: list[list[Chunk]] = []
+        prompts: list[Prompts] = []
+        for replica in self._replicas:
+            chunks, preempted = replica.decodes()
+            self._put_back(preempted)
+            budget = min(self._max_batched_tokens - len(chunks), self._max_prefill_length)
+            most = self._max_concurrent_prefill
+            decodes.append(chunks)
+            prompts.append(Prompts(replica, budget=budget, most=most, admits=not preempted))
+        self._fill(prompts)
+        is_mixed = any(part.chunks for part in prompts)
+        planned: list[Chunk] = []
+        for replica, chunks, part in zip(self._replicas, decodes, prompts, strict=True):
+            for chunk in chunks if is_mixed else map(replica.extended, chunks):
+                replica.count(chunk)
+                planned.append(chunk)
+            planned += part.chunks
+            self.num_computed_prompt_tokens += part.num_tokens
+        if not planned:
             return None
-        request, pool = self.waiting[0], self.pool
-        if request.num_pending:  # a token of it is still to come
-            return None
-        known = request.num_known
-        # The tokens of a prompt whose log-probabilities are wanted must be computed.
-        scored = request.params.prompt_logprobs is not None and not request.output_ids
-        shared = pool.share([] if scored else self._keys(request, known))
-        missing = pool.pages_for(known) - len(shared)
-        headroom = -(-pool.num_pages // HEADROOM) if self.running else 0
-        if not pool.can_allocate(missing + headroom):
-            pool.release(shared)
-            return None
+        return StepPlan("mixed" if is_mixed else "decode", tuple(planned), len(self._replicas))
+
+    def _put_back(self, preempted: Sequence[Request]) -> None:
+        self.num_preemptions += len(preempted)
+        self._num_returning += len(preempted)
+        for request in preempted:
+            insert(self.waiting, request)
+
+    def _fill(self, prompts: Sequence[Prompts]) -> None:
+        """Puts prompts into a step, of those that run and those that wait."""
+        while self.waiting:
+            request = self.waiting[0]
+            for part in prompts:
+                part.go_on(before=request.turn)
+            # Where one has to wait, those behind it are not asked in this step.
+            if request.num_pending or not self._admit(request, prompts):
+                break
+        for part in prompts:
+            part.go_on()
+
+    def _admit(self, request: Request, prompts: Sequence[Prompts]) -> bool:
+        """Lets the first of those that wait into the replica that has the most room for it; False if none
+        has any."""
+        if len(prompts) > 1:
+            prompts = sorted(prompts, key=lambda part: part.replica.cost_of(request))
+        if not any(part.admit(request) for part in prompts):
+            return False
         self.waiting.pop(0)
-        request.pages = shared + pool.allocate(missing)
-        request.num_registered = len(shared)
-        request.num_found = len(shared) * pool.page_size
-        # At least one token must be computed, for the next one to come out of it.
-        request.num_computed = min(request.num_found, known - 1)
-        request.num_to_prefill = known
-        request.row = self._free_rows.pop()
         if request.num_cached is None:
-            request.num_cached = request.num_computed
+            request.num_cached = min(request.num_found, request.num_known - 1)
             request.admitted_at = time.perf_counter()
-            self.num_prompt_tokens += known
-            self.num_cached_tokens += request.num_computed
+            self.num_prompt_tokens += request.num_known
+            self.num_cached_tokens += request.num_cached
         else:
             self._num_returning -= 1
-        _insert(self.running, request)
-        return request
-
-    def _keys(self, request: Request, num_tokens: int) -> list[bytes]:
-        return request.keys_of_full_pages(num_tokens, self.pool.page_size) if self._prefix_caching else []
-
-    def _register(self, request: Request) -> None:
-        """Lets others share the pages that are full of known tokens."""
-        num_tokens = min(request.num_computed, request.num_known)
-        if num_tokens // self.pool.page_size > request.num_registered:
-            keys = self._keys(request, num_tokens)
-            for page in range(request.num_registered, len(keys)):
-                self.pool.register(request.pages[page], keys[page])
-            request.num_registered = len(keys)
+        return True
 
     @property
     def needs_tokens(self) -> bool:
         """Whether a request runs that can only go on when all of its tokens are known."""
-        return any(request.masks and request.num_pending for request in self.running)
+        return any(
+            request.masks and request.num_pending for replica in self._replicas for request in replica.running
+        )
 
     def commit(self, plan: StepPlan, results: StepResults) -> list[Request]:
         """Takes the results of a step, in the order of the plans; the requests that got a token."""
@@ -305,7 +194,7 @@ class Scheduler:
                     self.num_generated_tokens += token_id != NO_TOKEN
             changed.append(request)
             if request.row >= 0:
-                self._register(request)
+                self._replicas[request.replica].register(request)
             if request.finish_reason is not None:
                 self._retire(request)
         return changed
@@ -326,25 +215,21 @@ class Scheduler:
     def _retire(self, request: Request) -> None:
         request.ended_at = time.perf_counter()
         if request.row >= 0:
-            self._take_from(request)
-            self.running.remove(request)
+            self._replicas[request.replica].remove(request)
         else:
             self.waiting.remove(request)
             self._num_returning -= request.num_cached is not None
 
-    def _take_from(self, request: Request) -> None:
-        """Its pages and its row."""
-        self.pool.release(request.pages)
-        self._free_rows.append(request.row)
-        request.pages, request.row, request.num_computed, request.num_registered = [], -1, 0, 0
-
     def recompute(self) -> None:
         """Lets everything begin anew, after the content of the cache and all that was under way is lost."""
-        for request in tuple(self.running):
-            self._preempt(request)
+        for replica in self._replicas:
+            running = tuple(replica.running)
+            for request in running:
+                replica.preempt(request)
+            self._put_back(running)
+            replica.pool.forget()
         for request in self.waiting:
             request.num_pending = 0
-        self.pool.forget()
 
     def unfinished(self) -> list[Request]:
         return [*self.running, *self.waiting]
@@ -353,12 +238,7 @@ class Scheduler:
         """Forgets everything, whatever state an exception left it in; the requests that had not ended."""
         unfinished = self.unfinished()
         self.waiting.clear()
-        self.running.clear()
-        self.pool.clear()
+        for replica in self._replicas:
+            replica.clear()
         self._num_returning = 0
-        self._free_rows = list(range(self._num_rows))[::-1]
         return unfinished
-
-
-def _insert(requests: list[Request], request: Request) -> None:
-    insort(requests, request, key=lambda other: other.turn)

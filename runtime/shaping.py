@@ -12,7 +12,9 @@ copied and takes 25; a conditional saves nothing.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,11 @@ class ShapingInputs:
     repetition: Leaf
     biased: Leaf
     masked: Leaf
+
+
+def by_axes(make: Callable[..., Any]) -> RowState:
+    """What `make` gives for the logical axes of each array, in its place."""
+    return RowState(last_tokens=make("rows"), bias=make("rows", "vocab"), counts=make("rows", "vocab"))
 
 
 def empty_row_state(num_rows: int, vocab_size: int) -> RowState:

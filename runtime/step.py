@@ -2,6 +2,7 @@
 
 A step's tokens stay on the device, one per row of the batch, and are the next step's input; the host only
 reads copies of them. On several devices each chooses among the tokens whose logits it has, and they agree.
+Replicas run the same program, each on its own rows, pages and inputs, and know nothing of each other.
 """
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
@@ -23,7 +24,7 @@ from ..model import Batch, Layout, Params, Qwen3Config, forward, hidden_states, 
 from .leaf import Leaf
 from .logprobs import SCORED_TOGETHER, LogprobArrays, all_logprobs, logprobs_of, no_logprobs
 from .sampling import sample
-from .shaping import RowState, shape_logits, with_tokens
+from .shaping import RowState, by_axes, shape_logits, with_tokens
 from .step_inputs import StepInputs
 from .vocabulary import VocabularyPart
 
@@ -53,6 +54,50 @@ def step(
     params: Params,
     kv_pages: tuple[KVPages, ...],
     row_state: RowState,
+    masks: UInt[Array, "all_rows words"],
+    inputs: StepInputs,
+    *,
+    config: Qwen3Config,
+    decode_steps: int,
+    layout: Layout,
+) -> tuple[StepOutput, tuple[KVPages, ...], RowState]:
+    """One mixed step, or some decode steps: what is chosen, and cache and rows after it.
+
+    All but the weights is that of one replica after the other, each array in equal parts along its first
+    axis; in `StepOutput`, along the axis of the sequences or of the scored tokens.
+    """
+    replica = partial(
+        _replica_step, config=config, decode_steps=decode_steps, layout=layout.without("batch_axis")
+    )
+    if layout.size("rows") == 1:
+        return replica(params, kv_pages, row_state, masks, inputs)
+    ours = PartitionSpec(layout.mesh_axes("rows"))
+    mapped = jax.shard_map(
+        replica,
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(), ours, ours, ours, ours),
+        out_specs=(_output_specs(layout, inputs), ours, ours),
+        axis_names=set(layout.mesh_axes("rows")),
+        check_vma=False,
+    )
+    return cast(Any, mapped(params, kv_pages, row_state, masks, inputs))
+
+
+def _output_specs(layout: Layout, inputs: StepInputs) -> StepOutput:
+    """How the replicas' output is put together, a `PartitionSpec` in the place of each array."""
+
+    def logprobs(spec: Any) -> LogprobArrays:
+        return LogprobArrays(spec, spec, spec, spec)
+
+    tokens: Any = layout.spec(None, "rows")
+    scores = None if inputs.scored is None else logprobs(layout.spec("rows"))
+    return StepOutput(tokens, logprobs(tokens), scores)
+
+
+def _replica_step(
+    params: Params,
+    kv_pages: tuple[KVPages, ...],
+    row_state: RowState,
     masks: UInt[Array, "num_rows words"],
     inputs: StepInputs,
     *,
@@ -60,7 +105,7 @@ def step(
     decode_steps: int,
     layout: Layout,
 ) -> tuple[StepOutput, tuple[KVPages, ...], RowState]:
-    """One mixed step, or some decode steps: what is chosen, and cache and rows after it."""
+    """`step` of one replica."""
     page_size = kv_pages[0].page_size
     if inputs.samples is not None:
         batch = _mixed_batch(inputs, row_state.last_tokens, page_size)
@@ -143,7 +188,7 @@ def _choose(
         logprobs = logprobs_of(row_logits, tokens, jnp.asarray(inputs.wants_logprobs), part)
         return tokens, logprobs, with_tokens(row_state, rows, tokens, which, part)
 
-    of_rows, same = row_state_specs(layout), PartitionSpec()
+    of_rows, same = by_axes(layout.spec), PartitionSpec()
     mapped = layout.shard_map(
         choose, (layout.spec(None, "vocab"), same, same, same, of_rows, same), (same, same, of_rows)
     )
@@ -152,13 +197,6 @@ def _choose(
 
 def _part_of(layout: Layout) -> VocabularyPart:
     return VocabularyPart(layout.mesh_axes("vocab") if layout.size("vocab") > 1 else ())
-
-
-def row_state_specs(layout: Layout) -> RowState:
-    """How what is remembered of the rows is split, a `PartitionSpec` in the place of each array."""
-    by_token: Any = layout.spec(None, "vocab")
-    no_token: Any = layout.spec(None)
-    return RowState(last_tokens=no_token, bias=by_token, counts=by_token)
 
 
 def _scores(

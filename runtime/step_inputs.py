@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,14 +13,16 @@ from .leaf import Leaf
 from .logprobs import SCORED_TOGETHER
 from .rows import Rows
 from .sampling import SamplingInputs
-from .scheduler import StepPlan
 from .shaping import ShapingInputs
+from .step_plan import Chunk, StepKind
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInputs:
     """What the host sends for a step. Rows beyond those in use are padding: no tokens, no row of the batch.
+
+    For several replicas each array is what it is for the first one, behind it that of the second, and so on.
 
     Attributes:
         rows: [n] int32, which row of the batch each sequence is; num_rows for none.
@@ -58,21 +61,23 @@ class StepInputs:
     num_scored: Leaf | None = None
 
 
-def step_inputs(plan: StepPlan, bucket: int, rows: Rows, *, max_seqs: int) -> StepInputs:
-    """A step's inputs as NumPy arrays, padded to its bucket.
+def step_inputs(
+    kind: StepKind, chunks: Sequence[Chunk], bucket: int, rows: Rows, *, max_seqs: int
+) -> StepInputs:
+    """A replica's inputs of a step as NumPy arrays, padded to its bucket.
 
     Args:
-        plan: what runs.
+        kind: of the step.
+        chunks: what the replica runs of it.
         bucket: sequences of a decode step, or tokens of a mixed step.
-        rows: what is known of the rows.
+        rows: what is known of the replica's rows.
         max_seqs: sequences of a mixed step.
     """
-    chunks = plan.chunks
-    n = bucket if plan.kind == "decode" else max_seqs
+    n = bucket if kind == "decode" else max_seqs
     of_row = rows.of(chunks, n)
     ends = np.zeros(n, np.int32)
     ends[: len(chunks)] = [chunk.start + chunk.length for chunk in chunks]
-    if plan.kind == "decode":
+    if kind == "decode":
         kv_lens = np.zeros(n, np.int32)
         kv_lens[: len(chunks)] = [chunk.start + 1 for chunk in chunks]
         return StepInputs(

@@ -16,6 +16,7 @@ from .life_cycle import LifeCycle
 from .options import EngineOptions, options_for
 from .page_pool import PagePool
 from .per_prompt import params_of, priorities_of, timeouts_of
+from .processes import Processes, executor_of
 from .prompts import Prompt, as_list, check_template_options, token_ids_of
 from .request import Request
 from .request_builder import RequestBuilder
@@ -37,9 +38,10 @@ class vSurge(LifeCycle):
         self.num_pages, self.page_size = options.num_pages, options.page_size
         self.eos_token_ids = options.eos_token_ids
         self._requests = RequestBuilder(processor, options, model.config.vocab_size)
-        self._pool = PagePool(options.num_pages, options.page_size)
+        pools = [PagePool(options.pages_per_replica, options.page_size) for _ in range(options.num_replicas)]
+        self._pool = pools[0]
         scheduler = Scheduler(
-            self._pool,
+            *pools,
             max_concurrent_decodes=options.max_concurrent_decodes,
             max_concurrent_prefill=options.max_concurrent_prefill,
             max_prefill_length=options.max_prefill_length,
@@ -81,13 +83,16 @@ class vSurge(LifeCycle):
         vsurge_name: str = "vsurge",
         verbose: bool = True,
         compilation_cache_dir: str | PathLike[str] | None = None,
+        processes: Processes | None = None,
     ) -> Surge:
         """Builds an engine around a model; nothing is compiled or allocated yet.
 
         Args:
             model: from `load_model` or `random_model`.
             processor: its tokenizer (transformers); None if prompts and output are token ids.
-            max_concurrent_decodes: sequences that decode together.
+            max_concurrent_decodes: sequences that decode together. Replicas (more than one device along
+                `batch_axis`) share them evenly, so it must be a multiple of their number, as must num_pages.
+                What is said of a step below holds for the part of it that each replica has.
             max_concurrent_prefill: most prompts in one step; None for as many as it has room for.
             max_prefill_length: most tokens of prompts in one step; longer prompts are processed in chunks.
                 None: 1024, or max_length if that is less.
@@ -107,7 +112,8 @@ class vSurge(LifeCycle):
             memory_utilization: share of the accelerator's memory left after the weights that the cache takes,
                 in (0, 1]; on a CPU the cache takes 1 GiB instead.
             num_pages: pages of the cache; None for as many as `memory_utilization` says. A sequence longer
-                than all of them together is refused, or cut off there if its `max_tokens` is None.
+                than all of them together (of a replica's) is refused, or cut off there if its `max_tokens` is
+                None.
             max_queued_requests: requests that may wait for a place in the batch, beyond which `generate`
                 raises `QueueFull`. All prompts of a call begin by waiting, even while places are free, so it
                 also bounds how many one call may pass.
@@ -118,10 +124,12 @@ class vSurge(LifeCycle):
             compilation_cache_dir: a folder for compiled programs, so that the next engine with the same
                 shapes starts sooner; it is made if it does not exist. Trust who can write to it: programs
                 are run as they are found. None: jax's own setting (`jax_compilation_cache_dir`).
+            processes: from `join_processes`, for a model that lies on the devices of several processes; this
+                one is process 0, and the others `follow` it.
 
         Raises:
-            ValueError, TypeError: an option out of range.
-            NotImplementedError: a model whose mesh has replicas (more than one device along `batch_axis`).
+            ValueError, TypeError: an option out of range, or one of several processes without `processes`.
+            EngineError: this is not process 0.
             OutOfMemory: not even one page fits the device.
         """
         options = options_for(
@@ -144,7 +152,7 @@ class vSurge(LifeCycle):
             verbose=verbose,
             compilation_cache_dir=compilation_cache_dir,
         )
-        return cls(model, processor, options, Executor(model, options))
+        return cls(model, processor, options, executor_of(model, options, processes))
 
     create_odriver = from_model
 

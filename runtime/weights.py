@@ -26,7 +26,10 @@ def placed_like(params: Any, current: Params) -> Params:
     Raises:
         TypeError: a leaf is no array.
         ValueError: another structure, shape or dtype, or an array that was deleted; it names the first one.
+        NotImplementedError: there are several processes, which would all need them.
     """
+    if jax.process_count() > 1:
+        raise NotImplementedError("params: other weights are not supported over several processes")
     given, given_tree = _flattened(params)
     wanted, wanted_tree = _flattened(current)
     for (path, leaf), (wanted_path, wanted_leaf) in zip(given, wanted, strict=False):

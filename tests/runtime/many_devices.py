@@ -14,8 +14,10 @@ from transformers import AutoTokenizer
 
 import vsurge
 from vsurge.runtime import SamplingParams, vSurge
+from vsurge.runtime.step import StepOutput
+from vsurge.runtime.step_plan import StepPlan
 
-from ..collectives import collectives
+from ..collectives import collectives, groups
 from ..devices import simulate_devices
 from .greedy import CAPITAL, GREEDY, STORY
 
@@ -43,6 +45,14 @@ def on(dims: tuple[int, ...]) -> dict[str, Any]:
         num_pages=16,
         verbose=False,
     )
+    busy: list[int] = []  # how many replicas have something to do in each step
+    run = surge._executor.run
+
+    def watched(plan: StepPlan) -> StepOutput:
+        busy.append(sum(map(bool, plan.parts)))
+        return run(plan)
+
+    surge._executor.run = watched
     with surge:
         greedy = surge.generate([CAPITAL, STORY], GREEDY).result(300)
         sampled = surge.generate([CAPITAL] * len(SAMPLED), SAMPLED).result(300)
@@ -58,6 +68,8 @@ def on(dims: tuple[int, ...]) -> dict[str, Any]:
             ],
             "cache": [list(shard.data.shape) for shard in executor._kv_pages[0].data.addressable_shards],
             "bias": [list(shard.data.shape) for shard in executor._row_state.bias.addressable_shards],
+            "groups": sorted({tuple(sorted(g)) for p in executor._programs.values() for g in groups(p)}),
+            "busy": max(busy),
             "sent": [
                 [plan[0], *key, count]
                 for plan, program in executor._programs.items()

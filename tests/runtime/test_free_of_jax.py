@@ -7,8 +7,8 @@ import sys
 
 FREE_OF_JAX = (
     "channel", "checks", "deadlines", "detokenizer", "errors", "generation", "guided", "guided_params",
-    "inbox", "meter", "metrics", "page_pool", "prompts", "request", "sampling_params", "scheduler",
-    "token_logprobs", "token_mask",
+    "inbox", "meter", "metrics", "page_pool", "prompts", "replica", "request", "sampling_params",
+    "scheduler", "step_plan", "token_logprobs", "token_mask",
 )  # fmt: skip
 
 

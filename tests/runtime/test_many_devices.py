@@ -14,9 +14,10 @@ from ..devices import printed_by
 VOCAB, HIDDEN, LAYERS, ROWS, MIXED = 1536, 192, 4, 2, 16
 ONE = "1,1,1,1,1"
 # dims: into how many parts vocabulary and KV heads go
-SAMPLE = {"1,1,1,4,1": (4, 2)}
+SAMPLE = {"1,1,1,4,1": (4, 2), "2,1,1,2,1": (2, 2)}
 REST = {
     "1,1,1,2,1": (2, 2), "1,1,1,8,1": (8, 2), "1,2,1,4,1": (4, 2), "1,1,1,1,4": (1, 1), "1,2,1,2,2": (2, 2),
+    "2,1,1,1,1": (1, 1), "2,1,1,4,1": (4, 2), "2,2,1,2,1": (2, 2), "2,1,1,2,2": (2, 2),
 }  # fmt: skip
 
 
@@ -39,9 +40,11 @@ def assert_alike(found: dict[str, Any], expected: dict[str, Any], dims: str, par
         assert [len(each) for each in ours] == [len(each) for each in theirs]
         assert len(ours) > 5
         np.testing.assert_allclose([*chain(*ours)], [*chain(*theirs)], rtol=0, atol=1e-4)
-    num_devices = math.prod(int(size) for size in dims.split(","))
-    assert found["cache"] == [[16, 2, 2 // heads, 16, 64]] * num_devices
-    assert found["bias"] == [[ROWS, VOCAB // vocab]] * num_devices
+    replicas, *within = (int(size) for size in dims.split(","))
+    num_devices = replicas * math.prod(within)
+    assert found["cache"] == [[16 // replicas, 2, 2 // heads, 16, 64]] * num_devices
+    assert found["bias"] == [[ROWS // replicas, VOCAB // vocab]] * num_devices
+    assert found["busy"] == replicas
 
 
 @pytest.mark.parametrize("dims", SAMPLE)
@@ -66,6 +69,14 @@ def test_what_a_step_sends_besides_its_layers_sums_is_tiny(sample: dict[str, Any
         assert max(size for _, size in sent) <= 4 * 20 * max(ROWS, scored)
         assert all(size <= max(ROWS, scored) for op, size in sent if op != "all-gather")
         assert {op for op, _ in sent} == {"all-reduce", "all-gather"}
+
+
+def test_replicas_send_each_other_nothing(sample: dict[str, Any]) -> None:
+    """Devices 0 and 1 are the first one, 2 and 3 the second."""
+    assert sample["2,1,1,2,1"]["groups"] == [[0, 1], [2, 3]]
+    assert sample["1,1,1,4,1"]["groups"] == [[0, 1, 2, 3]]
+    sent = {op for _, op, *_ in sample["2,1,1,2,1"]["sent"]}
+    assert sent == {"all-reduce", "all-gather"}
 
 
 def test_one_device_sends_nothing(sample: dict[str, Any]) -> None:

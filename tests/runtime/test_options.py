@@ -19,7 +19,7 @@ from jaxtyping import TypeCheckError
 
 from vsurge.model import Layout, Model, PartitionAxis
 from vsurge.model.sharding import AXIS_NAMES, TRIVIAL_DIMS
-from vsurge.runtime import OutOfMemory, vSurge
+from vsurge.runtime import OutOfMemory, SamplingParams, vSurge
 from vsurge.runtime.blueprint import MAX_PROGRAMS, default_buckets
 from vsurge.runtime.cache_size import CPU_CACHE_BYTES, choose_num_pages, page_bytes
 from vsurge.runtime.executor import Executor
@@ -224,6 +224,49 @@ def test_an_accelerators_cache_is_a_share_of_what_the_weights_leave() -> None:
         )
         remembered = 16 * 1000 * (4 + 4)  # a bias and a count of each token
         assert num_pages == (10 * gib - remembered) // 2 // (2 * 2 * 8 * row_bytes * 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_concurrent_decodes": 3}, "max_concurrent_decodes=3: .* multiple of the 2 .* batch_axis='dp'"),
+        ({"num_pages": 5}, "num_pages=5: must be a multiple of the 2 replicas along batch_axis='dp'"),
+        (
+            {"max_batched_tokens": 1, "max_concurrent_decodes": 4},
+            "max_batched_tokens=1: .* max_concurrent_decodes=4 over 2 replicas",
+        ),
+    ],
+)
+def test_replicas_share_rows_and_pages_evenly(model: Model, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vSurge.from_model(on_two_replicas(model), **options)
+
+
+def test_what_each_replica_has_bounds_a_step_and_a_sequence(model: Model) -> None:
+    made = vSurge.from_model(
+        on_two_replicas(model), max_concurrent_decodes=8, max_batched_tokens=4, max_prefill_length=4,
+        max_length=100, page_size=16, num_pages=6,
+    )  # fmt: skip
+    options = made._executor._options
+    assert (options.rows_per_replica, options.pages_per_replica, options.longest_sequence) == (4, 3, 49)
+    assert made._executor.decode_buckets == (2, 4)
+    with pytest.raises(ValueError, match=r"each of 2 replicas has its share of num_pages=6; max_tokens=9 "):
+        made.generate([1] * 40, SamplingParams(max_tokens=20))
+
+
+def test_replicas_need_an_axis_of_their_own(model: Model) -> None:
+    axes = PartitionAxis(batch_axis="fsdp")
+    mesh = Mesh(
+        np.array([FakeDevice(id=i, platform="cpu") for i in range(2)]).reshape(1, 2, 1, 1, 1), AXIS_NAMES
+    )
+    with pytest.raises(ValueError, match="batch_axis='fsdp' is its hidden_state_axis too"):
+        vSurge.from_model(replace(model, mesh=mesh, partition_axis=axes))
+
+
+def on_two_replicas(model: Model) -> Model:
+    """As far as an engine's options go."""
+    devices = [FakeDevice(id=i, platform="cpu", process_index=0, memory_stats=dict) for i in range(2)]
+    return replace(model, mesh=Mesh(np.array(devices).reshape(2, 1, 1, 1, 1), AXIS_NAMES))
 
 
 def test_an_argument_of_a_wrong_type_is_caught_by_the_type_checker() -> None:

@@ -35,7 +35,8 @@ actions = st.one_of(
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.integers(1, 24), st.integers(1, 6), st.integers(1, 24), st.integers(1, 6), st.integers(1, 24),
-    st.integers(0, 2), st.integers(1, 4), st.booleans(), st.lists(actions, min_size=20, max_size=80),
+    st.integers(0, 2), st.integers(1, 4), st.booleans(), st.sampled_from([1, 1, 2, 3]),
+    st.lists(actions, min_size=20, max_size=80),
 )  # fmt: skip
 def test_every_request_ends_once_and_the_books_balance_after_every_step(
     num_pages: int,
@@ -46,9 +47,11 @@ def test_every_request_ends_once_and_the_books_balance_after_every_step(
     lag: int,
     decode_steps: int,
     prefix_caching: bool,
+    replicas: int,
     todo: list[tuple[Any, ...]],
 ) -> None:
     world = World(
+        replicas=replicas,
         num_pages=num_pages,
         rows=rows,
         budget=budget,
@@ -75,7 +78,7 @@ def test_every_request_ends_once_and_the_books_balance_after_every_step(
                 world.step()
     world.run_to_the_end()
     if not prefix_caching:
-        assert world.pool.num_cached == world.scheduler.num_cached_tokens == 0
+        assert sum(pool.num_cached for pool in world.pools) == world.scheduler.num_cached_tokens == 0
 
 
 def test_a_long_prompt_is_fed_beside_the_decodes_of_others() -> None:

@@ -12,7 +12,7 @@ from vsurge.kernels import append, decode, ragged
 from vsurge.model import Model
 from vsurge.runtime import vSurge
 from vsurge.runtime.executor import Executor
-from vsurge.runtime.scheduler import StepKind
+from vsurge.runtime.step_plan import StepKind
 
 from ..kernels.jaxprs import equations
 from .greedy import CAPITAL, GREEDY

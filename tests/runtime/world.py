@@ -9,7 +9,8 @@ from vsurge.runtime.channel import Channel
 from vsurge.runtime.page_pool import PagePool, chained
 from vsurge.runtime.request import Request
 from vsurge.runtime.sampling_params import SamplingParams
-from vsurge.runtime.scheduler import Scheduler, StepPlan, StepResults
+from vsurge.runtime.scheduler import Scheduler
+from vsurge.runtime.step_plan import Chunk, StepKind, StepPlan, StepResults
 from vsurge.runtime.token_logprobs import TokenLogprobs
 from vsurge.runtime.token_mask import Words
 
@@ -45,13 +46,17 @@ class AnyToken:
 
 
 class World:
-    """A scheduler, a device that runs its plans in order and answers late, and what must always be true."""
+    """A scheduler, a device that runs its plans in order and answers late, and what must always be true.
+
+    Each of several replicas has so many pages and rows.
+    """
 
     def __init__(
         self,
         *,
         num_pages: int,
         rows: int,
+        replicas: int = 1,
         budget: int,
         prompts: int = 100,
         prefill_length: int = 100,
@@ -59,11 +64,12 @@ class World:
         decode_steps: int = 1,
         **options: Any,
     ) -> None:
-        self.pool = PagePool(num_pages, PAGE_SIZE)
+        self.pools = [PagePool(num_pages, PAGE_SIZE) for _ in range(replicas)]
+        self.pool = self.pools[0]
         self.budget = max(budget, rows)
         self.scheduler = Scheduler(
-            self.pool,
-            max_concurrent_decodes=rows,
+            *self.pools,
+            max_concurrent_decodes=rows * replicas,
             max_batched_tokens=self.budget,
             max_concurrent_prefill=prompts,
             max_prefill_length=prefill_length,
@@ -77,7 +83,8 @@ class World:
         self.ended: list[int] = []
         self.failed: set[int] = set()
         self.computed: dict[int, int] = {}
-        self.content: dict[tuple[int, int], bytes] = {}  # (page, offset) -> all tokens up to this one, hashed
+        # (replica, page, offset) -> all tokens up to this one, hashed
+        self.content: dict[tuple[int, int, int], bytes] = {}
         self.num_steps = 0
 
     def submit(
@@ -146,7 +153,13 @@ class World:
                 self.computed.pop(request.index)
         if plan is not None:
             self.num_steps += 1
-            self.check_plan(plan, may_decode)
+            assert plan.chunks
+            for replica, chunks in enumerate(plan.parts):
+                kept = [
+                    r for r in may_decode if r.replica == replica and r.num_preemptions == before[r.index]
+                ]
+                self.check_part(plan.kind, chunks, kept)
+            assert (plan.kind == "mixed") is any(not chunk.is_decode for chunk in plan.chunks)
             self.check_order(set(before))
             self.run(plan)
             tokens = [
@@ -165,28 +178,26 @@ class World:
         self.check()
         return plan
 
-    def check_plan(self, plan: StepPlan, may_decode: list[Request]) -> None:
-        requests = [chunk.request for chunk in plan.chunks]
-        decodes = [chunk for chunk in plan.chunks if chunk.is_decode]
-        prompts = [chunk for chunk in plan.chunks if not chunk.is_decode]
-        assert requests
+    def check_part(self, kind: StepKind, chunks: tuple[Chunk, ...], may_decode: list[Request]) -> None:
+        """A replica's part of a plan."""
+        requests = [chunk.request for chunk in chunks]
+        decodes = [chunk for chunk in chunks if chunk.is_decode]
+        prompts = [chunk for chunk in chunks if not chunk.is_decode]
         assert len({r.index for r in requests}) == len(requests) <= self.rows
         assert all(r.finish_reason is None for r in requests)
-        assert plan.chunks == (*decodes, *prompts)
+        assert chunks == (*decodes, *prompts)
         for part in (decodes, prompts):
             assert [c.request.turn for c in part] == sorted(c.request.turn for c in part)
         # Nothing holds up a decode but pages that are not there.
-        assert [c.request for c in decodes] == [r for r in may_decode if r.row >= 0]
-        if prompts:
-            assert plan.kind == "mixed"
-            assert len(prompts) <= self.prompts
-            assert sum(chunk.length for chunk in prompts) <= self.prefill_length
-            assert sum(chunk.length for chunk in plan.chunks) <= self.budget
+        assert [c.request for c in decodes] == may_decode
+        assert len(prompts) <= self.prompts
+        assert sum(chunk.length for chunk in prompts) <= self.prefill_length
+        if kind == "mixed":
+            assert sum(chunk.length for chunk in chunks) <= self.budget
             assert all(chunk.length == 1 for chunk in decodes)
         else:
-            assert plan.kind == "decode"
             assert all(1 <= chunk.length <= self.decode_steps for chunk in decodes)
-        for chunk in plan.chunks:
+        for chunk in chunks:
             request, end = chunk.request, chunk.start + chunk.length
             if request.index in self.computed:  # no token is left out, none is computed twice
                 assert chunk.start == self.computed[request.index]
@@ -213,13 +224,13 @@ class World:
                 key = chained(key, [tokens[position]])
                 if position >= max(chunk.start, chunk.request.num_found):
                     page, offset = divmod(position, PAGE_SIZE)
-                    self.content[chunk.request.pages[page], offset] = key
+                    self.content[chunk.request.replica, chunk.request.pages[page], offset] = key
         for chunk in plan.chunks:
             tokens, key = tokens_of(chunk.request), b""
             for position in range(chunk.start + chunk.length):
                 key = chained(key, [tokens[position]])
                 page, offset = divmod(position, PAGE_SIZE)
-                assert self.content[chunk.request.pages[page], offset] == key
+                assert self.content[chunk.request.replica, chunk.request.pages[page], offset] == key
 
     def check_order(self, ran: set[int]) -> None:
         """Whoever was admitted came before all who still wait."""
@@ -228,12 +239,14 @@ class World:
         assert not admitted or not waiting or max(admitted) < min(waiting)
 
     def check(self) -> None:
-        running, pool = self.scheduler.running, self.pool
-        pool.check_integrity([request.pages for request in running])
-        assert pool.num_used + pool.num_free + pool.num_cached == pool.num_pages
-        rows = [request.row for request in running]
-        assert len(set(rows)) == len(rows) <= self.rows
-        assert all(0 <= row < self.rows for row in rows)
+        for replica, pool in enumerate(self.pools):
+            running = [request for request in self.scheduler.running if request.replica == replica]
+            pool.check_integrity([request.pages for request in running])
+            assert pool.num_used + pool.num_free + pool.num_cached == pool.num_pages
+            rows = [request.row for request in running]
+            assert len(set(rows)) == len(rows) <= self.rows
+            assert all(0 <= row < self.rows for row in rows)
+        assert self.scheduler.num_running == len(self.scheduler.running)
         assert all(request.row == -1 and not request.pages for request in self.scheduler.waiting)
         assert self.scheduler.num_queued == sum(r.num_cached is None for r in self.scheduler.waiting)
 
@@ -247,7 +260,7 @@ class World:
 
     def check_the_end(self) -> None:
         assert sorted(self.ended) == list(range(len(self.requests)))
-        assert self.pool.num_used == 0
+        assert all(pool.num_used == 0 for pool in self.pools)
         for request in self.requests:
             expected = [token_of(request, i) for i in range(len(request.output_ids))]
             assert request.output_ids == expected

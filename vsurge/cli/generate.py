@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..runtime import Generation, ReturnSample
+from ..runtime import Generation, Processes, ReturnSample
 from .setup import (
     build_engine,
+    build_model,
     check_sampling_has_effect,
     find_model,
+    joined_processes,
     load_tokenizer,
     sampling_changes,
     template_options,
@@ -26,6 +28,14 @@ NEEDS_TOKENIZER = "needs a tokenizer, and this model has none; give one with --t
 
 
 def run(args: argparse.Namespace) -> None:
+    with joined_processes(args) as processes:
+        if processes is not None and processes.process_id:
+            processes.follow(build_model(args, find_model(args)))
+        else:
+            _generate(args, processes)
+
+
+def _generate(args: argparse.Namespace, processes: Processes | None) -> None:
     changes = sampling_changes(args)
     if args.no_thinking and not args.chat:
         raise ValueError("--no-thinking: is for chats, give --chat too (or leave it out)")
@@ -36,7 +46,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--stop {args.stop[0]!r}: {NEEDS_TOKENIZER}")
     prompts = [engine_prompt(text, tokenizer, chat=args.chat) for text in texts]
     template = template_options(args, tokenizer)
-    surge = build_engine(args, folder, tokenizer, max_concurrent_decodes=MAX_CONCURRENT_DECODES)
+    surge = build_engine(
+        args, folder, tokenizer, max_concurrent_decodes=MAX_CONCURRENT_DECODES, processes=processes
+    )
     check_sampling_has_effect(changes, surge)
     with surge:
         started = time.perf_counter()

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("demo", "Stream answers of the built-in checkpoint.")
 
-    generate = add("generate", "Complete prompts.", _model(), _engine(), _sampling())
+    generate = add("generate", "Complete prompts.", _model(), _engine(), _sampling(), _processes())
     generate.add_argument("prompts", nargs="+", metavar="PROMPT",
         help="text to complete; - for stdin; token ids like 1,2,3 if there is no tokenizer")  # fmt: skip
     generate.add_argument("--chat", action="store_true", help="put each prompt into the chat template")
@@ -142,6 +142,17 @@ def _model() -> argparse.ArgumentParser:
         help="devices that share the model, each with its part of all heads (default: 1)")  # fmt: skip
     mesh.add_argument("--sharding-axis-dims", metavar="DP,FSDP,EP,TP,SP",
         help="devices along each axis of the mesh; one may be -1 for all that remain")  # fmt: skip
+    return parser
+
+
+def _processes() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group(
+        "several processes", "the same command in each; process 0 writes the texts"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where the others can reach process 0")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     return parser
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from ..kernels import SUPPORTED_DTYPES
 from ..model import Model, load_model, random_model
 from ..model.config import parse_dtype
 from ..model.loading import find_checkpoint
-from ..runtime import SamplingParams, vSurge
+from ..runtime import Processes, SamplingParams, join_processes, vSurge
 from ..runtime.cache_size import CPU_CACHE_BYTES
 from .parser import DEFAULT_MEMORY_UTILIZATION
 
@@ -71,7 +75,12 @@ def _holds_tokenizer(folder: Path) -> bool:
 
 
 def build_engine(
-    args: argparse.Namespace, folder: Path | None, tokenizer: Any, *, max_concurrent_decodes: int
+    args: argparse.Namespace,
+    folder: Path | None,
+    tokenizer: Any,
+    *,
+    max_concurrent_decodes: int,
+    processes: Processes | None = None,
 ) -> vSurge:
     """The engine that the arguments describe, not yet started.
 
@@ -80,6 +89,7 @@ def build_engine(
         folder: the model's; None for random weights.
         tokenizer: None for prompts and output in token ids.
         max_concurrent_decodes: unless the arguments say otherwise.
+        processes: this one, process 0, and the others; None if it is alone.
 
     Raises:
         ValueError: an option out of range, or one that would have no effect.
@@ -90,14 +100,8 @@ def build_engine(
             f"{args.num_pages}; give one of them"
         )
     memory_utilization = share_of_memory(args, instead="--num-pages N chooses another size")
-    dims = axis_dims(args)
-    keep_compiled_programs()
-    model = _load(args, folder, dims)
-    if args.kv_dtype is not None:
-        kv_dtype = parse_dtype(args.kv_dtype, "--kv-dtype", SUPPORTED_DTYPES)
-        model = replace(model, config=replace(model.config, kv_dtype=kv_dtype))
     return vSurge.from_model(
-        model,
+        build_model(args, folder),
         tokenizer,
         max_concurrent_decodes=given(args.max_concurrent_decodes, max_concurrent_decodes),
         max_length=args.max_length,
@@ -105,7 +109,51 @@ def build_engine(
         num_pages=args.num_pages,
         memory_utilization=memory_utilization,
         seed=given(args.seed, secrets.randbits(32)),
+        processes=processes,
     )
+
+
+def build_model(args: argparse.Namespace, folder: Path | None) -> Model:
+    """The model that the arguments describe.
+
+    Args:
+        args: of `generate` or `chat`.
+        folder: the model's; None for random weights.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    dims = axis_dims(args)
+    keep_compiled_programs()
+    model = _load(args, folder, dims)
+    if args.kv_dtype is None:
+        return model
+    kv_dtype = parse_dtype(args.kv_dtype, "--kv-dtype", SUPPORTED_DTYPES)
+    return replace(model, config=replace(model.config, kv_dtype=kv_dtype))
+
+
+@contextmanager
+def joined_processes(args: argparse.Namespace) -> Iterator[Processes | None]:
+    """This process and the others, as the arguments of `generate` say; None if it is alone.
+
+    Raises:
+        ValueError: some of the options are missing, or out of range.
+    """
+    options = {"--coordinator": args.coordinator, "--process-id": args.process_id,
+        "--num-processes": args.num_processes}  # fmt: skip
+    missing = [name for name, value in options.items() if value is None]
+    if len(missing) == len(options):
+        yield None
+        return
+    if missing:
+        raise ValueError(f"{missing[0]}: is missing; several processes need all of {', '.join(options)}")
+    # The library that sums over processes on a CPU writes to descriptor 1, where the texts alone belong.
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with join_processes(
+        args.coordinator, process_id=args.process_id, num_processes=args.num_processes
+    ) as processes:
+        yield processes
 
 
 def share_of_memory(args: argparse.Namespace, *, instead: str | None) -> float:

@@ -1,0 +1,310 @@
+"""One engine over the devices of several processes: process 0 decides, the others do the same.
+
+A program that runs on the devices of several processes must be called by each of them, in the same order and
+with the same inputs. So process 0, which has the requests, the scheduler and the loop, sends what each step
+takes before it runs the step, and so with all else that its executor does.
+
+It does so over a plain TCP connection to each, of the standard library and authenticated with a key of this
+run. A message costs some tens of microseconds and no device, which a collective would keep; and a connection
+that closes says at once that its process has gone, which the key-value store of `jax.distributed` would not.
+"""
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from types import TracebackType
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ..model import Model
+from .checks import as_integer
+from .errors import EngineError
+from .executor import Executor, StepCall
+from .options import EngineOptions
+from .step import StepOutput
+
+KEY_BYTES = 32
+# Where a machine vanishes its connections stay open: so many seconds without an answer mean that it has.
+SILENCE_S, PROBE_S, PROBES = 5, 5, 3
+HEARTBEAT_TIMEOUT_S = 20
+
+
+class Processes:
+    """The processes of one engine, as one of them sees them. Made by `join_processes`.
+
+    Use it in a `with` block, in every process: where process 0 leaves it, the others are told to end. Where a
+    process is lost, the others write which one and exit with status 1, whatever they are doing, for a step
+    that waits for a lost process cannot be interrupted.
+
+    Attributes:
+        process_id: which one this is.
+        num_processes: how many there are.
+        lock: held by who sends something and does the same, so that the order is the same everywhere.
+    """
+
+    def __init__(self, host: str, *, process_id: int, num_processes: int) -> None:
+        self.process_id, self.num_processes = process_id, num_processes
+        self.lock = threading.RLock()
+        self._num_engines = 0
+        self._has_ended = False
+        self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._connections: dict[int, Connection] = {}
+        if process_id == 0:
+            key = secrets.token_bytes(KEY_BYTES)
+            with Listener((host, 0), backlog=num_processes, authkey=key) as listener:
+                address: Any = listener.address
+                _broadcast(address[1].to_bytes(2, "big") + key)
+                self._connections = _accept(listener, num_processes - 1)
+        else:
+            sent = _broadcast(bytes(2 + KEY_BYTES))
+            connection = Client((host, int.from_bytes(sent[:2], "big")), authkey=sent[2:])
+            connection.send(process_id)
+            self._connections = {0: connection}
+        for peer, connection in self._connections.items():
+            _keep_alive(connection)
+            threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
+
+    def _listen(self, peer: int, connection: Connection) -> None:
+        """Takes what a process sends, and ends this one when that one is lost."""
+        while True:
+            try:
+                message: tuple[Any, ...] = connection.recv()
+            except (EOFError, OSError):
+                if self._has_ended:
+                    return
+                self._give_up(f"process {peer} of {self.num_processes} was lost")
+            if message[1] == "failed":
+                self._give_up(message[2])
+            if message[1] == "stop":
+                self._has_ended = True
+            self._messages.put(message)
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """Ends this process; process 0 tells the others why first."""
+        if self.process_id == 0:
+            self._send(0, "failed", reason, expected=False)
+        print(f"vsurge: error: {reason}; process {self.process_id} ends too", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _send(self, *message: Any, expected: bool = True) -> None:
+        for connection in self._connections.values():
+            try:
+                connection.send(message)
+            except OSError:  # its own thread hears of it too
+                if expected:
+                    raise
+
+    def begin(self, model: Model, options: EngineOptions) -> int:
+        """Has the others make an executor with process 0's options; its number.
+
+        Raises:
+            ValueError: a process has no device of the model's mesh.
+        """
+        self._check_mesh(model)
+        with self.lock:
+            number = self._num_engines
+            self._num_engines += 1
+            self.tell(number, "begin", options)
+        return number
+
+    def tell(self, engine: int, what: str, *arguments: Any) -> None:
+        """Has the others' executors do something; hold the lock until it is done here as well.
+
+        Raises:
+            EngineError: a process is lost, or the block has been left.
+        """
+        try:
+            self._send(engine, what, *arguments)
+        except OSError as error:
+            raise EngineError("the connection to another process of this engine is closed") from error
+
+    def follow(self, model: Model) -> None:
+        """Does on this process's devices what process 0 does, until process 0 is done.
+
+        Args:
+            model: the same as process 0's, loaded with the same arguments.
+
+        Raises:
+            EngineError: this is process 0.
+            ValueError: a process has no device of the model's mesh.
+        """
+        if self.process_id == 0:
+            raise EngineError("process 0 builds the engine, and follows none; the other processes do")
+        self._check_mesh(model)
+        executors: dict[int, Executor] = {}
+        while True:
+            engine, what, *arguments = self._messages.get()
+            if what == "stop":
+                return
+            if what == "begin":
+                executors[engine] = Executor(model, *arguments)
+            else:
+                _do(executors[engine], what, arguments)
+
+    def _check_mesh(self, model: Model) -> None:
+        has_devices = {device.process_index for device in model.mesh.devices.flat}
+        if len(has_devices) < self.num_processes:
+            raise ValueError(
+                f"model: its mesh of {model.mesh.size} devices lies in process {sorted(has_devices)} of "
+                f"{self.num_processes}; each must have a part, there are {jax.device_count()} devices"
+            )
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Process 0 lets the others end: as it does itself, well or with an error."""
+        if kind is not None:
+            reason = f"process {self.process_id} of {self.num_processes} failed: {kind.__name__}: {error}"
+            self._has_ended = True
+            self._send(0, "failed", reason, expected=False)
+        elif self.process_id == 0:
+            self._has_ended = True
+            self._send(0, "stop", expected=False)
+        if kind is None:
+            jax.distributed.shutdown()
+
+
+def join_processes(coordinator: str, *, process_id: int, num_processes: int) -> Processes:
+    """Makes this process one of several that run an engine together; each calls it, before it uses a device.
+
+    Returns once all are there. Afterwards `jax.devices()` are those of all processes.
+
+    Args:
+        coordinator: "HOST:PORT", where process 0 can be reached by the others; the port must be free there.
+            Another port on the same host is chosen for the steps' inputs.
+        process_id: which one this is, from 0.
+        num_processes: how many there are, at least 2.
+
+    Raises:
+        ValueError, TypeError: an argument out of range.
+        RuntimeError: jax has used a device already, or not all processes came within five minutes.
+    """
+    num_processes = as_integer("num_processes", num_processes, 2)
+    process_id = as_integer("process_id", process_id, 0)
+    if process_id >= num_processes:
+        raise ValueError(f"process_id={process_id}: must be less than num_processes={num_processes}")
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise ValueError(f"coordinator={coordinator!r}: must be HOST:PORT, like 10.0.0.1:8476")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+    )
+    return Processes(host.strip("[]"), process_id=process_id, num_processes=num_processes)
+
+
+class LeadingExecutor(Executor):
+    """Process 0's: has the others do what it does.
+
+    Args:
+        model, options: as for `Executor`.
+        processes: this one and the others.
+    """
+
+    def __init__(self, model: Model, options: EngineOptions, processes: Processes) -> None:
+        super().__init__(model, options)
+        self._processes = processes
+        self._number = processes.begin(model, options)
+
+    def compile(self, *, show_progress: bool) -> int:
+        with self._processes.lock:
+            self._processes.tell(self._number, "compile")
+        return super().compile(show_progress=show_progress)  # at the same time
+
+    def allocate(self) -> None:
+        with self._processes.lock:
+            self._processes.tell(self._number, "allocate")
+            super().allocate()
+
+    def release(self) -> None:
+        with self._processes.lock:
+            self._processes.tell(self._number, "release")
+            super().release()
+
+    def dispatch(self, call: StepCall) -> StepOutput:
+        with self._processes.lock:
+            self._processes.tell(self._number, "dispatch", call)
+            return super().dispatch(call)
+
+
+def executor_of(model: Model, options: EngineOptions, processes: Processes | None) -> Executor:
+    """The executor for a model, of this process alone or of all of them.
+
+    Raises:
+        ValueError: the model lies on several processes, and `processes` is None; or one has no part of it.
+        EngineError: this is not process 0.
+    """
+    if processes is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"processes=None: this is one of {jax.process_count()} processes; give what join_processes "
+                "returned"
+            )
+        return Executor(model, options)
+    if processes.process_id:
+        raise EngineError(
+            f"this is process {processes.process_id}, and process 0 builds the engine; call follow(model) of "
+            "what join_processes returned"
+        )
+    return LeadingExecutor(model, options, processes)
+
+
+def _do(executor: Executor, what: str, arguments: Sequence[Any]) -> None:
+    match what:
+        case "compile":
+            executor.compile(show_progress=False)
+        case "allocate":
+            executor.allocate()
+        case "release":
+            executor.release()
+        case "dispatch":
+            executor.dispatch(*arguments)
+        case _:
+            raise ValueError(f"process 0 says {what!r}, which this version does not know")
+
+
+def _broadcast(data: bytes) -> bytes:
+    """What process 0 passes, in every process."""
+    array: Any = multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8))
+    return bytes(np.asarray(array))
+
+
+def _accept(listener: Listener, count: int) -> dict[int, Connection]:
+    """Connections from so many processes that have the key."""
+    connections: dict[int, Connection] = {}
+    while len(connections) < count:
+        try:
+            connection = listener.accept()
+        except (AuthenticationError, EOFError, OSError):  # somebody else
+            continue
+        connections[connection.recv()] = connection
+    return connections
+
+
+def _keep_alive(connection: Connection) -> None:
+    with socket.socket(fileno=os.dup(connection.fileno())) as stream:
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_S)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)

@@ -163,7 +163,7 @@ class Blueprint:
 
 
 def _shardings(params: Params) -> Params:
-    def sharding(weight: jax.Array) -> Sharding:
+    def sharding(weight: Any) -> Sharding:  # an array or a jax.ShapeDtypeStruct
         return weight.sharding
 
     return jax.tree.map(sharding, params)

@@ -35,6 +35,7 @@ def loaded_after(code: str) -> set[str]:
         "from vsurge.cli import main; main(['--help'])",
         "from vsurge.cli import main; main(['generate', '--help'])",
         "from vsurge.cli import main; main(['tune', '--help'])",
+        "from vsurge.cli import main; main(['plan', '--help'])",
         "from vsurge.cli import main; main(['chat', '--no-such-option'])",
         "from vsurge.cli import main; main([])",
     ],

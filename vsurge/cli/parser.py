@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     tune = add("tune", "Choose block sizes of a model's attention kernels for a TPU, which need not be here.")
     _add_tuning(tune)
+
+    plan = add("plan", "What a model takes of a slice of TPUs and would do there, without them.")
+    _add_planning(plan)
     return parser
 
 
@@ -84,6 +87,35 @@ def _add_tuning(tune: argparse.ArgumentParser) -> None:
     add("--plot", metavar="PNG", help="roofline to draw (default: beside the table)")
     add("--no-plot", action="store_true", help="draw none, which needs no matplotlib")
     add("--json", action="store_true", help="print one JSON object with every candidate")
+
+
+def _add_planning(plan: argparse.ArgumentParser) -> None:
+    add = plan.add_argument
+    add("--chip", metavar="SLICE", help="chip and shape of the slice, like v6e:2x4 or tpu7x:2x2x1")
+    add("--compare", metavar="SLICE,…", help="several slices, side by side")
+    add("--model", required=True, metavar="MODEL",
+        help="folder, hub id or published name like 32B; only its shape is read")  # fmt: skip
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--tp", type=int, metavar="N",
+        help="devices that share the model; the slice holds as many replicas as it has room for "
+        "(default: all of the slice, as far as the model can be shared)")  # fmt: skip
+    add("--batch", metavar="N,…", default="1,8,32,128",
+        help="sequences of a replica that decode together (default: %(default)s)")  # fmt: skip
+    add("--context", metavar="TOKENS,…", default="4096",
+        help="tokens of each, and of the prompts (default: %(default)s)")  # fmt: skip
+    add("--prefill", type=int, metavar="TOKENS", default=1024,
+        help="tokens of prompts in a step (default: %(default)s)")  # fmt: skip
+    _add_quantization(plan)
+    add("--kv-dtype", choices=("bfloat16", "float32", "int8", "float8_e4m3fn"),
+        help="of the cache (default: the model's dtype)")  # fmt: skip
+    add("--page-size", type=int, default=128, metavar="TOKENS", help="tokens per page (default: 128)")
+    add("--memory-utilization", type=float, metavar="SHARE", default=DEFAULT_MEMORY_UTILIZATION,
+        help="of the memory beside the weights, for the cache (default: %(default)s)")  # fmt: skip
+    add("--assume", action="append", metavar="NAME=NUMBER",
+        help="instead of what is known: gbytes_per_s, tflops, clock_ghz, link_gbytes_per_s, latency_us, "
+        "copy_ns, hop_us, logit_passes, step_us; repeatable")  # fmt: skip
+    add("--plot", metavar="PNG", help="tokens/s of the slice against those of a user, to draw")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def _debug() -> argparse.ArgumentParser:

@@ -111,13 +111,13 @@ def facts(layers: int, sums: int, temporaries: int) -> ProgramFacts:
     )
 
 
-def test_layers_take_what_the_second_one_adds() -> None:
-    whole = with_layers(facts(1, 3, 1000), facts(2, 5, 1010), 36)
+def test_layers_take_what_the_third_one_adds() -> None:
+    whole = with_layers(facts(2, 5, 1000), facts(3, 7, 1010), 36)
     assert (whole.arguments, whole.outputs, whole.aliased) == (460, 86, 76)
-    assert (whole.temporaries, whole.code) == (1000 + 35 * 10, 7 * 36)
+    assert (whole.temporaries, whole.code) == (1000 + 34 * 10, 7 * 36)
     assert whole.sent.always == {Collective("all-reduce", 64, 4): 73, Collective("all-reduce", 8, 4): 1}
 
 
 def test_layers_that_differ_are_no_measure() -> None:
-    with pytest.raises(ValueError, match="a step of one layer sends what one of two does not"):
-        with_layers(facts(1, 3, 0), facts(2, 2, 0), 36)
+    with pytest.raises(ValueError, match="a step of two layers sends what one of three does not"):
+        with_layers(facts(2, 3, 0), facts(3, 2, 0), 36)

@@ -70,8 +70,8 @@ MAY_BE_ZERO = ("latency_us", "copy_ns", "hop_us", "logit_passes", "step_us")
 # What has no number of its own. {layers}, {tp} and so on are the plan's.
 ALWAYS = (
     "memory of a device: what libtpu's compiler lets a program use",
-    "steps of one layer and of two are compiled, of 64 sequences at most; the other layers take what the "
-    "second one adds, and larger batches send and take in proportion",
+    "steps of two layers and of three are compiled, of 64 sequences at most; the other layers take what the "
+    "third one adds, and larger batches send and take in proportion",
     "the parts of a step follow one another: no collective hides behind a product",
     "a product takes the longer of its operations at the matrix rate and its weights at the bandwidth; what "
     "goes from one product to the next stays in vector memory",

@@ -12,7 +12,7 @@ from vsurge.planning import parse_slice
 from vsurge.planning.collectives import Collective, Sent
 from vsurge.planning.deployment import Deployment, deploy
 from vsurge.planning.programs import ProgramFacts, engine_options, facts_of, lower_step, with_layers
-from vsurge.runtime.scheduler import StepKind
+from vsurge.runtime.step_plan import StepKind
 
 NUM_PAGES, PAGE_SIZE, CHUNK = 1000, 128, 512
 LIKELIEST = 20  # tokens whose log-probabilities are told

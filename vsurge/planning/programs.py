@@ -20,7 +20,7 @@ from ..kernels.tuning.compiler import UNREADABLE
 from ..model.progress import progress_bar
 from ..runtime.blueprint import Blueprint
 from ..runtime.options import EngineOptions, options_for
-from ..runtime.scheduler import StepKind
+from ..runtime.step_plan import StepKind
 from .collectives import Collective, Sent, collectives_of
 from .deployment import Deployment
 from .question import Question

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vsurge.runtime import Generation, QueueFull, ReturnSample, SamplingParams, StepFailed, vSurge
-from vsurge.runtime.scheduler import StepPlan
 from vsurge.runtime.step import StepOutput
+from vsurge.runtime.step_plan import StepPlan
 
 DEADLINE_S = 120.0  # within which everything has to have an answer
 CALLERS = 12

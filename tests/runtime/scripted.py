@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.executor import Executor
 from vsurge.runtime.page_pool import PagePool
-from vsurge.runtime.scheduler import StepPlan
 from vsurge.runtime.step import StepOutput
+from vsurge.runtime.step_plan import StepPlan
 
 TIMEOUT_S = 30.0
 PROMPT = [5, 6, 7]

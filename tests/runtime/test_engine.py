@@ -13,8 +13,8 @@ import pytest
 
 from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
-from vsurge.runtime.scheduler import StepPlan
 from vsurge.runtime.step import StepOutput
+from vsurge.runtime.step_plan import StepPlan
 
 from .compilations import heard
 from .greedy import CAPITAL, GREEDY, STORY, one

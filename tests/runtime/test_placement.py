@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vsurge.model import Model, PartitionAxis
 from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.executor import Executor
-from vsurge.runtime.scheduler import StepPlan
+from vsurge.runtime.step_plan import StepPlan
 
 from ..devices import TP
 from .scripted import TIMEOUT_S

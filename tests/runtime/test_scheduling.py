@@ -11,8 +11,8 @@ import pytest
 
 from vsurge.model import Model
 from vsurge.runtime import ReturnSample, SamplingParams, vSurge
-from vsurge.runtime.scheduler import StepPlan
 from vsurge.runtime.step import StepOutput
+from vsurge.runtime.step_plan import StepPlan
 
 from .scripted import TIMEOUT_S, Scripted
 

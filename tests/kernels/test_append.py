@@ -84,8 +84,8 @@ def test_the_cache_is_a_dictionary_of_slots(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nan_and_negative_zero_survive_the_round_trip(implementation: Implementation) -> None:
-    kv_pages = empty_kv_pages(1, 16, 1, 4, "bfloat16")
-    row = jnp.asarray([[[np.nan, -0.0, np.inf, 2.0**-130]]], jnp.bfloat16)  # the last one is subnormal
+    kv_pages = empty_kv_pages(1, 16, 1, 16, "bfloat16")
+    row = jnp.asarray([[4 * [np.nan, -0.0, np.inf, 2.0**-130]]], jnp.bfloat16)  # the last one is subnormal
     kv_pages = append_kv(kv_pages, row, -row, jnp.asarray([3], jnp.int32), implementation=implementation)
     keys, values = read_kv(kv_pages, jnp.asarray([3], jnp.int32))
     for got, want in ((keys, row), (values, -row)):

@@ -123,7 +123,7 @@ def test_the_old_weights_are_let_go(own: vSurge, model: Model, others: Any) -> N
     replaced = addresses(own.model.params.embedding)
     own.update_params(model.params)
     held = [addresses(holder) for holder in jax.live_arrays() if not holder.is_deleted()]
-    assert replaced.isdisjoint(*held)
+    assert replaced.isdisjoint(set[int]().union(*held))
 
 
 def test_new_weights_lie_where_the_old_ones_did(own: vSurge, others: Any) -> None:

@@ -267,7 +267,7 @@ def host_time(model: Model, steps: int) -> dict[str, Any]:
         loop: Any = surge._engine._loop
         executor, scheduler = surge._executor, loop._scheduler
         phases: dict[str, tuple[Any, str]] = {
-            "plan": (scheduler, "plan"), "inputs": (executor, "_inputs"),
+            "plan": (scheduler, "plan"), "inputs": (executor._blueprint, "inputs"),
             "commit": (scheduler, "commit"), "publish": (loop, "_publish"),
         }  # fmt: skip
         seconds: dict[str, list[float]] = {name: [] for name in phases}

@@ -125,6 +125,19 @@ class Executor:
         """Gives the cache's memory back; the compiled programs stay."""
         self._kv_pages, self._row_state, self._no_masks = (), None, None
 
+    def recover(self, failure: Exception) -> None:
+        """An empty cache in the place of one that a failed step may have lost.
+
+        Args:
+            failure: of the step, on the device or on the host.
+
+        Raises:
+            OutOfMemory: there is no room for it.
+        """
+        del failure
+        self.release()
+        self.allocate()
+
     def update(self, params: Params) -> None:
         """Other weights from the next step on, of the same shapes and in the same places."""
         self._model = replace(self._model, params=params)

@@ -177,8 +177,7 @@ class Loop:
         for channel in channels & self._open.keys():
             channel.fail(failure, in_a_step=True)
             del self._open[channel]
-        self._executor.release()
-        self._executor.allocate()
+        self._executor.recover(failure)
 
     def _attend(self, flight: _Flight | None) -> bool:
         """Takes what callers left, and waits for it if there is no work; False when the thread is to end."""

@@ -32,9 +32,8 @@ from jax.experimental import multihost_utils
 from ..model import Model
 from .checks import as_integer
 from .errors import EngineError
-from .executor import Executor, StepCall
+from .executor import Executor
 from .options import EngineOptions
-from .step import StepOutput
 
 KEY_BYTES = 32
 # Where a machine vanishes its connections stay open: so many seconds without an answer mean that it has.
@@ -131,6 +130,11 @@ class Processes:
         except OSError as error:
             raise EngineError("the connection to another process of this engine is closed") from error
 
+    def fail(self, reason: str) -> None:
+        """Ends the other processes, which write why; this one goes on to its own end."""
+        self._has_ended = True
+        self._send(0, "failed", reason, expected=False)
+
     def follow(self, model: Model) -> None:
         """Does on this process's devices what process 0 does, until process 0 is done.
 
@@ -170,9 +174,7 @@ class Processes:
     ) -> None:
         """Process 0 lets the others end: as it does itself, well or with an error."""
         if kind is not None:
-            reason = f"process {self.process_id} of {self.num_processes} failed: {kind.__name__}: {error}"
-            self._has_ended = True
-            self._send(0, "failed", reason, expected=False)
+            self.fail(f"process {self.process_id} of {self.num_processes} failed: {kind.__name__}: {error}")
         elif self.process_id == 0:
             self._has_ended = True
             self._send(0, "stop", expected=False)
@@ -213,62 +215,6 @@ def join_processes(coordinator: str, *, process_id: int, num_processes: int) -> 
     return Processes(host.strip("[]"), process_id=process_id, num_processes=num_processes)
 
 
-class LeadingExecutor(Executor):
-    """Process 0's: has the others do what it does.
-
-    Args:
-        model, options: as for `Executor`.
-        processes: this one and the others.
-    """
-
-    def __init__(self, model: Model, options: EngineOptions, processes: Processes) -> None:
-        super().__init__(model, options)
-        self._processes = processes
-        self._number = processes.begin(model, options)
-
-    def compile(self, *, show_progress: bool) -> int:
-        with self._processes.lock:
-            self._processes.tell(self._number, "compile")
-        return super().compile(show_progress=show_progress)  # at the same time
-
-    def allocate(self) -> None:
-        with self._processes.lock:
-            self._processes.tell(self._number, "allocate")
-            super().allocate()
-
-    def release(self) -> None:
-        with self._processes.lock:
-            self._processes.tell(self._number, "release")
-            super().release()
-
-    def dispatch(self, call: StepCall) -> StepOutput:
-        with self._processes.lock:
-            self._processes.tell(self._number, "dispatch", call)
-            return super().dispatch(call)
-
-
-def executor_of(model: Model, options: EngineOptions, processes: Processes | None) -> Executor:
-    """The executor for a model, of this process alone or of all of them.
-
-    Raises:
-        ValueError: the model lies on several processes, and `processes` is None; or one has no part of it.
-        EngineError: this is not process 0.
-    """
-    if processes is None:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"processes=None: this is one of {jax.process_count()} processes; give what join_processes "
-                "returned"
-            )
-        return Executor(model, options)
-    if processes.process_id:
-        raise EngineError(
-            f"this is process {processes.process_id}, and process 0 builds the engine; call follow(model) of "
-            "what join_processes returned"
-        )
-    return LeadingExecutor(model, options, processes)
-
-
 def _do(executor: Executor, what: str, arguments: Sequence[Any]) -> None:
     match what:
         case "compile":
@@ -295,7 +241,7 @@ def _accept(listener: Listener, count: int) -> dict[int, Connection]:
     while len(connections) < count:
         try:
             connection = listener.accept()
-        except (AuthenticationError, EOFError, OSError):  # somebody else
+        except (AuthenticationError, EOFError, ConnectionError):  # somebody else
             continue
         connections[connection.recv()] = connection
     return connections

@@ -12,11 +12,12 @@ from ..model import Model
 from .engine import Engine
 from .executor import Executor
 from .generation import Generation
+from .leading_executor import executor_of
 from .life_cycle import LifeCycle
 from .options import EngineOptions, options_for
 from .page_pool import PagePool
 from .per_prompt import params_of, priorities_of, timeouts_of
-from .processes import Processes, executor_of
+from .processes import Processes
 from .prompts import Prompt, as_list, check_template_options, token_ids_of
 from .request import Request
 from .request_builder import RequestBuilder
@@ -39,7 +40,6 @@ class vSurge(LifeCycle):
         self.eos_token_ids = options.eos_token_ids
         self._requests = RequestBuilder(processor, options, model.config.vocab_size)
         pools = [PagePool(options.pages_per_replica, options.page_size) for _ in range(options.num_replicas)]
-        self._pool = pools[0]
         scheduler = Scheduler(
             *pools,
             max_concurrent_decodes=options.max_concurrent_decodes,

@@ -54,7 +54,7 @@ def append_kv(
         values: like `keys`.
         slots: [num_tokens] int32, `page * page_size + offset`; slots outside the pool are skipped, negative
             ones mark padding. Two tokens may not share a slot.
-        implementation: "xla", "mosaic_tpu" or "reference"; None for the best one.
+        implementation: "xla", "mosaic_tpu", "triton" or "reference"; None for the best one.
         debug: also check that slots lie in the pool (or are negative) and differ (slow: a round trip to the
             host).
 

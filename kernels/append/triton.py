@@ -32,10 +32,9 @@ def append_kv(
         return kv_pages
     num_tokens, heads, head_dim = keys.shape
     rows, scales = encode(kv_pages, jnp.stack([keys, values], axis=1))
-    data, old_scales = flat_cache(kv_pages)
-    if rows.dtype != data.dtype:
-        rows = lax.bitcast_convert_type(rows, data.dtype)
-    arrays: list[Any] = [data] if old_scales is None else [data, old_scales]
+    arrays = flat_cache(kv_pages)
+    if rows.dtype != arrays[0].dtype:
+        rows = lax.bitcast_convert_type(rows, arrays[0].dtype)
     new: list[Any] = [rows.reshape(num_tokens, 2 * heads, head_dim)]
     if scales is not None:
         new.append(scales.reshape(num_tokens, 2 * heads))

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from ..blockwise import LOG2_E, MASKED, product_dtype
+from ..blockwise import LOG2_E, MASKED
 from ..gpu.attend import Cache, Geometry, attend_range, flat_cache, padded_rows
 from ..gpu.launch import call
 from ..kv_pages import KVPages
@@ -65,27 +65,17 @@ def paged_decode_attention(
     if num_seqs == 0:
         return jnp.zeros(queries.shape, jnp.float32), jnp.zeros(queries.shape[:3], jnp.float32)
     group = num_q_heads // heads
-    geometry = Geometry(
-        scale, sliding_window, soft_cap, heads, kv_pages.page_size, kv_pages.dtype,
-        product_dtype(queries, kv_pages), BLOCK_TOKENS,
-    )  # fmt: skip
+    geometry = Geometry.of(
+        queries, kv_pages, BLOCK_TOKENS, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
+    )
     parts = cut(kv_lens, num_queries, sliding_window, most=max(1, PROGRAMS // heads), block=BLOCK_TOKENS)
     rows = by_kv_head(queries, heads).astype(geometry.product_dtype)
-    data, scales = flat_cache(kv_pages)
+    cache = flat_cache(kv_pages)
     num_parts, num_rows = parts.sequence.shape[0], num_queries * group
     launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
     partial_outputs = call(
-        partial(_attend_part, geometry=geometry, group=group, has_scales=scales is not None),
-        (
-            parts.sequence,
-            parts.first,
-            parts.end,
-            kv_lens,
-            page_table,
-            rows,
-            data,
-            *([] if scales is None else [scales]),
-        ),
+        partial(_attend_part, geometry=geometry, group=group, has_scales=len(cache) > 1),
+        (parts.sequence, parts.first, parts.end, kv_lens, page_table, rows, *cache),
         (
             jax.ShapeDtypeStruct((num_parts, heads, num_rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((num_parts, heads, num_rows), jnp.float32),

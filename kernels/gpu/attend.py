@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from ..blockwise import LOG2_E, MASKED
+from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..kv_pages import KVPages
 from ..quantization import FLOAT8
 
@@ -68,9 +68,23 @@ class Geometry:
     product_dtype: np.dtype[Any]
     block_tokens: int
 
+    @classmethod
+    def of(cls, queries: Array, kv_pages: KVPages, block_tokens: int, **options: Any) -> Geometry:
+        """That of a call with these arguments and `options`, the first three fields."""
+        return cls(
+            num_kv_heads=kv_pages.num_kv_heads,
+            page_size=kv_pages.page_size,
+            dtype=kv_pages.dtype,
+            product_dtype=product_dtype(queries, kv_pages),
+            block_tokens=block_tokens,
+            **options,
+        )
 
-def flat_cache(kv_pages: KVPages) -> tuple[Array, Array | None]:
-    """Data and scales of a cache as a list of rows, without a copy. Float8 as bits: Triton has no zero of it.
+
+def flat_cache(kv_pages: KVPages) -> tuple[Array, ...]:
+    """A cache's data as a list of rows and, if it has them, its scales, without a copy.
+
+    Float8 comes as bits: Triton has no zero of it.
 
     Raises:
         ValueError: a kernel cannot have it.
@@ -89,7 +103,8 @@ def flat_cache(kv_pages: KVPages) -> tuple[Array, Array | None]:
         )
     if kv_pages.dtype == FLOAT8 and data.dtype == FLOAT8:
         data = lax.bitcast_convert_type(data, jnp.uint8)
-    return data.reshape(-1, head_dim), None if scales is None else scales.reshape(-1)
+    rows = data.reshape(-1, head_dim)
+    return (rows,) if scales is None else (rows, scales.reshape(-1))
 
 
 def cache_row(geometry: Geometry, page: Array, head: Array, kind: int) -> Array:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from ..blockwise import LOG2_E, MASKED, product_dtype
+from ..blockwise import LOG2_E, MASKED
 from ..decode.triton import paged_decode_attention
 from ..gpu.attend import Cache, Geometry, attend_range, flat_cache, padded_rows
 from ..gpu.launch import call
@@ -66,20 +66,17 @@ def ragged_paged_attention(
     in_use = jnp.arange(kv_lens.shape[0], dtype=jnp.int32) < num_seqs
     new_tokens = jnp.where(in_use, query_starts[1:] - query_starts[:-1], 0)
     decodes = new_tokens == 1
-    geometry = Geometry(
-        scale, sliding_window, soft_cap, kv_pages.num_kv_heads, kv_pages.page_size, kv_pages.dtype,
-        product_dtype(queries, kv_pages), BLOCK_TOKENS,
-    )  # fmt: skip
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    geometry = Geometry.of(queries, kv_pages, BLOCK_TOKENS, **options)
     tokens = max(1, ROWS // group)
     blocks = cut(jnp.where(decodes, 0, new_tokens), kv_lens, query_starts, tokens, num_tokens)
-    data, scales = flat_cache(kv_pages)
+    cache = flat_cache(kv_pages)
     of_heads = jnp.full(num_q_heads, -jnp.inf) if sinks is None else sinks
     output, log_sum_exp = call(
-        partial(_attend_block, geometry=geometry, group=group, tokens=tokens, has_scales=scales is not None),
+        partial(_attend_block, geometry=geometry, group=group, tokens=tokens, has_scales=len(cache) > 1),
         (
             *blocks, page_table, of_heads.astype(jnp.float32), queries.astype(geometry.product_dtype),
-            jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:2], -jnp.inf, jnp.float32), data,
-            *([] if scales is None else [scales]),
+            jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:2], -jnp.inf, jnp.float32), *cache,
         ),
         (
             jax.ShapeDtypeStruct(queries.shape, jnp.float32),
@@ -92,7 +89,6 @@ def ragged_paged_attention(
         input_output_aliases={7: 0, 8: 1},  # what padding and decodes have before
     )  # fmt: skip
     row = jnp.minimum(query_starts[:-1], num_tokens - 1)
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
     decoded = cast(
         "tuple[Array, Array]",
         paged_decode_attention(

@@ -74,7 +74,17 @@ def target(chip: str) -> AbstractContextManager[object]:
 
 @cache
 def _mesh(topology_name: str) -> Mesh:
-    """A mesh of the first core of a topology.
+    """A mesh of the first core of a topology. Raises as `topology_devices`."""
+    return Mesh(np.array(topology_devices(topology_name)[:1]), ("x",))
+
+
+@cache
+def topology_devices(name: str, chips_per_host: tuple[int, ...] | None = None) -> tuple[Any, ...]:
+    """The devices of a topology, none of which need be there.
+
+    Args:
+        name: as libtpu has it, "v6e:2x4".
+        chips_per_host: along each dimension; None for what is usual.
 
     Raises:
         RuntimeError: libtpu is not installed.
@@ -83,6 +93,6 @@ def _mesh(topology_name: str) -> Mesh:
         raise RuntimeError("compiling for a TPU needs libtpu: pip install 'vsurge[tune]' (Linux on x86-64)")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the cloud's metadata server would be waited for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers, as no TPU is used
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
-    devices = cast("list[Any]", topology.devices)
-    return Mesh(np.array(devices[:1]), ("x",))
+    options = {} if chips_per_host is None else {"chips_per_host_bounds": chips_per_host}
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    return tuple(cast("list[Any]", topology.devices))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -12,6 +13,14 @@ from vsurge.kernels import append, decode, ragged
 from vsurge.kernels.append.mosaic_tpu import append_kv
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
 from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
+
+
+@pytest.fixture(autouse=True)
+def interpreted_programs_are_let_go(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An interpreted Triton kernel takes a thousand mappings of memory, and a process has 65,530 on Linux."""
+    yield
+    if "triton" in request.node.nodeid:
+        jax.clear_caches()
 
 
 @pytest.fixture

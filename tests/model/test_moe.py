@@ -162,7 +162,6 @@ def test_a_tpu_reads_the_experts_where_they_lie():
     assert memory.temp_size_in_bytes < 1 << 20  # one expert's matrix is 3 MiB, all of them 384
 
 
-@pytest.mark.slow  # test_many_devices has one mesh of a whole model
 def test_experts_on_many_devices_equal_those_on_one():
     results = printed_by("tests.model.experts_on_eight")
     assert results["ep=8"]["shard"] == [2, 32, 24]

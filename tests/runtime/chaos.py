@@ -16,7 +16,9 @@ from vsurge.runtime import Generation, QueueFull, ReturnSample, SamplingParams, 
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
 
-DEADLINE_S = 120.0  # within which everything has to have an answer
+from .scripted import pool_of
+
+DEADLINE_S = 120.0  # within which each call, and every 300 of them, have to have an answer
 CALLERS = 12
 
 Job = tuple[tuple[int, ...], SamplingParams]
@@ -77,7 +79,7 @@ class Chaos:
             meddler = pool.submit(self._meddle, ended)
             try:
                 callers = [pool.submit(self._call, i, work[i::CALLERS]) for i in range(CALLERS)]
-                deadline = time.monotonic() + DEADLINE_S
+                deadline = time.monotonic() + DEADLINE_S * max(1.0, count / 300)
                 for caller in callers:
                     caller.result(max(0.0, deadline - time.monotonic()))
             finally:
@@ -89,7 +91,9 @@ class Chaos:
         rng = random.Random(self.seed + 1)
 
         def broken(plan: StepPlan) -> StepOutput:
-            self.surge._pool.check_integrity([r.pages for r in self.surge._engine._loop._scheduler.running])
+            pool_of(self.surge).check_integrity(
+                [r.pages for r in self.surge._engine._loop._scheduler.running]
+            )
             fails = rng.random() < self.fault_rate
             self.num_faults += fails
             if fails and rng.random() < 0.5:

@@ -16,7 +16,7 @@ from vsurge.runtime import vSurge
 from vsurge.runtime.options import EngineOptions
 
 from ..devices import TP
-from .scripted import Scripted, ScriptedExecutor
+from .scripted import Scripted, ScriptedExecutor, pool_of
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def surge(demo_surge: vSurge) -> Iterator[vSurge]:
     yield demo_surge
     gc.collect()
     demo_surge.stop(drain=True)
-    assert demo_surge._pool.num_used == 0
+    assert pool_of(demo_surge).num_used == 0
     demo_surge.start()
 
 
@@ -96,7 +96,7 @@ def make_scripted(model: Model, tokenizer: Any) -> Iterator[Callable[..., Script
         )
         executor = ScriptedExecutor()
         surge = vSurge(model, processor, options, executor)
-        made.append(Scripted(surge, executor, surge._pool))
+        made.append(Scripted(surge, executor, pool_of(surge)))
         return made[-1]
 
     yield make

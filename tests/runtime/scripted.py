@@ -124,6 +124,12 @@ class Scripted:
     pool: PagePool
 
 
+def pool_of(surge: vSurge) -> PagePool:
+    """The pages of an engine that has no replicas."""
+    [pool] = surge._engine._loop._scheduler.pools
+    return pool
+
+
 def tokens_of(prompt: list[int], count: int) -> tuple[int, ...]:
     """What `counting_script` makes of a prompt."""
     return tuple(counting_script(prompt, i) for i in range(count))

@@ -13,7 +13,7 @@ from vsurge.runtime import vSurge
 
 from .chaos import Chaos, jobs, solo_runs
 from .compilations import heard
-from .scripted import TIMEOUT_S
+from .scripted import TIMEOUT_S, pool_of
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_random_callers_and_faults(
     # Nothing is left of it.
     engine = small._engine
     assert (metrics.num_running, metrics.num_waiting, metrics.num_preempted) == (0, 0, 0)
-    assert small._pool.num_free == small.num_pages
-    small._pool.check_integrity([])
+    assert pool_of(small).num_free == small.num_pages
+    pool_of(small).check_integrity([])
     assert not engine._inbox._under_way
     assert not engine._loop._live
     assert not engine._loop._open

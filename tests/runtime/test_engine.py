@@ -18,7 +18,7 @@ from vsurge.runtime.step_plan import StepPlan
 
 from .compilations import heard
 from .greedy import CAPITAL, GREEDY, STORY, one
-from .scripted import TIMEOUT_S
+from .scripted import TIMEOUT_S, pool_of
 
 PROMPTS = [
     CAPITAL,
@@ -119,8 +119,8 @@ def test_requests_wait_when_pages_run_out_and_all_give_what_they_give_alone(
     run, used = surge._executor.run, list[int]()
 
     def counting_run(plan: StepPlan) -> StepOutput:  # in the engine's thread, to which the pool belongs
-        surge._pool.check_integrity()
-        used.append(surge._pool.num_used)
+        pool_of(surge).check_integrity()
+        used.append(pool_of(surge).num_used)
         return run(plan)
 
     monkeypatch.setattr(surge._executor, "run", counting_run)

@@ -74,7 +74,6 @@ def assert_alike(found: dict[str, Any], surge: vSurge) -> None:
     assert found["sampled"] == [list(sample.token_ids) for sample in sampled]
 
 
-@pytest.mark.slow  # each of the two compiles the engine's programs
 def test_two_processes_answer_as_one_does_and_end_with_each_other(surge: vSurge) -> None:
     """A process that is killed takes the other one with it, which says so, in the middle of a step or not."""
     with demo("1,1,1,4,1", "go on") as (leader, follower):
@@ -90,7 +89,7 @@ def test_two_processes_answer_as_one_does_and_end_with_each_other(surge: vSurge)
         assert "vsurge: error: process 1 of 2 was lost; process 0 ends too" in leader.stderr.read()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # each of the two compiles the engine's programs
 def test_replicas_may_lie_in_different_processes_and_who_leads_may_be_lost(surge: vSurge) -> None:
     with demo("2,1,1,2,1", "go on") as (leader, follower):
         found = first_json(leader)
@@ -100,6 +99,22 @@ def test_replicas_may_lie_in_different_processes_and_who_leads_may_be_lost(surge
         assert follower.wait(WITHIN_S) == 1
         assert follower.stderr is not None
         assert "vsurge: error: process 0 of 2 was lost; process 1 ends too" in follower.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_in_the_middle_ends_all_processes() -> None:
+    """Process 1 has begun it and would wait for process 0's part."""
+    with demo("1,1,1,4,1", "fail") as (leader, follower):
+        first_json(leader)
+        failed, later = first_json(leader)["errors"]
+        assert failed == "StepFailed: no room for a step of 16"
+        assert later.startswith("EngineFailed: a step failed in process 0: RuntimeError: no room for a step")
+        assert follower.wait(WITHIN_S) == 1
+        assert follower.stderr is not None
+        assert "a step failed in process 0: RuntimeError: no room for a step of 16; process 1 ends too" in (
+            follower.stderr.read()
+        )
+        leader.wait(WITHIN_S)
 
 
 @pytest.mark.slow

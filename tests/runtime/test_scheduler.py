@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from .world import World
 
-EXAMPLES = int(os.environ.get("VSURGE_FUZZ_EXAMPLES", "300"))  # of some 170 steps each
+EXAMPLES = int(os.environ.get("VSURGE_FUZZ_EXAMPLES", "600"))  # of some 170 steps each
 
 
 def prompt_of(family: int, shared: int, own: int, index: int) -> list[int]:

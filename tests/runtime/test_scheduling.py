@@ -14,7 +14,7 @@ from vsurge.runtime import ReturnSample, SamplingParams, vSurge
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
 
-from .scripted import TIMEOUT_S, Scripted
+from .scripted import TIMEOUT_S, Scripted, pool_of
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=1.5, seed=5)
@@ -45,7 +45,7 @@ def make_surge(surge: vSurge, model: Model) -> Iterator[Callable[..., vSurge]]:
     yield make
     for engine in made:
         engine.stop()
-        assert engine._pool.num_used == 0
+        assert pool_of(engine).num_used == 0
 
 
 @pytest.fixture

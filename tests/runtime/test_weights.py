@@ -16,7 +16,7 @@ from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
 
 from .greedy import STORY, one
-from .scripted import LONG, TIMEOUT_S, Scripted
+from .scripted import LONG, TIMEOUT_S, Scripted, pool_of
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
 
@@ -34,7 +34,7 @@ def own(surge: vSurge) -> Iterator[vSurge]:
     made = vSurge(surge.model, surge.processor, surge._executor._options, _executor_like(surge))
     with made:
         yield made
-    assert made._pool.num_used == 0
+    assert pool_of(made).num_used == 0
 
 
 def _executor_like(surge: vSurge) -> Any:

@@ -1,7 +1,8 @@
 """One of two processes that run the demo checkpoint's engine, on two devices each.
 
 `python -m tests.runtime.two_processes COORDINATOR PROCESS_ID DIMS HOW`: process 0 prints as JSON what it
-generates. HOW is "end", or "go on" for generating until it is ended.
+generates. HOW is "end", "go on" for generating until it is ended,
+or "fail" for a step that fails after process 1 has begun it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 import vsurge
 from vsurge.runtime import Processes, SamplingParams, vSurge
+from vsurge.runtime.executor import Executor, StepCall
 
 from ..devices import simulate_devices
 from .greedy import CAPITAL, GREEDY, STORY
@@ -40,8 +42,26 @@ def lead(model: vsurge.Model, processes: Processes, how: str) -> None:
             "cache": [list(s.data.shape) for s in surge._executor._kv_pages[0].data.addressable_shards],
         }
         print(json.dumps(found), flush=True)
+        if how == "fail":
+            fail_in_a_step(surge)
         while how == "go on":
             surge.generate(CAPITAL, SamplingParams(max_tokens=80, ignore_eos=True)).result(100.0)
+
+
+def fail_in_a_step(surge: vSurge) -> None:
+    """Prints what the request of the step gets, and what one behind it gets."""
+
+    def broken(_: Executor, call: StepCall) -> None:
+        raise RuntimeError(f"no room for a step of {call.bucket}")
+
+    Executor.dispatch = broken
+    errors = list[str]()
+    for _ in range(2):
+        try:
+            surge.generate(CAPITAL, GREEDY).result(100.0)
+        except vsurge.runtime.EngineError as error:
+            errors.append(f"{type(error).__name__}: {error.__cause__}")
+    print(json.dumps({"errors": errors}), flush=True)
 
 
 def main(coordinator: str, process_id: str, dims: str, how: str) -> None:

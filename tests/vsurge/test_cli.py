@@ -151,6 +151,14 @@ def test_every_sampling_option_sets_its_parameter() -> None:
         (("--tokenizer", ""), "--tokenizer '': must be a folder with tokenizer.json or"),
         (("--tp", "0"), "--tp 0: must be at least 1"),
         (("--tp", "99"), "sharding_axis_dims=(1, 1, 1, 99, 1): needs 99 devices, there are "),
+        (
+            ("--process-id", "0"),
+            "--coordinator: is missing; several processes need all of --coordinator, --pro",
+        ),
+        (
+            ("--coordinator", "h:1", "--process-id", "0"),
+            "--num-processes: is missing; several processes need",
+        ),
         (("--sharding-axis-dims", "1,1,2"), "sharding_axis_dims=(1, 1, 2): must have 5 entries"),
         (("--sharding-axis-dims", "1,x"), "--sharding-axis-dims '1,x': must be five numbers like 1,1,1,2,1"),
     ],

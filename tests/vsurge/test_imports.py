@@ -13,7 +13,7 @@ import pytest
 import vsurge
 
 ROOT = Path(__file__).parents[2]
-LEVELS = {"kernels": 0, "model": 1, "runtime": 2, "vsurge": 3, "benchmarks": 4}
+LEVELS = {"kernels": 0, "model": 1, "runtime": 2, "benchmarks": 3, "vsurge": 4}
 KERNELS_MAY_IMPORT = {"jax", "numpy", "jaxtyping", *sys.stdlib_module_names}
 
 
@@ -36,6 +36,7 @@ def loaded_after(code: str) -> set[str]:
         "from vsurge.cli import main; main(['generate', '--help'])",
         "from vsurge.cli import main; main(['tune', '--help'])",
         "from vsurge.cli import main; main(['plan', '--help'])",
+        "from vsurge.cli import main; main(['bench', 'serve', '--help'])",
         "from vsurge.cli import main; main(['chat', '--no-such-option'])",
         "from vsurge.cli import main; main([])",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from vsurge.planning import plan
+from vsurge.planning import plan, programs
 from vsurge.planning.attention import Pending
 from vsurge.planning.collectives import Collective, Sent
 from vsurge.planning.programs import ProgramFacts
@@ -114,6 +115,15 @@ def test_what_the_compiler_refuses_is_an_answer(command: Callable, monkeypatch: 
     done = command("plan", "--chip", "v6e:2x2", "--model", "8B")
     assert done.code == 0
     assert "does not run: does not compile: RESOURCE_EXHAUSTED: Ran out of memory on HBM" in done.out
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_compiler_that_crashes_is_an_answer(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "compile_steps", programs.compile_steps)
+    monkeypatch.setattr(programs, "_prepare", os.abort)  # in the process that would compile
+    done = command("plan", "--chip", "v6e:2x2", "--model", "8B")
+    assert done.code == 0
+    assert "does not run: does not compile: the compiler crashed, or there is too little memory" in done.out
 
 
 def test_what_does_not_fit_is_an_answer_before_anything_is_compiled(command: Callable) -> None:

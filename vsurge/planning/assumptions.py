@@ -67,7 +67,7 @@ SOURCES = {
 }
 NAMES = tuple(SOURCES)
 MAY_BE_ZERO = ("latency_us", "copy_ns", "hop_us", "logit_passes", "step_us")
-# What has no number of its own. {layers}, {tp} and so on are the plan's.
+# What has no number of its own.
 ALWAYS = (
     "memory of a device: what libtpu's compiler lets a program use",
     "steps of two layers and of three are compiled, of 64 sequences at most; the other layers take what the "

@@ -5,16 +5,14 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 
+from ..kernels.tuning.compiler import topology_devices
 from ..model import (
     GenerationDefaults,
     Layout,
@@ -27,7 +25,7 @@ from ..model import (
     layout_of,
     make_mesh,
 )
-from ..model.quantized_specs import quantized_specs
+from ..model.quantized_specs import check_split, quantized_specs
 from ..runtime.cache_size import page_bytes, row_state_bytes
 from .slices import Slice
 
@@ -180,14 +178,15 @@ def _model(config: Qwen3Config, mesh: Any, quantization: Quantization | None) ->
     if config.experts is not None:
         axes = replace(axes, expert_axis=axes.mlp_intermediate_axis, mlp_intermediate_axis=None)
     layout = layout_of(config, mesh, axes)
+    specs = _specs(config, quantization)
+    check_split(specs, layout)
 
     @cache  # layers are alike
     def placed(shape: tuple[int, ...], axes: tuple[str, ...], dtype: np.dtype[Any]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
 
     params: Params = jax.tree.map(
-        lambda spec: placed(spec.shape, spec.axes, spec.dtype or config.dtype),
-        _specs(config, quantization),
+        lambda spec: placed(spec.shape, spec.axes, spec.dtype or config.dtype), specs
     )
     return Model(config, params, mesh, axes, GenerationDefaults(), None)
 
@@ -197,21 +196,10 @@ def _specs(config: Qwen3Config, quantization: Quantization | None) -> Params:
     return quantized_specs(config, quantization)
 
 
-@cache
-def _topology(name: str, chips_per_host: tuple[int, ...] | None) -> tuple[Any, ...]:
-    options = {} if chips_per_host is None else {"chips_per_host_bounds": chips_per_host}
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    return tuple(cast("list[Any]", topology.devices))
-
-
 def devices_of(slice_: Slice) -> tuple[Any, ...]:
-    """The devices of a slice, none of which is there.
+    """The devices of a slice, none of which need be there.
 
     Raises:
         RuntimeError: libtpu is not installed.
     """
-    if find_spec("libtpu") is None:
-        raise RuntimeError("compiling for a TPU needs libtpu: pip install 'vsurge[tune]' (Linux on x86-64)")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the cloud's metadata server would be waited for
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers, as no TPU is used
-    return _topology(slice_.name, (1, 1, 1) if slice_.num_chips == 1 else None)
+    return topology_devices(slice_.name, (1, 1, 1) if slice_.num_chips == 1 else None)

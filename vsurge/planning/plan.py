@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import jax
@@ -147,6 +148,8 @@ def plan_slice(
     try:
         programs = compile_steps(question, deployment, memory.num_pages, show_progress=show_progress)
         decoding, prompts = (pending.result() for pending in attention)
+    except BrokenProcessPool:
+        return refused("does not compile: the compiler crashed, or there is too little memory for it here")
     except (jax.errors.JaxRuntimeError, ReplayError, ScheduleError) as error:
         return refused(f"does not compile: {' '.join(str(error).split())}")
     memory = memory_of(deployment, question, programs)

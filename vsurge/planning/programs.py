@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
 import jax
 
@@ -22,8 +24,9 @@ from ..runtime.blueprint import Blueprint
 from ..runtime.options import EngineOptions, options_for
 from ..runtime.step_plan import StepKind
 from .collectives import Collective, Sent, collectives_of
-from .deployment import Deployment
+from .deployment import Deployment, deploy
 from .question import Question
+from .slices import Slice
 
 # Layers of the programs that are compiled. (A second layer adds temporaries that no further one does: in a
 # mixed step of 1,024 tokens of Qwen3-32B over eight v6e 27 MB, where a third and fourth add 1.6 each.)
@@ -96,7 +99,8 @@ def compile_steps(
 ) -> tuple[ProgramFacts, ProgramFacts]:
     """The largest decode step and the largest mixed one, of all layers, by those of few.
 
-    The decode step is of `MOST_ROWS` sequences where larger batches are asked for.
+    The decode step is of `MOST_ROWS` sequences where larger batches are asked for. The compiler runs in
+    processes of its own: one that crashes takes nothing else with it.
 
     Args:
         question: batch, contexts and chunk.
@@ -106,34 +110,53 @@ def compile_steps(
 
     Raises:
         jax.errors.JaxRuntimeError: what the compiler refuses, in its own words.
+        BrokenProcessPool: the compiler ended without an answer.
     """
     rows = min(max(question.batches), MOST_ROWS)
     sizes: dict[StepKind, int] = {"decode": rows, "mixed": max(question.chunk, rows)}
     work: list[tuple[StepKind, int]] = [(kind, layers) for kind in sizes for layers in FEW]
     found = dict[tuple[StepKind, int], ProgramFacts]()
     bar = f"compiling for {deployment.slice.name}"
-
-    def lowered(kind: StepKind, layers: int) -> jax.stages.Lowered:
-        few = deployment.of_layers(layers)
-        options = engine_options(
-            few, num_rows=rows, max_length=question.max_length, page_size=question.page_size,
-            num_pages=num_pages, chunk=question.chunk,
-        )  # fmt: skip
-        return lower_step(few, options, kind, sizes[kind])
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        # Without a device a program in the compilation cache cannot be loaded: jax says so, and compiles.
-        warnings.filterwarnings("ignore", UNREADABLE, UserWarning)
-        # Only this thread traces and lowers, which is Python; the others are XLA's.
-        futures = [pool.submit(lowered(kind, layers).compile) for kind, layers in work]
+    compile_one = partial(_compile, question, deployment.slice, deployment.tp, num_pages, rows)
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(work)), get_context("spawn"), _prepare)
+    try:
+        futures = [pool.submit(compile_one, layers, kind, sizes[kind]) for kind, layers in work]
         for key, future in zip(
             progress_bar(work, bar, show=show_progress, unit="program"), futures, strict=True
         ):
-            found[key] = facts_of(future.result(), key[0], sizes[key[0]])
+            found[key] = future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
     decode, mixed = (
         with_layers(found[kind, FEW[0]], found[kind, FEW[1]], deployment.config.num_layers) for kind in sizes
     )
     return decode, mixed
+
+
+def _prepare() -> None:
+    """Begins a compiling process."""
+    jax.config.update("jax_platforms", "cpu")
+    # Without a device a program in the compilation cache cannot be loaded: jax says so, and compiles.
+    warnings.filterwarnings("ignore", UNREADABLE, UserWarning)
+
+
+def _compile(
+    question: Question,
+    slice_: Slice,
+    tp: int,
+    num_pages: int,
+    num_rows: int,
+    num_layers: int,
+    kind: StepKind,
+    size: int,
+) -> ProgramFacts:
+    """A step of the first layers, for a batch of `num_rows` at most."""
+    few = deploy(question.config, question.quantization, slice_, tp).of_layers(num_layers)
+    options = engine_options(
+        few, num_rows=num_rows, max_length=question.max_length, page_size=question.page_size,
+        num_pages=num_pages, chunk=question.chunk,
+    )  # fmt: skip
+    return facts_of(lower_step(few, options, kind, size).compile(), kind, size)
 
 
 def lower_step(

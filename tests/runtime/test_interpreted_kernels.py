@@ -1,4 +1,4 @@
-"""The whole engine on the kernels for TPU, which are interpreted here."""
+"""The whole engine on the kernels for TPU and for GPU, which are interpreted here."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from vsurge.kernels import append, decode, ragged
+from vsurge.kernels import Implementation, append, decode, ragged
 from vsurge.model import Model
 from vsurge.runtime import vSurge
 from vsurge.runtime.executor import Executor
 from vsurge.runtime.step_plan import StepKind
 
+from ..devices import TP
 from ..kernels.jaxprs import equations
 from .greedy import CAPITAL, GREEDY
 from .scripted import TIMEOUT_S
@@ -39,8 +40,9 @@ def answer(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return list(sample.token_ids)
 
 
-def on_kernels(model: Model) -> Model:
-    return replace(model, config=replace(model.config, attention="mosaic_tpu", decode_attention="mosaic_tpu"))
+def on_kernels(model: Model, implementation: Implementation = "mosaic_tpu") -> Model:
+    config = replace(model.config, attention=implementation, decode_attention=implementation)
+    return replace(model, config=config)
 
 
 # What a layer of each kind of step is made of: a decode step's attention writes the cache itself.
@@ -94,13 +96,18 @@ def test_a_step_that_falls_back_is_noticed(
         assert_made_of_kernels(on_kernels(model), tokenizer, kind)
 
 
-@pytest.mark.parametrize("num_layers", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("implementation", "num_layers"),
+    [("mosaic_tpu", 2), ("triton", 2), pytest.param("mosaic_tpu", 4, marks=pytest.mark.slow)],
+)
 def test_the_demo_checkpoint_answers_with_the_same_tokens(
-    model: Model, tokenizer: PreTrainedTokenizerBase, num_layers: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, implementation: Implementation, num_layers: int
 ) -> None:
     """Through a prompt in chunks, and decoding; by its first layers, or by all."""
+    if implementation == "mosaic_tpu" and TP > 1:
+        pytest.skip("kernels for TPU that are interpreted on several CPU devices have been seen to hang")
     config = replace(model.config, num_layers=num_layers)
     first = replace(
         model, config=config, params=replace(model.params, layers=model.params.layers[:num_layers])
     )
-    assert answer(on_kernels(first), tokenizer) == answer(first, tokenizer)
+    assert answer(on_kernels(first, implementation), tokenizer) == answer(first, tokenizer)

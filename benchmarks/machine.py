@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -15,13 +16,19 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "libtpu", "numpy", "torch", "transformers", "vsurge")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, versions and commit."""
+def describe_machine(device: Any = None) -> dict[str, Any]:
+    """Processor, cores, memory, versions and commit.
+
+    Args:
+        device: jax's, which is named unless it is a CPU; None to leave jax alone.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": _cpu_name(),
         "cores": os.cpu_count(),
+        "accelerator": None if device is None or device.platform == "cpu" else device.device_kind,
         "memory_gib": round(memory / 2**30, 1),
+        "driver": _driver(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
@@ -38,6 +45,15 @@ def _cpu_name() -> str:
     )
     extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
     return f"{name} ({', '.join(extensions)})"
+
+
+def _driver() -> str | None:
+    """Of an NVIDIA GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    result = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return (result.stdout.splitlines() or [None])[0] if result.returncode == 0 else None
 
 
 def _version(name: str) -> str | None:
@@ -68,29 +84,32 @@ def seconds_of(call: Callable[[], Any], *, repeats: int) -> list[float]:
 
 
 def measure_ceilings(*, repeats: int = 7) -> dict[str, float]:
-    """What the default device does at best, by XLA: reading memory, and a bfloat16 matrix product.
+    """What the default device does at best, by XLA: reading memory, copying it, and a bfloat16 product.
 
     Returns:
         bandwidth_gb_s: the largest element of 1 GB of int32, bytes read over the median time.
-        matrix_gflop_s: [1024, 2048] x [2048, 2048] in bfloat16 with float32 result, operations over the
-            median time.
+        copy_gb_s: the negative of the same, bytes read and written over the median time.
+        matrix_gflop_s: [1024, 2048] x [2048, 2048] on a CPU and 8,192 each way elsewhere, in bfloat16 with
+            float32 result, operations over the median time.
     """
     import jax
     import jax.numpy as jnp
 
+    def median_s(call: Callable[[], Any], times: int) -> float:
+        return statistics.median(seconds_of(lambda: jax.block_until_ready(call()), repeats=times))
+
     array = jnp.ones((250_000_000,), jnp.int32)
-    largest = jax.jit(jnp.max)
-    bandwidth = array.nbytes / statistics.median(
-        seconds_of(lambda: largest(array).block_until_ready(), repeats=repeats)
-    )
+    largest, negative = jax.jit(jnp.max), jax.jit(jnp.negative)
+    read = array.nbytes / median_s(lambda: largest(array), repeats)
+    copied = 2 * array.nbytes / median_s(lambda: negative(array), repeats)
     del array
-    left, right = jnp.ones((1024, 2048), jnp.bfloat16), jnp.ones((2048, 2048), jnp.bfloat16)
+    rows, inner, columns = (1024, 2048, 2048) if jax.default_backend() == "cpu" else (8192,) * 3
+    left, right = jnp.ones((rows, inner), jnp.bfloat16), jnp.ones((columns, inner), jnp.bfloat16)
 
     @jax.jit
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
-    seconds = statistics.median(
-        seconds_of(lambda: product(left, right).block_until_ready(), repeats=3 * repeats)
-    )
-    return {"bandwidth_gb_s": bandwidth / 1e9, "matrix_gflop_s": 2 * 1024 * 2048 * 2048 / seconds / 1e9}
+    operations = 2 * rows * inner * columns
+    matrix = operations / median_s(lambda: product(left, right), 3 * repeats)
+    return {"bandwidth_gb_s": read / 1e9, "copy_gb_s": copied / 1e9, "matrix_gflop_s": matrix / 1e9}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from ..model import PUBLISHED
 from ..model.progress import progress_bar
 from .machine import describe_machine
+from .record import machine_slug, results_folder
 from .workload import Workload, decode_bytes, prefill_operations
 
 Turn = dict[str, Any]  # one turn's figures by name
@@ -207,12 +207,6 @@ def print_report(report: dict[str, Any]) -> None:
     )
 
 
-def results_folder() -> Path:
-    """`benchmarks/results` of a checkout, else the current folder."""
-    room = Path(__file__).resolve().parent
-    return room / "results" if (room.parent / ".git").exists() else Path.cwd()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=Workload.model, choices=list(PUBLISHED))
@@ -244,9 +238,9 @@ def main() -> None:
         "turns": turns,
     }
     print_report(report)
-    processor = machine["processor"].split("(")[0].lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{processor}-{machine['cores']}-cores")
-    out = arguments.out or results_folder() / f"{slug}-{work.model.split('/')[1].lower()}.json"
+    out = (
+        arguments.out or results_folder() / f"{machine_slug(machine)}-{work.model.split('/')[1].lower()}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {out}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
-from ..model import Qwen3Config, num_parameters
+from ..kernels import bytes_per_token
+from ..model import Model, Qwen3Config, num_parameters
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,19 @@ class Workload:
         return np.random.default_rng(seed).integers(0, vocab_size - 1000, length).tolist()
 
 
+def check_has_no_experts(config: Qwen3Config) -> None:
+    """Raises ValueError: a model with experts, whose tokens are multiplied with some of them."""
+    if config.experts is not None:
+        raise ValueError("a model with experts has no number of bytes and operations that all steps share")
+
+
 def matrix_parameters(config: Qwen3Config) -> int:
     """Parameters that every token is multiplied with: all but the embedding, which is only looked up.
 
     Raises:
         ValueError: a model with experts, whose tokens are multiplied with some of them.
     """
-    if config.experts is not None:
-        raise ValueError("a model with experts has no number of bytes and operations that all steps share")
+    check_has_no_experts(config)
     looked_up = config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
     return num_parameters(config) - looked_up
 
@@ -58,3 +66,33 @@ def decode_bytes(config: Qwen3Config, batch: int, context: int) -> int:
     """Bytes that one decode step must read: every matrix once, and each sequence's keys and values."""
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * batch
     return 2 * (matrix_parameters(config) + cache)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that steps read.
+
+    Attributes:
+        weights: of every matrix; an embedding that is only looked up does not count.
+        token: of a token's keys and values in all layers.
+    """
+
+    weights: int
+    token: int
+
+    @classmethod
+    def of(cls, model: Model) -> Sizes:
+        """As the model's weights and cache are stored."""
+        check_has_no_experts(model.config)
+        params, config = model.params, model.config
+        embedding: Any = params.embedding
+        arrays: list[jax.Array] = jax.tree.leaves(params)
+        looked_up = 0 if params.lm_head is None else sum(part.nbytes for part in jax.tree.leaves(embedding))
+        cache = bytes_per_token(config.num_kv_heads, config.head_dim, config.kv_dtype or config.dtype)
+        return cls(sum(array.nbytes for array in arrays) - looked_up, config.num_layers * cache)
+
+    @classmethod
+    def in_bfloat16(cls, config: Qwen3Config) -> Sizes:
+        """Weights and cache in 16 bits."""
+        weights = decode_bytes(config, 1, 0)
+        return cls(weights, decode_bytes(config, 1, 1) - weights)

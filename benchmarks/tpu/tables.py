@@ -1,6 +1,6 @@
 """Makes the committed tables of block sizes anew: `python -m vsurge.benchmarks.tpu.tables`.
 
-For the heads of Qwen3-0.6B, 8B and 32B and their shards over 2, 4 and 8 chips. The page size decides little
+For the heads of every Qwen3 and their shards over 2, 4 and 8 chips. The page size decides little
 but for the number of copies, so what is found at one page size is entered for similar ones too; `provenance`
 says so. Prints every entry whose block sizes change.
 """
@@ -21,7 +21,8 @@ from ...kernels.tuning import CHIPS, Call, Compilers
 from ...kernels.tuning.search import Search, start_search
 from ...model.progress import progress_bar
 
-MODELS = ((16, 8), (32, 8), (64, 8))  # query and KV heads of Qwen3-0.6B, 8B and 32B
+# Query and KV heads: Qwen3-0.6B and 1.7B, 4B and 8B, 14B, 32B, 30B-A3B, 235B-A22B.
+MODELS = ((16, 8), (32, 8), (40, 8), (64, 8), (32, 4), (64, 4))
 SHARDS = (1, 2, 4, 8)
 # Kernel -> page size that is searched -> page sizes that get what is found.
 PAGES = {"decode": {64: (128, 64), 16: (16,)}, "ragged": {64: (128, 64, 16)}}
@@ -31,7 +32,7 @@ CONTEXTS_OF_PROMPTS = (512, 2048, 8192)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chip", action="append", choices=list(CHIPS), help="default: v5e, v6e and 7x")
+    parser.add_argument("--chip", action="append", choices=list(CHIPS), help="default: v5e, v5p, v6e and 7x")
     parser.add_argument("--heads", action="append", metavar="Q,KV", help="like 32,8 (default: all)")
     parser.add_argument("--kv-dtype", action="append", help="default: bfloat16")
     parser.add_argument("--kernel", action="append", choices=("decode", "ragged"), help="default: both")
@@ -40,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # a TPU is not looked for
     heads = [tuple(map(int, pair.split(","))) for pair in arguments.heads or ()] or all_heads()
-    for chip in arguments.chip or ("v5e", "v6e", "7x"):
+    for chip in arguments.chip or ("v5e", "v5p", "v6e", "7x"):
         path = arguments.out / f"{chip}.json" if arguments.out else table_path(chip)
         calls = list(all_calls(heads, arguments.kv_dtype or ("bfloat16",), arguments.kernel))
         calls = [call for call in calls if call.page_size in (arguments.page_size or (call.page_size,))]
@@ -56,7 +57,7 @@ def main() -> None:
 
 def all_heads() -> list[tuple[int, ...]]:
     """Heads of one chip, (query, KV), each once."""
-    shards = ((q // n, kv // n) for (q, kv), n in product(MODELS, SHARDS))
+    shards = ((q // n, max(kv // n, 1)) for (q, kv), n in product(MODELS, SHARDS))
     return sorted(set(shards), reverse=True)
 
 

@@ -33,12 +33,12 @@ def test_bundles_are_split_into_those_per_token_and_those_per_sequence() -> None
     assert decode.per_token_and_sequence(bundles(8192), bundles(4096)) == pytest.approx((2.0, 100.0))
 
 
-def test_every_shard_of_the_three_models_gets_block_sizes() -> None:
+def test_every_shard_of_every_model_gets_block_sizes() -> None:
     heads = tables.all_heads()
-    assert len(heads) == len(set(heads)) == 12
-    assert {(32, 8), (8, 2), (8, 1), (2, 1)} <= set(heads)
+    assert len(heads) == len(set(heads)) == 19
+    assert {(32, 8), (8, 2), (8, 1), (2, 1), (5, 1), (16, 1)} <= set(heads)
     calls = list(tables.all_calls(heads, ("bfloat16",), None))
-    assert len(calls) == 12 * 3
+    assert len(calls) == 19 * 3
     for pages in tables.PAGES.values():  # those of the engine's default and of the other kernels' tests
         assert sorted(page_size for entered in pages.values() for page_size in entered) == [16, 64, 128]
 

@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = add("plan", "What a model takes of a slice of TPUs and would do there, without them.")
     _add_planning(plan)
+
+    bench = commands.add_parser(
+        "bench", help="Measure this machine, with every figure's denominator.", allow_abbrev=False
+    )
+    _add_benchmarks(bench)
     return parser
 
 
@@ -118,13 +123,76 @@ def _add_planning(plan: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object")
 
 
+def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
+    commands = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
+
+    def add(name: str, summary: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=summary, parents=[*parents, _debug()], allow_abbrev=False
+        )
+
+    everything = add("all", "Measure all that this machine can: kernels, steps, the engine and its peers.")
+    everything.add_argument("--model", metavar="NAME",
+        help="published shape, with random weights (default: 0.6B on a CPU, else 8B)")  # fmt: skip
+    everything.add_argument("--only", action="append", choices=("kernels", "steps", "engine", "load"),
+        help="a part; repeatable (default: all)")  # fmt: skip
+    everything.add_argument("--out", metavar="FOLDER",
+        help="where results go (default: MACHINE in the results of a checkout, else here)")  # fmt: skip
+
+    requests = [_model(tokenizer=False), _engine(), _load()]
+    throughput = add("throughput", "Time requests that are all there from the start.", *requests)
+    throughput.add_argument("--peer", action="append", choices=("transformers", "vLLM"),
+        help="another engine on the same requests; repeatable")  # fmt: skip
+
+    serve = add("serve", "Time requests that arrive at random.", *requests)
+    serve.add_argument("--rate", metavar="R,…", required=True,
+        help="requests a second, on average, of Poisson arrivals; several for a curve")  # fmt: skip
+    serve.add_argument("--plot", metavar="PNG", help="latency against load, to draw")
+
+    latency = add("latency", "Time a batch from its prompts to its last token.", *requests[:2])
+    _add_lengths(latency, "128", "32")
+    latency.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    latency.add_argument("--repeats", type=int, default=5, metavar="N",
+        help="how often it is timed (default: 5)")  # fmt: skip
+    _add_seed_and_json(latency)
+
+    report = add("report", "Make Markdown tables and pictures of results.")
+    report.add_argument("results", nargs="+", metavar="JSON", help="what the other commands wrote")
+    report.add_argument("--out", metavar="FOLDER", help="where pictures go (default: beside each file)")
+    report.add_argument("--no-plot", action="store_true", help="draw none, which needs no matplotlib")
+
+
+def _load() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("requests", "random tokens; greedy, and end tokens are ignored")
+    group.add_argument("--num-requests", type=int, metavar="N", help="how many (default: 256)")
+    _add_lengths(group, "100:1024", "100:1024")
+    group.add_argument("--requests", metavar="FILE",
+        help='lengths of each: a line {"input_tokens": N, "output_tokens": M}')  # fmt: skip
+    _add_seed_and_json(parser)
+    return parser
+
+
+def _add_lengths(group: Any, input_tokens: str, output_tokens: str) -> None:
+    for what, default in (("input", input_tokens), ("output", output_tokens)):
+        group.add_argument(f"--{what}-tokens", metavar="N[:M]",
+            help=f"of each request, or drawn from N to M (default: {default})")  # fmt: skip
+        group.set_defaults(**{f"default_{what}_tokens": default})
+
+
+def _add_seed_and_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+        help="of weights and requests (default: 0)")  # fmt: skip
+    parser.add_argument("--out", metavar="JSON", help="file to write, with every sample")
+
+
 def _debug() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--debug", action="store_true", help="show tracebacks and all log messages")
     return parser
 
 
-def _model() -> argparse.ArgumentParser:
+def _model(*, tokenizer: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("model")
     source = group.add_mutually_exclusive_group()
@@ -134,7 +202,8 @@ def _model() -> argparse.ArgumentParser:
     source.add_argument("--random-weights", metavar="NAME",
         help="random weights in the shape of a published model, like Qwen/Qwen3-0.6B or 0.6B")  # fmt: skip
     group.add_argument("--revision", help="branch, tag or commit of the hub id that --model gives")
-    group.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id (default: the model's own)")
+    if tokenizer:
+        group.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id (default: the model's own)")
     _add_dtype(group)
     _add_quantization(group)
     mesh = group.add_mutually_exclusive_group()

@@ -81,15 +81,19 @@ def build_engine(
     *,
     max_concurrent_decodes: int,
     processes: Processes | None = None,
+    model: Model | None = None,
+    **options: Any,
 ) -> vSurge:
     """The engine that the arguments describe, not yet started.
 
     Args:
-        args: of `generate` or `chat`.
+        args: of `generate`, `chat`, or a benchmark of the engine.
         folder: the model's; None for random weights.
         tokenizer: None for prompts and output in token ids.
         max_concurrent_decodes: unless the arguments say otherwise.
         processes: this one, process 0, and the others; None if it is alone.
+        model: that the arguments describe, if it is there already.
+        options: of `vSurge.from_model` besides, or instead of what the arguments say.
 
     Raises:
         ValueError: an option out of range, or one that would have no effect.
@@ -100,16 +104,19 @@ def build_engine(
             f"{args.num_pages}; give one of them"
         )
     memory_utilization = share_of_memory(args, instead="--num-pages N chooses another size")
+    described: dict[str, Any] = {
+        "max_length": args.max_length,
+        "page_size": args.page_size,
+        "num_pages": args.num_pages,
+        "memory_utilization": memory_utilization,
+        "seed": given(args.seed, secrets.randbits(32)),
+        "processes": processes,
+    }
     return vSurge.from_model(
-        build_model(args, folder),
+        build_model(args, folder) if model is None else model,
         tokenizer,
         max_concurrent_decodes=given(args.max_concurrent_decodes, max_concurrent_decodes),
-        max_length=args.max_length,
-        page_size=args.page_size,
-        num_pages=args.num_pages,
-        memory_utilization=memory_utilization,
-        seed=given(args.seed, secrets.randbits(32)),
-        processes=processes,
+        **described | options,
     )
 
 

@@ -1,4 +1,4 @@
-"""Shared by the pytest-benchmark suites: `python -m pytest benchmarks/suite --benchmark-json=out.json`."""
+"""Shared by the pytest-benchmark suites: `python -m pytest benchmarks --benchmark-json=out.json`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Steps, and the whole engine under load, beside what a user would run instead."""

@@ -1,0 +1,113 @@
+"""Other engines on the same requests: an adapter each, used where the engine is installed."""
+# pyright: reportUnknownMemberType=false, reportMissingImports=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...model import Qwen3Config
+from .load import LoadRequest
+
+Run = Callable[[Sequence[LoadRequest]], float]  # seconds for all requests
+# What has no adapter, and why it is named all the same: users would run it.
+WITHOUT_ADAPTER = {"llama.cpp": "llama_cpp", "EasyDeL": "easydel"}
+
+
+def transformers_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
+    """transformers' `generate` with its default cache, in bfloat16 and greedy.
+
+    Batches are made in the order of arrival. One is padded to its longest prompt and goes on until its
+    longest answer is there; tokens beyond what a request asked for do not count.
+    """
+    import torch
+    from transformers import Qwen3Config as TheirConfig
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    shape = TheirConfig(**_shape(config), dtype="bfloat16")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model: Any = Qwen3ForCausalLM(shape).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+    def run(requests: Sequence[LoadRequest]) -> float:
+        begin = time.perf_counter()
+        for first in range(0, len(requests), at_once):
+            batch = requests[first : first + at_once]
+            longest = max(len(request.prompt) for request in batch)
+            missing = [longest - len(request.prompt) for request in batch]
+            ids = [[0] * n + request.prompt for n, request in zip(missing, batch, strict=True)]
+            mask = [[0] * n + [1] * (longest - n) for n in missing]
+            new = max(request.output_tokens for request in batch)
+            with torch.inference_mode():
+                model.generate(
+                    torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+                    min_new_tokens=new, max_new_tokens=new, do_sample=False, pad_token_id=0,
+                )  # fmt: skip
+        return time.perf_counter() - begin
+
+    return run
+
+
+def vllm_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
+    """vLLM's `LLM.generate` with random weights ("dummy"), in bfloat16 and greedy."""
+    del device  # the one that vLLM was built for
+    from vllm import LLM, SamplingParams
+
+    folder = tempfile.TemporaryDirectory()
+    described = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16"}
+    (Path(folder.name) / "config.json").write_text(json.dumps(_shape(config) | described))
+    llm: Any = LLM(
+        folder.name, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=at_once
+    )
+
+    def run(requests: Sequence[LoadRequest]) -> float:
+        params = [
+            SamplingParams(temperature=0, ignore_eos=True, max_tokens=request.output_tokens, detokenize=False)
+            for request in requests
+        ]
+        begin = time.perf_counter()
+        llm.generate([{"prompt_token_ids": request.prompt} for request in requests], params)
+        seconds = time.perf_counter() - begin
+        assert folder.name  # it has to outlive the engine
+        return seconds
+
+    return run
+
+
+PEERS: dict[str, tuple[str, Callable[[Qwen3Config, int, str], Run]]] = {
+    "transformers": ("torch", transformers_engine),
+    "vLLM": ("vllm", vllm_engine),
+}
+
+
+def why_not(name: str) -> str | None:
+    """Why a peer cannot be measured here; None if it can."""
+    if name in WITHOUT_ADAPTER:
+        there = "is installed, but " if find_spec(WITHOUT_ADAPTER[name]) else ""
+        return f"{there}has no adapter here"
+    package = PEERS[name][0]
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+def _shape(config: Qwen3Config) -> dict[str, Any]:
+    """As config.json has it."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_q_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }

@@ -1,0 +1,257 @@
+"""Measures what the present machine can: kernels, steps, and the engine beside others."""
+# pyright: reportUnknownMemberType=false
+# (jax's signatures are only partly typed)
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from ..model import Model, Qwen3Config
+from ..model.progress import progress_bar
+from ..runtime import vSurge
+from .engine import steps
+from .engine.load import LoadRequest, arriving, fewest_steps, needed_bytes, random_requests, run_load
+from .engine.peers import PEERS, WITHOUT_ADAPTER, why_not
+from .kernels import cases as kernels
+from .machine import measure_ceilings
+from .record import Ceilings, LoadRow, Row
+from .workload import Sizes, prefill_operations
+
+SAMPLES = 10  # of a kernel or a step, at most
+ENOUGH_S = {"cpu": 1.5, "gpu": 1.0, "tpu": 1.0}  # of samples of one of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Requests of random tokens and lengths.
+
+    Attributes:
+        num_requests: all there from the start.
+        input_tokens, output_tokens: of each, from, to.
+        at_once: that are decoded together at most.
+    """
+
+    num_requests: int
+    input_tokens: tuple[int, int]
+    output_tokens: tuple[int, int]
+    at_once: int
+
+    def requests(self, config: Qwen3Config) -> list[LoadRequest]:
+        return random_requests(self.num_requests, config.vocab_size, self.input_tokens, self.output_tokens)
+
+    @property
+    def case(self) -> dict[str, Any]:
+        return {
+            "requests": self.num_requests,
+            "in": _span(self.input_tokens),
+            "out": _span(self.output_tokens),
+            "at once": self.at_once,
+        }
+
+
+# What small engines quote: nano-vllm's bench.py has 256 sequences of 100 to 1,024 tokens in and out.
+QUOTED = Workload(num_requests=256, input_tokens=(100, 1024), output_tokens=(100, 1024), at_once=256)
+# A CPU would take a quarter of an hour for it.
+FEWER = Workload(num_requests=16, input_tokens=(32, 256), output_tokens=(16, 64), at_once=16)
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
+
+
+def ceilings() -> Ceilings:
+    """What the device does at best."""
+    found = measure_ceilings()
+    return Ceilings(max(found["bandwidth_gb_s"], found["copy_gb_s"]), found["matrix_gflop_s"])
+
+
+def samples_of(run: Callable[[], Any], calls: int = 1) -> tuple[float, ...]:
+    """Seconds of a call, by several runs of so many calls each, after two runs that do not count."""
+    for _ in range(2):
+        jax.block_until_ready(run())
+    found, begin = list[float](), time.perf_counter()
+    while len(found) < SAMPLES and (len(found) < 3 or time.perf_counter() - begin < ENOUGH_S[platform()]):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append((time.perf_counter() - start) / calls)
+    return tuple(found)
+
+
+def kernel_rows(config: Qwen3Config, *, show_progress: bool) -> list[Row]:
+    """One layer's kernels beside jax's own, with the heads of a model."""
+    rows = list[Row]()
+    todo = list(kernels.cases(platform(), (config.num_q_heads, config.num_kv_heads)))
+    for case in progress_bar(todo, "kernels", show=show_progress, unit="case"):
+        fields: dict[str, Any] = {
+            "suite": "kernels", "name": case.kernel, "implementation": case.whose, "case": case.case,
+            "num_bytes": case.num_bytes, "operations": case.operations,
+            "tokens": case.num_seqs * case.new_tokens,
+        }  # fmt: skip
+        try:
+            seconds = samples_of(case.build(platform()), case.num_calls(platform()))
+        except Exception as error:  # noqa: BLE001  (jax's kernels refuse in many ways; the row says how)
+            rows.append(Row(**fields, not_measured=_one_line(error)))
+        else:
+            rows.append(Row(**fields, seconds=seconds))
+    return rows
+
+
+def step_rows(model: Model, *, show_progress: bool) -> list[Row]:
+    """Steps of a model by batch and context."""
+    rows = list[Row]()
+    for case in progress_bar(list(steps.cases(platform())), "steps", show=show_progress, unit="case"):
+        fields: dict[str, Any] = {
+            "suite": "steps", "name": case.kind, "implementation": "vSurge", "case": case.case,
+            "num_bytes": case.num_bytes(model.config), "operations": case.operations(model.config),
+            "tokens": case.tokens,
+        }  # fmt: skip
+        rows.append(Row(**fields, seconds=samples_of(case.build(model))))
+    return rows
+
+
+def engine_for(model: Model, requests: Sequence[LoadRequest], at_once: int, **options: Any) -> vSurge:
+    """An engine that takes these requests without refusing any, and finds no prompt again.
+
+    Args:
+        model: of it.
+        requests: what it will be sent.
+        at_once: sequences that it decodes together.
+        options: of `vSurge.from_model`.
+    """
+    longest = max(len(request.prompt) + request.output_tokens for request in requests)
+    options = {"max_length": longest, "max_queued_requests": len(requests), "verbose": False, **options}
+    return vSurge.from_model(model, max_concurrent_decodes=at_once, prefix_caching=False, **options)
+
+
+def engine_rows(
+    model: Model, work: Workload, *, peers: Iterable[str] | None = None, show_progress: bool
+) -> list[Row]:
+    """All requests of a workload, by this package's engine and by others.
+
+    Args:
+        model: of this one's; the others' have its shape, and random weights of their own.
+        work: the requests.
+        peers: names of `PEERS`; None for all.
+        show_progress: show a bar on a terminal.
+    """
+    requests = work.requests(model.config)
+    names = ["vSurge", *(list(peers) if peers is not None else [*PEERS, *WITHOUT_ADAPTER])]
+    rows = list[Row]()
+    for name in progress_bar(names, "engines", show=show_progress, unit="engine"):
+        if name == "vSurge":
+            with engine_for(model, requests, work.at_once) as surge:
+                warm_up(surge, requests)
+                load = run_load(surge, requests, requests_per_s=None)
+            sizes = Sizes.of(model)
+            row = throughput_row(name, model.config, requests, work.at_once, (load.seconds,), sizes)
+        else:
+            row = peer_row(name, model.config, requests, work.at_once)
+        rows.append(replace(row, case=work.case))
+    return rows
+
+
+def warm_up(surge: vSurge, requests: Sequence[LoadRequest]) -> None:
+    """Sends some of the requests, so that nothing is done for the first time when it counts."""
+    run_load(surge, requests[: max(1, len(requests) // 4)], requests_per_s=None)
+    for request in requests[:2]:  # steps of few, too
+        run_load(surge, [request], requests_per_s=None)
+
+
+def peer_row(name: str, config: Qwen3Config, requests: Sequence[LoadRequest], at_once: int) -> Row:
+    """The requests by another engine, of the same shape and with random weights; or why not.
+
+    Args:
+        name: of `PEERS` or `WITHOUT_ADAPTER`.
+        config: the model's shape.
+        requests: all there from the start.
+        at_once: sequences that are decoded together.
+    """
+    reason = why_not(name)
+    if reason is not None:
+        return replace(throughput_row(name, config, requests, at_once, ()), not_measured=reason)
+    run = PEERS[name][1](config, at_once, "cuda" if platform() == "gpu" else "cpu")
+    run([LoadRequest(request.prompt, 4) for request in requests[:at_once]])  # warms up
+    return throughput_row(name, config, requests, at_once, (run(requests),))
+
+
+def throughput_row(
+    name: str,
+    config: Qwen3Config,
+    requests: Sequence[LoadRequest],
+    at_once: int,
+    seconds: tuple[float, ...],
+    sizes: Sizes | None = None,
+) -> Row:
+    """Seconds of all requests, beside the bytes and operations that they cannot do without.
+
+    Args:
+        name: the engine's.
+        config: the model's shape.
+        requests: all there from the start.
+        at_once: sequences that are decoded together.
+        seconds: samples.
+        sizes: of weights and cache; None for those in bfloat16.
+    """
+    sizes = sizes or Sizes.in_bfloat16(config)
+    inputs = [len(request.prompt) for request in requests]
+    outputs = [request.output_tokens for request in requests]
+    return Row(
+        suite="engine",
+        name="throughput",
+        implementation=name,
+        case={
+            "requests": len(requests),
+            "in": _span((min(inputs), max(inputs))),
+            "out": _span((min(outputs), max(outputs))),
+            "at once": at_once,
+        },
+        seconds=seconds,
+        num_bytes=needed_bytes(sizes, requests, fewest_steps(requests, at_once)),
+        operations=operations_of(config, requests),
+        tokens=sum(outputs),
+    )
+
+
+def load_rows(
+    surge: vSurge,
+    requests: Sequence[LoadRequest],
+    rates: Sequence[float],
+    *,
+    seed: int = 0,
+    show_progress: bool,
+) -> list[LoadRow]:
+    """The same requests at several rates, one after the other.
+
+    Args:
+        surge: a running engine, see `engine_for`.
+        requests: whose arrivals are drawn.
+        rates: requests a second.
+        seed: of the arrivals.
+        show_progress: show a bar on a terminal.
+    """
+    bar = progress_bar(list(rates), "load", show=show_progress, unit="rate")
+    return [run_load(surge, arriving(requests, rate, seed=seed), requests_per_s=rate) for rate in bar]
+
+
+def operations_of(config: Qwen3Config, requests: Sequence[LoadRequest]) -> int:
+    """What the requests cannot do without: every token but the last through all matrices, and attention."""
+    total = 0
+    for request in requests:
+        computed = len(request.prompt) + request.output_tokens - 1
+        head = 2 * config.vocab_size * config.hidden_size
+        total += prefill_operations(config, computed) + (request.output_tokens - 1) * head
+    return total
+
+
+def _span(bounds: tuple[int, int]) -> str:
+    return f"{bounds[0]}-{bounds[1]}"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -1,0 +1,180 @@
+"""What a benchmark writes down: samples, and what each figure is to be divided by."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1  # of the JSON files
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached at best in the same run.
+
+    Attributes:
+        bandwidth_gb_s: 10^9 bytes a second, of a large read or of a large copy (read and written), whichever
+            is more.
+        matrix_gflop_s: 10^9 operations a second, of a large bfloat16 matrix product.
+    """
+
+    bandwidth_gb_s: float
+    matrix_gflop_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One thing that was measured, or was to be.
+
+    Attributes:
+        suite: "kernels", "steps" or "engine".
+        name: what runs, like "decode attention".
+        implementation: whose it is.
+        case: what tells it from others of its name: sizes, dtypes.
+        seconds: samples, each of one run; empty if it was not measured.
+        num_bytes: that one run cannot do without reading or writing.
+        operations: that it cannot do without.
+        tokens: that it makes or takes in; 0 where that says nothing.
+        not_measured: why there are no samples; None if there are.
+    """
+
+    suite: str
+    name: str
+    implementation: str
+    case: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    seconds: tuple[float, ...] = ()
+    num_bytes: int = 0
+    operations: int = 0
+    tokens: int = 0
+    not_measured: str | None = None
+
+    @property
+    def median_s(self) -> float:
+        """Raises `statistics.StatisticsError` if it was not measured."""
+        return statistics.median(self.seconds)
+
+    def mbu(self, ceilings: Ceilings) -> float:
+        """Memory bandwidth utilization: the bytes over the median time and the measured bandwidth."""
+        return self.num_bytes / self.median_s / (ceilings.bandwidth_gb_s * 1e9)
+
+    def mfu(self, ceilings: Ceilings) -> float:
+        """The operations over the median time and the measured matrix rate."""
+        return self.operations / self.median_s / (ceilings.matrix_gflop_s * 1e9)
+
+    def roofline_s(self, ceilings: Ceilings) -> float:
+        """Seconds that it takes at least, for its bytes or for its operations."""
+        return max(
+            self.num_bytes / (ceilings.bandwidth_gb_s * 1e9),
+            self.operations / (ceilings.matrix_gflop_s * 1e9),
+        )
+
+    def share_of_roofline(self, ceilings: Ceilings) -> float:
+        return self.roofline_s(ceilings) / self.median_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRow:
+    """Requests that came at a rate, and how they fared; times in seconds.
+
+    Attributes:
+        requests_per_s: the rate at which they arrived, on average; None if all were there from the start.
+        num_requests, seconds: how many, and from the first one's arrival to the last one's end.
+        input_tokens, output_tokens: of all.
+        ttft_s: each request's time to its first token, from its arrival.
+        token_gaps_s: between its tokens, of all requests.
+        e2e_s: each request's time to its end.
+        num_steps: of the engine, in this time.
+        num_bytes: weights once for each step, and the keys and values that each token's step reads.
+    """
+
+    requests_per_s: float | None
+    num_requests: int
+    seconds: float
+    input_tokens: int
+    output_tokens: int
+    ttft_s: tuple[float, ...]
+    token_gaps_s: tuple[float, ...]
+    e2e_s: tuple[float, ...]
+    num_steps: int
+    num_bytes: int
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.output_tokens / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run of the benchmarks.
+
+    Attributes:
+        machine: from `describe_machine`.
+        model: what it was, in words; None where only kernels ran.
+        ceilings: of the device.
+        rows, loads: what was measured.
+        settings: what else the command was given.
+    """
+
+    machine: Mapping[str, Any]
+    model: str | None
+    ceilings: Ceilings
+    rows: tuple[Row, ...] = ()
+    loads: tuple[LoadRow, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def write(self, path: Path) -> None:
+        """As JSON, with every sample; folders are made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_report(path: Path) -> Report:
+    """A report from its file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no report of this format.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = document.pop("format")
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: is no report of `vsurge bench`") from error
+    if found != FORMAT:
+        raise ValueError(f"{path}: is a report of format {found}, this version reads {FORMAT}")
+    document["ceilings"] = Ceilings(**document["ceilings"])
+    document["rows"] = tuple(Row(**_with_tuples(row)) for row in document["rows"])
+    document["loads"] = tuple(LoadRow(**_with_tuples(row)) for row in document["loads"])
+    return Report(**document)
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def machine_slug(machine: Mapping[str, Any]) -> str:
+    """A machine's name for files, like "intel-xeon-2-cores" or "nvidia-h200"."""
+    if machine.get("accelerator") is not None:
+        name = str(machine["accelerator"])
+    else:
+        name = f"{str(machine['processor']).split('(')[0]}-{machine['cores']}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results_folder() -> Path:
+    """`benchmarks/results` of a checkout, else the current folder."""
+    room = Path(__file__).resolve().parent
+    return room / "results" if (room.parent / ".git").exists() else Path.cwd()
+
+
+def percentiles(values: Iterable[float]) -> tuple[float, float, float] | None:
+    """The 50th, 90th and 99th percentile, between neighbours in proportion; None of nothing."""
+    import numpy as np
+
+    found = np.fromiter(values, float)
+    return None if found.size == 0 else tuple(np.percentile(found, (50, 90, 99)).tolist())

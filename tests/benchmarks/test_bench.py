@@ -1,0 +1,239 @@
+"""The benchmarks: what is counted, and what is written down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import vsurge
+from vsurge.benchmarks import measuring
+from vsurge.benchmarks.engine.load import (
+    LoadRequest,
+    arriving,
+    fewest_steps,
+    needed_bytes,
+    random_requests,
+    read_requests,
+    run_load,
+)
+from vsurge.benchmarks.engine.peers import transformers_engine, why_not
+from vsurge.benchmarks.engine.steps import StepCase
+from vsurge.benchmarks.kernels.cases import DENSE, KernelCase, cases
+from vsurge.benchmarks.record import Ceilings, Report, Row, machine_slug, percentiles, read_report
+from vsurge.benchmarks.report import draw, markdown
+from vsurge.benchmarks.workload import Sizes, decode_bytes, prefill_operations
+from vsurge.model import Model, published_config
+
+CEILINGS = Ceilings(bandwidth_gb_s=10.0, matrix_gflop_s=100.0)
+MACHINE: dict[str, Any] = {
+    "processor": "A Processor (avx2)", "cores": 2, "accelerator": None, "driver": None, "python": "3.11",
+    "versions": {"jax": "1", "torch": None}, "commit": "abc",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return vsurge.load_model(vsurge.demo_model_path(), dtype="float32")
+
+
+def test_shares_are_of_the_median_and_of_what_was_measured() -> None:
+    row = Row(suite="steps", name="decode", implementation="vSurge", seconds=(1.0, 0.5, 9.0),
+        num_bytes=5 * 10**9, operations=20 * 10**9, tokens=4)  # fmt: skip
+    assert row.median_s == 1.0
+    assert row.mbu(CEILINGS) == pytest.approx(0.5)
+    assert row.mfu(CEILINGS) == pytest.approx(0.2)
+    assert row.share_of_roofline(CEILINGS) == pytest.approx(0.5)  # of the bytes, which take longer
+    assert replace(row, operations=80 * 10**9).roofline_s(CEILINGS) == pytest.approx(0.8)
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path: Path, model: Model) -> None:
+    measured = Row(suite="kernels", name="decode", implementation="xla", case={"kv": "int8", "context": 5},
+        seconds=(0.25, 0.5), num_bytes=10**9, operations=10**9, tokens=8)  # fmt: skip
+    missing = replace(measured, implementation="cuDNN", seconds=(), not_measured="it is not there")
+    report = Report(machine=MACHINE, model="a model", ceilings=CEILINGS, rows=(measured, missing))
+    report.write(tmp_path / "new" / "bench.json")
+    assert read_report(tmp_path / "new" / "bench.json") == report
+    text = markdown(report)
+    [ours, theirs] = [line for line in text.splitlines() if line.startswith("| decode")]
+    assert [cell.strip() for cell in ours.split("|")[1:-1]] == [
+        "decode", "xla", "int8", "5", "375", "26.7%", "2.7%", "26.7%",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in theirs.split("|")[5:-1]] == ["not measured", "", "", "it is not there"]
+    assert "10.0 GB/s of memory, 100 GFLOP/s" in text
+    (tmp_path / "other.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"other\.json: is a report of format 99, this version reads 1"):
+        read_report(tmp_path / "other.json")
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"other\.json: is no report of `vsurge bench`"):
+        read_report(tmp_path / "other.json")
+
+
+def test_machines_have_names_for_files() -> None:
+    assert machine_slug(MACHINE) == "a-processor-2-cores"
+    assert machine_slug(MACHINE | {"accelerator": "NVIDIA H200"}) == "nvidia-h200"
+
+
+def test_percentiles_lie_between_samples() -> None:
+    assert percentiles(map(float, range(101))) == (50.0, 90.0, 99.0)
+    assert percentiles([]) is None
+
+
+def test_requests_are_drawn_from_what_was_asked_for() -> None:
+    requests = random_requests(400, 1100, (3, 5), (2, 2), seed=1)
+    assert {len(request.prompt) for request in requests} == {3, 4, 5}
+    assert {request.output_tokens for request in requests} == {2}
+    assert {token for request in requests for token in request.prompt} == set(range(100))
+    assert random_requests(5, 1100, (3, 5), (1, 9), seed=1) != random_requests(
+        5, 1100, (3, 5), (1, 9), seed=2
+    )
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    """Gaps of the mean that was asked for, whose standard deviation is their mean; the same of a seed."""
+    requests = [LoadRequest([1], 1)] * 4001
+    times = [request.arrival_s for request in arriving(requests, 4.0, seed=3)]
+    gaps = np.diff(times)
+    assert times[0] == 0.0
+    assert gaps.min() >= 0
+    assert gaps.mean() == pytest.approx(0.25, rel=0.05)
+    assert gaps.std() == pytest.approx(0.25, rel=0.05)
+    assert times == [request.arrival_s for request in arriving(requests, 4.0, seed=3)]
+
+
+def test_lengths_may_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"input_tokens": 3, "output_tokens": 7}\n\n{"input_tokens": 1, "output_tokens": 2}\n')
+    requests = read_requests(path, 2000)
+    assert [(len(request.prompt), request.output_tokens) for request in requests] == [(3, 7), (1, 2)]
+    for text, message in (
+        ('{"input_tokens": 3}', r"requests\.jsonl:1: must be like .* got '{\"input_tokens\": 3}'"),
+        ('{"input_tokens": 0, "output_tokens": 1}', r":1: input_tokens and output_tokens must be at least 1"),
+        ("\n", "holds no requests"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_requests(path, 2000)
+
+
+def test_bytes_are_weights_for_each_step_and_what_each_token_sees(model: Model) -> None:
+    """A prompt of 3 and 2 tokens of output: its steps see 3 and 4 tokens."""
+    sizes = Sizes(weights=1000, token=10)
+    requests = [LoadRequest([1, 2, 3], 2), LoadRequest([1], 1)]
+    assert needed_bytes(sizes, requests, 5) == 5 * 1000 + (3 + 4 + 1) * 10
+    assert fewest_steps(requests, 2) == 2
+    assert fewest_steps([LoadRequest([1], 3)] * 5, 2) == 8
+    config = model.config
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4  # in float32
+    assert Sizes.of(model) == Sizes(2 * decode_bytes(config, 1, 0), cache)
+    assert Sizes.in_bfloat16(config).token == cache // 2
+
+
+def test_operations_of_requests_are_those_of_their_steps() -> None:
+    """A step for the prompt and one for each token behind the first: with these prefixes they add up."""
+    config = published_config("0.6B")
+    request = LoadRequest(list(range(50)), 4)
+    steps = [StepCase("prefill", 1, 50), *(StepCase("decode", 1, 50 + n) for n in (1, 2, 3))]
+    assert sum(step.operations(config) for step in steps) == measuring.operations_of(config, [request])
+    assert StepCase("prefill", 1, 50).operations(config) == prefill_operations(config, 50)
+
+
+def test_a_load_tells_how_every_request_fared(model: Model) -> None:
+    requests = [
+        LoadRequest(request.prompt, request.output_tokens, arrival_s=0.02 * i)
+        for i, request in enumerate(random_requests(5, model.config.vocab_size, (4, 20), (2, 6)))
+    ]
+    with measuring.engine_for(model, requests, 4, page_size=16) as surge:
+        load = run_load(surge, requests, requests_per_s=50.0)
+    outputs = [request.output_tokens for request in requests]
+    assert (load.num_requests, load.output_tokens) == (5, sum(outputs))
+    assert load.input_tokens == sum(len(request.prompt) for request in requests)
+    assert len(load.ttft_s) == len(load.e2e_s) == 5
+    assert len(load.token_gaps_s) == sum(outputs) - 5
+    assert all(0 < first <= whole for first, whole in zip(load.ttft_s, load.e2e_s, strict=True))
+    assert sum(load.e2e_s) == pytest.approx(sum(load.ttft_s) + sum(load.token_gaps_s))
+    assert load.seconds >= max(load.e2e_s)
+    assert max(outputs) <= load.num_steps <= sum(outputs) + 5
+    assert load.num_bytes == needed_bytes(Sizes.of(model), requests, load.num_steps)
+
+
+def test_transformers_takes_the_same_requests(model: Model) -> None:
+    requests = random_requests(3, model.config.vocab_size, (4, 9), (2, 3))
+    assert transformers_engine(model.config, 2, "cpu")(requests) > 0
+    assert why_not("llama.cpp") == "has no adapter here"
+
+
+def small(case: KernelCase, **changes: Any) -> KernelCase:
+    return replace(case, num_seqs=min(case.num_seqs, 2), context=128, new_tokens=min(case.new_tokens, 128),
+        num_q_heads=4, num_kv_heads=2, head_dim=64, **changes)  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_implementations_are_given_the_same_problem(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of queries at random and caches of zeros: as many outputs, of the same shape, and all of them zero."""
+    monkeypatch.setattr(KernelCase, "num_calls", lambda *_: 2)
+    some = (c for c in cases("cpu", (4, 2)) if c.kernel == kernel and c.new_tokens in (1, c.context))
+    with jax.numpy_dtype_promotion("standard"):  # which jax's own attention needs
+        found = [jax.tree.map(np.asarray, small(case, page_size=64).build("cpu")()) for case in some]
+    assert len(found) >= 2
+    for outputs in found:
+        assert len(outputs) == 2
+        assert all(not output.any() for output in outputs)
+        assert outputs[0].size == found[0][0].size or kernel == "decode"
+
+
+def test_cases_count_what_they_cannot_do_without() -> None:
+    decode = KernelCase(
+        kernel="decode", implementation="xla", num_q_heads=8, num_kv_heads=2, num_seqs=3, context=100
+    )
+    assert decode.num_bytes == 3 * 100 * 2 * 2 * 128 * 2
+    assert decode.operations == 3 * 100 * 4 * 8 * 128
+    prefill = replace(decode, kernel="prefill", num_seqs=1, new_tokens=4, context=10)
+    assert prefill.operations == (7 + 8 + 9 + 10) * 4 * 8 * 128
+    append = replace(decode, kernel="append", num_seqs=1, new_tokens=4, kv_dtype="int8")
+    assert append.num_bytes == 4 * 2 * 2 * (128 + 4)  # a float32 scale for each row
+    skewed = replace(decode, skewed=True, num_seqs=500, context=2048)
+    assert (min(skewed.lengths) >= 32, max(skewed.lengths) <= 2048) == (True, True)
+    assert np.log(skewed.lengths).mean() == pytest.approx(np.log([32, 2048]).mean(), rel=0.03)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_every_platform_has_cases_of_ours_and_of_jax(platform: str) -> None:
+    found = list(cases(platform, (16, 8)))
+    assert len(found) == len(set(found))
+    assert {case.kernel for case in found} == {"decode", "prefill", "append"}
+    assert {"xla", DENSE[platform]} <= {case.implementation for case in found}
+    everything = set(cases(platform, (16, 8), thorough=True))
+    assert set(found) < everything
+    assert {case.page_size for case in everything} == {16, 64, 128}
+
+
+def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(cases("cpu", (4, 2)))
+    good, bad = small(case, page_size=64), small(case, page_size=64, kv_dtype="int4")
+    monkeypatch.setattr(measuring.kernels, "cases", lambda *_: [good, bad])
+    monkeypatch.setattr(KernelCase, "num_calls", lambda *_: 1)
+    fine, refused = measuring.kernel_rows(published_config("0.6B"), show_progress=False)
+    assert len(fine.seconds) >= 3
+    assert fine.not_measured is None
+    assert refused.seconds == ()
+    assert "int4" in str(refused.not_measured)
+
+
+def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path, model: Model) -> None:
+    requests = random_requests(2, model.config.vocab_size, (4, 9), (2, 3))
+    with measuring.engine_for(model, requests, 2, page_size=16) as surge:
+        loads = measuring.load_rows(surge, requests, [50.0, 100.0], show_progress=False)
+    decode = Row(suite="kernels", name="decode", implementation="xla", num_bytes=10**6, operations=10**6,
+        seconds=(0.1,), case={"kv": "int8", "page": 16, "sequences": 2, "context": 64})  # fmt: skip
+    engine = replace(decode, suite="engine", case={"requests": 2}, tokens=4)
+    report = Report(machine=MACHINE, model="m", ceilings=CEILINGS, rows=(decode, engine), loads=tuple(loads))
+    written = draw(report, tmp_path)
+    assert [path.name for path in written] == ["roofline.png", "mbu.png", "engines.png", "load.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    nothing = replace(decode, seconds=(), not_measured="no")
+    assert draw(replace(report, rows=(nothing,), loads=()), tmp_path) == []

@@ -1,0 +1,65 @@
+"""`vsurge bench`: its commands on the demo checkpoint, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vsurge.benchmarks import measuring
+from vsurge.benchmarks.record import Ceilings
+
+CEILINGS = Ceilings(bandwidth_gb_s=10.0, matrix_gflop_s=100.0)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "ceilings", lambda: CEILINGS)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_commands_measure_the_demo_checkpoint(command: Callable, tmp_path: Path) -> None:
+    lengths = ("--input-tokens", "4:8", "--output-tokens", "3", "--num-pages", "24", "--page-size", "16")
+    done = command("bench", "serve", "--rate", "40,80", "--num-requests", "3", *lengths,
+        "--out", str(tmp_path / "serve.json"), "--plot", str(tmp_path / "new" / "load.png"))  # fmt: skip
+    assert done.code == 0, done.err
+    loads = json.loads((tmp_path / "serve.json").read_text())["loads"]
+    assert [(load["requests_per_s"], load["output_tokens"]) for load in loads] == [(40.0, 9), (80.0, 9)]
+    assert (tmp_path / "new" / "load.png").exists()
+    assert "| 40 " in done.out
+
+    done = command("bench", "latency", "--batch", "2", "--repeats", "2", *lengths,
+        "--out", str(tmp_path / "latency.json"))  # fmt: skip
+    assert done.code == 0, done.err
+    [row] = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    assert (row["name"], len(row["seconds"]), row["tokens"]) == ("latency", 2, 6)
+
+    done = command("bench", "report", str(tmp_path / "latency.json"), "--out", str(tmp_path))
+    assert done.code == 0, done.err
+    assert "| latency | vSurge |" in done.out
+    assert "predicted from the compiler's schedule, never measured" in done.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("serve", "--rate", "0"), "--rate 0: must be positive numbers like 0.5,1,2"),
+        (("serve", "--rate", "1", "--input-tokens", "9:3"), "--input-tokens 9:3: must be a number of tokens"),
+        (("throughput", "--num-requests", "0"), "--num-requests 0: must be at least 1"),
+        (("throughput", "--max-length", "8"), "--max-length 8: the longest request has "),
+        (
+            ("throughput", "--requests", "f", "--num-requests", "3"),
+            "3: has no effect beside --requests f",
+        ),
+        (("throughput", "--requests", "no/such"), "No such file or directory"),
+        (("latency", "--batch", "0"), "--batch 0: must be at least 1"),
+        (("all", "--model", "30B-A3B"), "a model with experts has no number of bytes"),
+        (("report", "no/such.json"), "No such file or directory"),
+    ],
+)
+def test_bad_arguments_are_named(command: Callable, argv: tuple[str, ...], message: str) -> None:
+    done = command("bench", *argv)
+    assert done.code == 1
+    assert message in done.err

@@ -1,0 +1,234 @@
+"""`vsurge bench`: what this machine makes of kernels, steps and the engine, beside what it could."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..benchmarks import measuring
+from ..benchmarks.engine.load import LoadRequest, random_requests, read_requests, run_load
+from ..benchmarks.machine import describe_machine
+from ..benchmarks.measuring import Workload
+from ..benchmarks.record import Report, machine_slug, read_report, results_folder
+from ..benchmarks.report import draw, draw_load, markdown, predicted
+from ..benchmarks.workload import Sizes, check_has_no_experts
+from ..model import Model, published_config, random_model
+from ..model.progress import progress_bar
+from ..runtime import SamplingParams, vSurge
+from .setup import build_engine, build_model, find_model, given
+
+PARTS = ("kernels", "steps", "engine", "load")
+AT_ONCE = {"cpu": 16, "gpu": 256, "tpu": 256}  # sequences that decode together, unless told otherwise
+NUM_REQUESTS = 256
+SHARES_OF_THROUGHPUT = (0.5, 0.9)  # at which `all` has requests arrive
+
+
+def run(args: argparse.Namespace) -> None:
+    {
+        "all": _all, "throughput": _throughput, "serve": _serve, "latency": _latency, "report": _report,
+    }[args.what](args)  # fmt: skip
+
+
+def _all(args: argparse.Namespace) -> None:
+    on_cpu = measuring.platform() == "cpu"
+    config = published_config(given(args.model, "0.6B" if on_cpu else "8B"))
+    check_has_no_experts(config)
+    name = given(args.model, "0.6B" if on_cpu else "8B")
+    parts = [part for part in PARTS if args.only is None or part in args.only]
+    work = measuring.FEWER if on_cpu else measuring.QUOTED
+    report = _new_report(args, f"{name}, random bfloat16 weights" if parts != ["kernels"] else None)
+    out = Path(args.out) if args.out else results_folder() / machine_slug(report.machine)
+    model: Model | None = None
+    for part in progress_bar(parts, "all", show=True, unit="part"):
+        if part != "kernels" and model is None:
+            model = random_model(name, seed=0)
+        report = _with_part(report, part, config, model, work)
+        report.write(out / "bench.json")  # so that nothing is lost if a later part fails
+    _finish(report, out / "bench.json")
+    failed = [
+        row for row in report.rows if row.implementation.startswith("vSurge") and row.not_measured is not None
+    ]
+    if failed:
+        raise RuntimeError(f"{failed[0].name}, {failed[0].implementation}: {failed[0].not_measured}")
+
+
+def _with_part(report: Report, part: str, config: Any, model: Model | None, work: Workload) -> Report:
+    if part == "kernels":
+        return replace(report, rows=(*report.rows, *measuring.kernel_rows(config, show_progress=True)))
+    assert model is not None
+    if part == "steps":
+        return replace(report, rows=(*report.rows, *measuring.step_rows(model, show_progress=True)))
+    if part == "engine":
+        return replace(report, rows=(*report.rows, *measuring.engine_rows(model, work, show_progress=True)))
+    requests = work.requests(model.config)
+    with measuring.engine_for(model, requests, work.at_once) as surge:
+        measuring.warm_up(surge, requests)
+        at_once = run_load(surge, requests, requests_per_s=None)
+        rates = [share * at_once.num_requests / at_once.seconds for share in SHARES_OF_THROUGHPUT]
+        loads = measuring.load_rows(surge, requests, rates, show_progress=True)
+    return replace(report, loads=(at_once, *loads))
+
+
+def _throughput(args: argparse.Namespace) -> None:
+    surge, requests = _engine_and_requests(args)
+    config, at_once = surge.model.config, args.max_concurrent_decodes
+    report = _new_report(args, describe_model(args, surge))
+    with surge:
+        measuring.warm_up(surge, requests)
+        load = run_load(surge, requests, requests_per_s=None)
+    sizes = Sizes.of(surge.model)
+    rows = [measuring.throughput_row("vSurge", config, requests, at_once, (load.seconds,), sizes)]
+    for name in progress_bar(list(args.peer or ()), "peers", show=True, unit="engine"):
+        rows.append(measuring.peer_row(name, config, requests, at_once))
+    _finish(replace(report, rows=tuple(rows), loads=(load,)), args.out)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    rates = parse_rates(args.rate)
+    surge, requests = _engine_and_requests(args)
+    report = _new_report(args, describe_model(args, surge))
+    with surge:
+        measuring.warm_up(surge, requests)
+        loads = measuring.load_rows(surge, requests, rates, seed=args.seed, show_progress=True)
+    _finish(replace(report, loads=tuple(loads)), args.out, plot=args.plot)
+
+
+def _latency(args: argparse.Namespace) -> None:
+    for name in ("batch", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    inputs, outputs = _lengths(args)
+    longest = given(args.max_length, inputs[1] + outputs[1])
+    options = _quiet({"max_length": longest, "max_queued_requests": args.batch})
+    surge = build_engine(args, find_model(args), None, max_concurrent_decodes=args.batch, **options)
+    check_has_no_experts(surge.model.config)
+    report = _new_report(args, describe_model(args, surge))
+    requests = random_requests(args.batch, surge.model.config.vocab_size, inputs, outputs, seed=args.seed)
+    params = [
+        SamplingParams(temperature=0, ignore_eos=True, max_tokens=request.output_tokens)
+        for request in requests
+    ]
+    seconds = list[float]()
+    with surge:
+        for repeat in progress_bar(list(range(args.repeats + 1)), "latency", show=True, unit="batch"):
+            begin = time.perf_counter()
+            surge.generate([request.prompt for request in requests], params).result()
+            if repeat:  # the first one warms up
+                seconds.append(time.perf_counter() - begin)
+    sizes = Sizes.of(surge.model)
+    row = measuring.throughput_row("vSurge", surge.model.config, requests, args.batch, tuple(seconds), sizes)
+    _finish(replace(report, rows=(replace(row, name="latency"),)), args.out)
+
+
+def _report(args: argparse.Namespace) -> None:
+    for path in map(Path, args.results):
+        report = read_report(path)
+        print(markdown(report), end="")
+        if not args.no_plot:
+            for picture in draw(report, Path(args.out) if args.out else path.parent):
+                print(f"\n![{picture.stem}]({picture})")
+    print("\n".join(predicted(results_folder())))
+
+
+def _engine_and_requests(args: argparse.Namespace) -> tuple[vSurge, list[LoadRequest]]:
+    """An engine, not yet started, and what it is to be sent."""
+    if args.requests is not None:
+        for name in ("num_requests", "input_tokens", "output_tokens"):
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise ValueError(f"{option}: has no effect beside --requests {args.requests}")
+    count, (inputs, outputs) = given(args.num_requests, NUM_REQUESTS), _lengths(args)
+    if count < 1:
+        raise ValueError(f"--num-requests {count}: must be at least 1")
+    folder = find_model(args)
+    model = build_model(args, folder)
+    check_has_no_experts(model.config)
+    vocab_size = model.config.vocab_size
+    if args.requests is not None:
+        requests = read_requests(Path(args.requests).expanduser(), vocab_size, seed=args.seed)
+    else:
+        requests = random_requests(count, vocab_size, inputs, outputs, seed=args.seed)
+    longest = max(len(request.prompt) + request.output_tokens for request in requests)
+    if args.max_length is not None and args.max_length < longest:
+        raise ValueError(f"--max-length {args.max_length}: the longest request has {longest} tokens")
+    options = {"max_length": given(args.max_length, longest), "max_queued_requests": len(requests)}
+    at_once = min(AT_ONCE[measuring.platform()], len(requests))
+    args.max_concurrent_decodes = given(args.max_concurrent_decodes, at_once)
+    surge = build_engine(args, folder, None, max_concurrent_decodes=at_once, model=model, **_quiet(options))
+    return surge, requests
+
+
+def _quiet(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an engine that is to be measured: no prompt is found again."""
+    return {**options, "prefix_caching": False, "verbose": False}
+
+
+def _lengths(args: argparse.Namespace) -> tuple[tuple[int, int], tuple[int, int]]:
+    return parse_span("--input-tokens", given(args.input_tokens, args.default_input_tokens)), parse_span(
+        "--output-tokens", given(args.output_tokens, args.default_output_tokens)
+    )
+
+
+def parse_span(option: str, text: str) -> tuple[int, int]:
+    """From "N" or "N:M", tokens.
+
+    Raises:
+        ValueError: neither, or out of order; the option is named.
+    """
+    first, colon, last = text.partition(":")
+    try:
+        span = int(first), int(last if colon else first)
+    except ValueError:
+        span = 0, 0
+    if not 1 <= span[0] <= span[1]:
+        raise ValueError(f"{option} {text}: must be a number of tokens like 128, or two like 100:1024")
+    return span
+
+
+def parse_rates(text: str) -> list[float]:
+    """From "1,2,4.5", requests a second.
+
+    Raises:
+        ValueError: no positive numbers.
+    """
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"--rate {text}: must be positive numbers like 0.5,1,2")
+    return rates
+
+
+def describe_model(args: argparse.Namespace, surge: vSurge) -> str:
+    config = surge.model.config
+    weights = args.quantization or config.dtype.name
+    if args.random_weights is not None:
+        return f"{args.random_weights}, random weights, {weights}"
+    return f"{given(args.model, 'the demo checkpoint')}, {weights}"
+
+
+def _new_report(args: argparse.Namespace, model: str | None) -> Report:
+    """With the ceilings, which are measured now."""
+    settings = {
+        name: value for name, value in vars(args).items() if isinstance(value, int | float | str | list)
+    }
+    machine = describe_machine(jax.devices()[0])
+    return Report(machine=machine, model=model, ceilings=measuring.ceilings(), settings=settings)
+
+
+def _finish(report: Report, out: str | Path | None, *, plot: str | None = None) -> None:
+    """Prints the tables, and writes what is to be written."""
+    print(markdown(report), end="")
+    if out is not None:
+        report.write(Path(out))
+        print(f"written to {out}", file=sys.stderr)
+    if plot is not None:
+        draw_load(Path(plot), report)
+        print(f"drawn in {plot}", file=sys.stderr)

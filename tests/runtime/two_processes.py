@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import NoReturn
 
 from transformers import AutoTokenizer
 
@@ -51,7 +52,7 @@ def lead(model: vsurge.Model, processes: Processes, how: str) -> None:
 def fail_in_a_step(surge: vSurge) -> None:
     """Prints what the request of the step gets, and what one behind it gets."""
 
-    def broken(_: Executor, call: StepCall) -> None:
+    def broken(self: Executor, call: StepCall) -> NoReturn:
         raise RuntimeError(f"no room for a step of {call.bucket}")
 
     Executor.dispatch = broken

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..model.progress import progress_bar
 from ..runtime import vSurge
 from .engine import steps
 from .engine.load import LoadRequest, arriving, fewest_steps, needed_bytes, random_requests, run_load
-from .engine.peers import PEERS, WITHOUT_ADAPTER, why_not
+from .engine.peers import PEERS, why_not
 from .kernels import cases as kernels
 from .machine import measure_ceilings
 from .record import Ceilings, LoadRow, Row
@@ -127,33 +127,6 @@ def engine_for(model: Model, requests: Sequence[LoadRequest], at_once: int, **op
     longest = max(len(request.prompt) + request.output_tokens for request in requests)
     options = {"max_length": longest, "max_queued_requests": len(requests), "verbose": False, **options}
     return vSurge.from_model(model, max_concurrent_decodes=at_once, prefix_caching=False, **options)
-
-
-def engine_rows(
-    model: Model, work: Workload, *, peers: Iterable[str] | None = None, show_progress: bool
-) -> list[Row]:
-    """All requests of a workload, by this package's engine and by others.
-
-    Args:
-        model: of this one's; the others' have its shape, and random weights of their own.
-        work: the requests.
-        peers: names of `PEERS`; None for all.
-        show_progress: show a bar on a terminal.
-    """
-    requests = work.requests(model.config)
-    names = ["vSurge", *(list(peers) if peers is not None else [*PEERS, *WITHOUT_ADAPTER])]
-    rows = list[Row]()
-    for name in progress_bar(names, "engines", show=show_progress, unit="engine"):
-        if name == "vSurge":
-            with engine_for(model, requests, work.at_once) as surge:
-                warm_up(surge, requests)
-                load = run_load(surge, requests, requests_per_s=None)
-            sizes = Sizes.of(model)
-            row = throughput_row(name, model.config, requests, work.at_once, (load.seconds,), sizes)
-        else:
-            row = peer_row(name, model.config, requests, work.at_once)
-        rows.append(replace(row, case=work.case))
-    return rows
 
 
 def warm_up(surge: vSurge, requests: Sequence[LoadRequest]) -> None:

@@ -162,7 +162,9 @@ def machine_slug(machine: Mapping[str, Any]) -> str:
     if machine.get("accelerator") is not None:
         name = str(machine["accelerator"])
     else:
-        name = f"{str(machine['processor']).split('(')[0]}-{machine['cores']}-cores"
+        # "Intel(R) Xeon(R) Processor @ 2.50GHz (avx2)"
+        processor = re.sub(r"\((R|TM)\)| (Processor|CPU)\b|@.*", "", str(machine["processor"]))
+        name = f"{processor.split('(')[0]}-{machine['cores']}-cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -59,7 +59,7 @@ def row_table(rows: Sequence[Row], ceilings: Ceilings) -> Table:
             continue
         tokens = [f"{row.tokens / row.median_s:,.1f}"] if has_tokens else []
         shares = row.mbu(ceilings), row.mfu(ceilings), row.share_of_roofline(ceilings)
-        time = f"{1e3 * row.median_s:,.4g}"
+        time = _number(1e3 * row.median_s, 4)
         cells.append(
             [row.name, row.implementation, *case, time, *tokens, *(f"{share:.1%}" for share in shares)]
         )
@@ -73,7 +73,7 @@ def load_table(loads: Sequence[LoadRow], ceilings: Ceilings) -> Table:
     cells = [head]
     for load in loads:
         mbu = load.num_bytes / load.seconds / (ceilings.bandwidth_gb_s * 1e9)
-        arrival = "all at once" if load.requests_per_s is None else f"{load.requests_per_s:g}"
+        arrival = "all at once" if load.requests_per_s is None else _number(load.requests_per_s, 3)
         times = (load.ttft_s, 1e3), (load.token_gaps_s, 1e3), (load.e2e_s, 1.0)
         rate, batch = f"{load.output_tokens_per_s:,.1f}", f"{load.output_tokens / load.num_steps:.1f}"
         spread = [_percentiles(*each) for each in times]
@@ -83,7 +83,12 @@ def load_table(loads: Sequence[LoadRow], ceilings: Ceilings) -> Table:
 
 def _percentiles(values: Iterable[float], times: float) -> str:
     found = percentiles(values)
-    return "" if found is None else " / ".join(f"{times * value:,.3g}" for value in found)
+    return "" if found is None else " / ".join(_number(times * value, 3) for value in found)
+
+
+def _number(value: float, digits: int) -> str:
+    """With so many digits, but a whole number with all of its own."""
+    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def table(cells: Table) -> list[str]:

@@ -31,7 +31,7 @@ from vsurge.model import Model, published_config
 
 CEILINGS = Ceilings(bandwidth_gb_s=10.0, matrix_gflop_s=100.0)
 MACHINE: dict[str, Any] = {
-    "processor": "A Processor (avx2)", "cores": 2, "accelerator": None, "driver": None, "python": "3.11",
+    "processor": "A Thing (avx2)", "cores": 2, "accelerator": None, "driver": None, "python": "3.11",
     "versions": {"jax": "1", "torch": None}, "commit": "abc",
 }  # fmt: skip
 
@@ -74,7 +74,9 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path, model: Model) -> Non
 
 
 def test_machines_have_names_for_files() -> None:
-    assert machine_slug(MACHINE) == "a-processor-2-cores"
+    assert machine_slug(MACHINE) == "a-thing-2-cores"
+    xeon = {"processor": "Intel(R) Xeon(R) Processor @ 2.50GHz (avx2)"}
+    assert machine_slug(MACHINE | xeon) == "intel-xeon-2-cores"
     assert machine_slug(MACHINE | {"accelerator": "NVIDIA H200"}) == "nvidia-h200"
 
 

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import vsurge
 from vsurge.benchmarks import measuring
-from vsurge.benchmarks.record import Ceilings
+from vsurge.benchmarks.engine.steps import StepCase
+from vsurge.benchmarks.kernels.cases import KernelCase
+from vsurge.benchmarks.measuring import Workload
+from vsurge.benchmarks.record import Ceilings, read_report
+from vsurge.cli import bench
 
 CEILINGS = Ceilings(bandwidth_gb_s=10.0, matrix_gflop_s=100.0)
 
@@ -40,6 +45,33 @@ def test_the_commands_measure_the_demo_checkpoint(command: Callable, tmp_path: P
     assert done.code == 0, done.err
     assert "| latency | vSurge |" in done.out
     assert "predicted from the compiler's schedule, never measured" in done.out
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_writes_down_each_part(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On one small kernel, one small step and the demo checkpoint."""
+    kernel = KernelCase(kernel="decode", implementation="xla", num_q_heads=4, num_kv_heads=2, context=64)
+    work = Workload(num_requests=3, input_tokens=(4, 8), output_tokens=(2, 3), at_once=2)
+    model = vsurge.load_model(vsurge.demo_model_path())
+    monkeypatch.setattr(measuring.kernels, "cases", lambda *_: [kernel])
+    monkeypatch.setattr(measuring.steps, "cases", lambda _: [StepCase("decode", 2, 16)])
+    monkeypatch.setattr(measuring, "FEWER", work)
+    monkeypatch.setattr(bench, "random_model", lambda *_, **__: model)
+    monkeypatch.setattr(bench, "PEERS", {})
+    done = command("bench", "all", "--out", str(tmp_path))
+    assert done.code == 0, done.err
+    report = read_report(tmp_path / "bench.json")
+    assert [(row.suite, row.implementation) for row in report.rows] == [
+        ("kernels", "vSurge xla"), ("steps", "vSurge"), ("engine", "vSurge"), ("engine", "llama.cpp"),
+        ("engine", "EasyDeL"),
+    ]  # fmt: skip
+    at_once, half, most = report.loads
+    assert at_once.requests_per_s is None
+    assert half.requests_per_s == pytest.approx(0.5 * 3 / at_once.seconds)
+    assert most.requests_per_s == pytest.approx(0.9 * 3 / at_once.seconds)
+    assert done.out.count("| not measured") == 2
 
 
 @pytest.mark.parametrize(

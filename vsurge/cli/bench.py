@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import jax
 
 from ..benchmarks import measuring
 from ..benchmarks.engine.load import LoadRequest, random_requests, read_requests, run_load
+from ..benchmarks.engine.peers import PEERS, WITHOUT_ADAPTER
 from ..benchmarks.machine import describe_machine
 from ..benchmarks.measuring import Workload
 from ..benchmarks.record import Report, machine_slug, read_report, results_folder
 from ..benchmarks.report import draw, draw_load, markdown, predicted
 from ..benchmarks.workload import Sizes, check_has_no_experts
-from ..model import Model, published_config, random_model
+from ..model import published_config, random_model
 from ..model.progress import progress_bar
 from ..runtime import SamplingParams, vSurge
 from .setup import build_engine, build_model, find_model, given
@@ -37,42 +39,62 @@ def run(args: argparse.Namespace) -> None:
 
 def _all(args: argparse.Namespace) -> None:
     on_cpu = measuring.platform() == "cpu"
-    config = published_config(given(args.model, "0.6B" if on_cpu else "8B"))
-    check_has_no_experts(config)
     name = given(args.model, "0.6B" if on_cpu else "8B")
+    check_has_no_experts(published_config(name))
     parts = [part for part in PARTS if args.only is None or part in args.only]
-    work = measuring.FEWER if on_cpu else measuring.QUOTED
     report = _new_report(args, f"{name}, random bfloat16 weights" if parts != ["kernels"] else None)
     out = Path(args.out) if args.out else results_folder() / machine_slug(report.machine)
-    model: Model | None = None
-    for part in progress_bar(parts, "all", show=True, unit="part"):
-        if part != "kernels" and model is None:
-            model = random_model(name, seed=0)
-        report = _with_part(report, part, config, model, work)
+    work = measuring.FEWER if on_cpu else measuring.QUOTED
+    for grown in _measured(report, name, parts, work):
+        report = grown
         report.write(out / "bench.json")  # so that nothing is lost if a later part fails
     _finish(report, out / "bench.json")
-    failed = [
-        row for row in report.rows if row.implementation.startswith("vSurge") and row.not_measured is not None
-    ]
+    ours = [row for row in report.rows if row.implementation.startswith("vSurge")]
+    failed = [row for row in ours if row.not_measured is not None]
     if failed:
         raise RuntimeError(f"{failed[0].name}, {failed[0].implementation}: {failed[0].not_measured}")
 
 
-def _with_part(report: Report, part: str, config: Any, model: Model | None, work: Workload) -> Report:
-    if part == "kernels":
-        return replace(report, rows=(*report.rows, *measuring.kernel_rows(config, show_progress=True)))
-    assert model is not None
-    if part == "steps":
-        return replace(report, rows=(*report.rows, *measuring.step_rows(model, show_progress=True)))
-    if part == "engine":
-        return replace(report, rows=(*report.rows, *measuring.engine_rows(model, work, show_progress=True)))
+def _measured(report: Report, name: str, parts: Sequence[str], work: Workload) -> Iterator[Report]:
+    """The report after each thing that was measured.
+
+    Args:
+        report: to begin with.
+        name: of the model's shape.
+        parts: of `PARTS`; both "engine" and "load" have the requests all at once.
+        work: the requests.
+    """
+    if "kernels" in parts:
+        rows = measuring.kernel_rows(published_config(name), show_progress=True)
+        report = replace(report, rows=tuple(rows))
+        yield report
+        if len(parts) == 1:
+            return
+    model = random_model(name, seed=0)
+    if "steps" in parts:
+        report = replace(report, rows=(*report.rows, *measuring.step_rows(model, show_progress=True)))
+        yield report
+        if parts[-1] == "steps":
+            return
     requests = work.requests(model.config)
     with measuring.engine_for(model, requests, work.at_once) as surge:
         measuring.warm_up(surge, requests)
-        at_once = run_load(surge, requests, requests_per_s=None)
-        rates = [share * at_once.num_requests / at_once.seconds for share in SHARES_OF_THROUGHPUT]
-        loads = measuring.load_rows(surge, requests, rates, show_progress=True)
-    return replace(report, loads=(at_once, *loads))
+        load = run_load(surge, requests, requests_per_s=None)
+        row = measuring.throughput_row(
+            "vSurge", model.config, requests, work.at_once, (load.seconds,), Sizes.of(model)
+        )
+        report = replace(report, rows=(*report.rows, replace(row, case=work.case)), loads=(load,))
+        yield report
+        if "load" in parts:
+            rates = [share * load.num_requests / load.seconds for share in SHARES_OF_THROUGHPUT]
+            loads = measuring.load_rows(surge, requests, rates, show_progress=True)
+            report = replace(report, loads=(load, *loads))
+            yield report
+    if "engine" in parts:
+        for peer in progress_bar([*PEERS, *WITHOUT_ADAPTER], "peers", show=True, unit="engine"):
+            row = measuring.peer_row(peer, model.config, requests, work.at_once)
+            report = replace(report, rows=(*report.rows, replace(row, case=work.case)))
+            yield report
 
 
 def _throughput(args: argparse.Namespace) -> None:

@@ -167,7 +167,8 @@ def _picture(path: Path, plot: Any) -> None:
 
 
 def _series(row: Row) -> str:
-    return f"{row.name}, {row.implementation}"
+    kind = {"kernels": f"{row.name} attention", "steps": f"{row.name} step"}.get(row.suite, row.name)
+    return f"{kind}, {row.implementation}"
 
 
 def _draw_roofline(axes: Any, rows: Sequence[Row], report: Report) -> None:

@@ -210,6 +210,7 @@ def test_two_processes_can_compile_at_once() -> None:
 
 def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "find_spec", lambda _: None)
-    compiler._mesh.cache_clear()
+    for known in (compiler._mesh, compiler.topology_devices):
+        known.cache_clear()
     with pytest.raises(RuntimeError, match=r"needs libtpu: pip install 'vsurge\[tune\]'"):
         compile_for("v6e", jnp.sin, shape(1))

@@ -14,6 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..model import Qwen3Config, load_model
+from ..model.config import BFLOAT16
+from ..model.config_json import config_to_json
 from ..model.params import param_specs
 
 WEIGHTS = "model.safetensors"
@@ -23,21 +25,7 @@ def write_checkpoint(config: Qwen3Config, folder: Path) -> None:
     """A checkpoint of a shape, all zeros in bfloat16, in the Hugging Face layout."""
     specs = jax.tree.leaves(param_specs(config))
     save_file({spec.name: np.zeros(spec.shape, ml_dtypes.bfloat16) for spec in specs}, folder / WEIGHTS)
-    fields: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_q_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "config.json").write_text(json.dumps(config_to_json(config, BFLOAT16)))
 
 
 def copy_weights(config: Qwen3Config, folder: Path, *, one_by_one: bool) -> list[jax.Array]:

@@ -27,7 +27,7 @@ ENOUGH_S = {"cpu": 1.5, "gpu": 1.0, "tpu": 1.0}  # of samples of one of them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class RequestMix:
     """Requests of random tokens and lengths.
 
     Attributes:
@@ -55,9 +55,9 @@ class Workload:
 
 
 # What small engines quote: nano-vllm's bench.py has 256 sequences of 100 to 1,024 tokens in and out.
-QUOTED = Workload(num_requests=256, input_tokens=(100, 1024), output_tokens=(100, 1024), at_once=256)
+QUOTED = RequestMix(num_requests=256, input_tokens=(100, 1024), output_tokens=(100, 1024), at_once=256)
 # A CPU would take a quarter of an hour for it.
-FEWER = Workload(num_requests=16, input_tokens=(32, 256), output_tokens=(16, 64), at_once=16)
+FEWER = RequestMix(num_requests=16, input_tokens=(32, 256), output_tokens=(16, 64), at_once=16)
 
 
 def platform() -> str:
@@ -145,7 +145,7 @@ def peer_row(name: str, config: Qwen3Config, requests: Sequence[LoadRequest], at
         requests: all there from the start.
         at_once: sequences that are decoded together.
     """
-    reason = why_not(name)
+    reason = why_not(name, platform())
     if reason is not None:
         return replace(throughput_row(name, config, requests, at_once, ()), not_measured=reason)
     run = PEERS[name][1](config, at_once, "cuda" if platform() == "gpu" else "cpu")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...model import Qwen3Config
+from ...model.config import BFLOAT16
+from ...model.config_json import config_to_json
 from .load import LoadRequest
 
 Run = Callable[[Sequence[LoadRequest]], float]  # seconds for all requests
@@ -30,7 +32,7 @@ def transformers_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
     from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    shape = TheirConfig(**_shape(config), dtype="bfloat16")
+    shape = TheirConfig.from_dict(config_to_json(config, BFLOAT16))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -64,8 +66,7 @@ def vllm_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
     from vllm import LLM, SamplingParams
 
     folder = tempfile.TemporaryDirectory()
-    described = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16"}
-    (Path(folder.name) / "config.json").write_text(json.dumps(_shape(config) | described))
+    (Path(folder.name) / "config.json").write_text(json.dumps(config_to_json(config, BFLOAT16)))
     llm: Any = LLM(
         folder.name, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=at_once
     )
@@ -90,24 +91,12 @@ PEERS: dict[str, tuple[str, Callable[[Qwen3Config, int, str], Run]]] = {
 }
 
 
-def why_not(name: str) -> str | None:
-    """Why a peer cannot be measured here; None if it can."""
+def why_not(name: str, platform: str) -> str | None:
+    """Why a peer cannot be measured beside an engine on "cpu", "gpu" or "tpu"; None if it can."""
     if name in WITHOUT_ADAPTER:
         there = "is installed, but " if find_spec(WITHOUT_ADAPTER[name]) else ""
         return f"{there}has no adapter here"
+    if platform == "tpu":
+        return "is not run on a TPU here"
     package = PEERS[name][0]
     return None if find_spec(package) else f"{package} is not installed"
-
-
-def _shape(config: Qwen3Config) -> dict[str, Any]:
-    """As config.json has it."""
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_q_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }

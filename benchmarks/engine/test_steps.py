@@ -23,7 +23,7 @@ def model() -> Model:
 
 
 @pytest.mark.parametrize(
-    "case", cases(jax.default_backend()), ids=lambda case: f"{case.kind}-{case.num_seqs}-{case.context}"
+    "case", list(cases(jax.default_backend())), ids=lambda case: f"{case.kind}-{case.num_seqs}-{case.context}"
 )
 def test_step(model: Model, measure: Callable[..., None], case: StepCase) -> None:
     config = model.config

@@ -166,7 +166,9 @@ def test_a_load_tells_how_every_request_fared(model: Model) -> None:
 def test_transformers_takes_the_same_requests(model: Model) -> None:
     requests = random_requests(3, model.config.vocab_size, (4, 9), (2, 3))
     assert transformers_engine(model.config, 2, "cpu")(requests) > 0
-    assert why_not("llama.cpp") == "has no adapter here"
+    assert why_not("transformers", "cpu") is None
+    assert why_not("transformers", "tpu") == "is not run on a TPU here"
+    assert why_not("llama.cpp", "cpu") == "has no adapter here"
 
 
 def small(case: KernelCase, **changes: Any) -> KernelCase:
@@ -178,14 +180,18 @@ def small(case: KernelCase, **changes: Any) -> KernelCase:
 def test_implementations_are_given_the_same_problem(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of queries at random and caches of zeros: as many outputs, of the same shape, and all of them zero."""
     monkeypatch.setattr(KernelCase, "num_calls", lambda *_: 2)
-    some = (c for c in cases("cpu", (4, 2)) if c.kernel == kernel and c.new_tokens in (1, c.context))
-    with jax.numpy_dtype_promotion("standard"):  # which jax's own attention needs
-        found = [jax.tree.map(np.asarray, small(case, page_size=64).build("cpu")()) for case in some]
-    assert len(found) >= 2
-    for outputs in found:
+    some = [
+        small(case, page_size=64)
+        for case in cases("cpu", (4, 2))
+        if case.kernel == kernel and case.new_tokens in (1, case.context)
+    ]
+    assert {case.implementation for case in some} == {"xla", DENSE["cpu"]}
+    for case in some:
+        with jax.numpy_dtype_promotion("standard"):  # which jax's own attention needs
+            outputs = jax.tree.map(np.asarray, case.build("cpu")())
         assert len(outputs) == 2
+        assert all(output.size == case.num_seqs * case.new_tokens * 4 * 64 for output in outputs)
         assert all(not output.any() for output in outputs)
-        assert outputs[0].size == found[0][0].size or kernel == "decode"
 
 
 def test_cases_count_what_they_cannot_do_without() -> None:

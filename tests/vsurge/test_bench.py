@@ -12,7 +12,7 @@ import vsurge
 from vsurge.benchmarks import measuring
 from vsurge.benchmarks.engine.steps import StepCase
 from vsurge.benchmarks.kernels.cases import KernelCase
-from vsurge.benchmarks.measuring import Workload
+from vsurge.benchmarks.measuring import RequestMix
 from vsurge.benchmarks.record import Ceilings, read_report
 from vsurge.cli import bench
 
@@ -53,7 +53,7 @@ def test_all_writes_down_each_part(
 ) -> None:
     """On one small kernel, one small step and the demo checkpoint."""
     kernel = KernelCase(kernel="decode", implementation="xla", num_q_heads=4, num_kv_heads=2, context=64)
-    work = Workload(num_requests=3, input_tokens=(4, 8), output_tokens=(2, 3), at_once=2)
+    work = RequestMix(num_requests=3, input_tokens=(4, 8), output_tokens=(2, 3), at_once=2)
     model = vsurge.load_model(vsurge.demo_model_path())
     monkeypatch.setattr(measuring.kernels, "cases", lambda *_: [kernel])
     monkeypatch.setattr(measuring.steps, "cases", lambda _: [StepCase("decode", 2, 16)])

@@ -16,7 +16,7 @@ from ..benchmarks import measuring
 from ..benchmarks.engine.load import LoadRequest, random_requests, read_requests, run_load
 from ..benchmarks.engine.peers import PEERS, WITHOUT_ADAPTER
 from ..benchmarks.machine import describe_machine
-from ..benchmarks.measuring import Workload
+from ..benchmarks.measuring import RequestMix
 from ..benchmarks.record import Report, machine_slug, read_report, results_folder
 from ..benchmarks.report import draw, draw_load, markdown, predicted
 from ..benchmarks.workload import Sizes, check_has_no_experts
@@ -55,7 +55,7 @@ def _all(args: argparse.Namespace) -> None:
         raise RuntimeError(f"{failed[0].name}, {failed[0].implementation}: {failed[0].not_measured}")
 
 
-def _measured(report: Report, name: str, parts: Sequence[str], work: Workload) -> Iterator[Report]:
+def _measured(report: Report, name: str, parts: Sequence[str], work: RequestMix) -> Iterator[Report]:
     """The report after each thing that was measured.
 
     Args:

@@ -12,6 +12,7 @@ table's width.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from .kv_pages import KEYS, VALUES, KVPages, load_block, load_scales, pages_per_
 
 MASKED = -1e30  # the score of a key that is not seen; finite, so that a row that sees nothing yields no NaN
 LOG2_E = math.log2(math.e)
-MIN_ROWS = 2  # XLA's CPU backend computes a bfloat16 product with a single row ten times slower than with two
+FLOAT32 = np.dtype(np.float32)
 
 
 class Softmax(NamedTuple):
@@ -51,14 +52,16 @@ def update(
     *,
     scale: float,
     soft_cap: float | None,
+    dtype: np.dtype[Any],
 ) -> Softmax:
     """The softmax after one more block of keys and values.
 
     Args:
+        dtype: of the factors of products.
         seen: which key each query row sees; None for all of them.
         scales: of quantized keys and values. They are folded into scores and weights.
     """
-    scores = scale * _dot(queries, keys, contract=3)
+    scores = scale * _dot(queries.astype(dtype), keys.astype(dtype), contract=3)
     if scales is not None:
         scores *= scales[0][:, :, None]
     if soft_cap is not None:
@@ -74,7 +77,8 @@ def update(
     return Softmax(
         highest=highest,
         total=total,
-        weighted=softmax.weighted * keep[..., None] + _dot(weights.astype(values.dtype), values, contract=2),
+        weighted=softmax.weighted * keep[..., None]
+        + _dot(weights.astype(dtype), values.astype(dtype), contract=2),
     )
 
 
@@ -82,13 +86,13 @@ def _dot(left: Array, right: Array, *, contract: int) -> Array:
     """Products in float32 of the last axis of `left` with axis `contract` of `right`, per batch and head."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     dimensions = (((3,), (contract,)), ((0, 1), (0, 1)))
-    return lax.dot_general(left, right, dimensions, precision, preferred_element_type=np.dtype(np.float32))
+    return lax.dot_general(left, right, dimensions, precision, preferred_element_type=FLOAT32)
 
 
 def product_dtype(queries: Array, kv_pages: KVPages) -> np.dtype[Any]:
     """Of the factors of products: bfloat16 if that holds queries and stored numbers, else float32."""
     both_fit = queries.dtype == jnp.bfloat16 and kv_pages.dtype != jnp.float32
-    return np.dtype(jnp.bfloat16 if both_fit else jnp.float32)
+    return np.dtype(jnp.bfloat16) if both_fit else FLOAT32
 
 
 def attend_pages(
@@ -107,7 +111,8 @@ def attend_pages(
     """Attention of some queries of each sequence of a batch.
 
     Products are of bfloat16 numbers if queries are bfloat16 and the cache is or has 8 bits, else of float32
-    ones.
+    ones. On a CPU they always are: XLA has no batched bfloat16 product there and makes float32 of the factors
+    itself, and of int8 ones bfloat16 before, each several times slower than this conversion (measured).
 
     Args:
         queries: [batch, tokens, num_q_heads, head_dim].
@@ -130,10 +135,8 @@ def attend_pages(
     )
     block = block_pages * kv_pages.page_size
 
-    rows = _rows_by_kv_head(queries.astype(dtype), num_kv_heads)
-    group = num_q_heads // num_kv_heads
-    row_positions = jnp.repeat(positions, group, axis=1)
-    row_positions = jnp.pad(row_positions, ((0, 0), (0, rows.shape[2] - tokens * group)), constant_values=-1)
+    rows = _rows_by_kv_head(queries, num_kv_heads)
+    row_positions = jnp.repeat(positions, num_q_heads // num_kv_heads, axis=1)
     first, last = positions.min(axis=1), positions.max(axis=1)
     lowest = jnp.zeros_like(first) if sliding_window is None else jnp.maximum(first - sliding_window + 1, 0)
     first_block = lowest // block
@@ -170,8 +173,10 @@ def attend_pages(
                 load_scales(kv_pages, pages, KEYS),
                 load_scales(kv_pages, pages, VALUES, valid=seen_by_any),
             )
-        keys, values = keys.astype(dtype), values.astype(dtype)
-        return update(softmax, rows, keys, values, seen, scales, scale=scale, soft_cap=soft_cap)
+        step = partial(update, scale=scale, soft_cap=soft_cap)
+        on_cpu, elsewhere = partial(step, dtype=FLOAT32), partial(step, dtype=dtype)
+        operands = softmax, rows, keys, values, seen, scales
+        return cast(Softmax, lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere))
 
     softmax, at = _empty_softmax(rows, sinks), jnp.int32(0)
     if wide_blocks > 1 and sliding_window is None:
@@ -200,19 +205,17 @@ def _empty_softmax(rows: Array, sinks: Array | None) -> Softmax:
 def _rows_by_kv_head(queries: Array, num_kv_heads: int) -> Array:
     """[batch, tokens, num_q_heads, head_dim] -> [batch, num_kv_heads, rows, head_dim].
 
-    A KV head's rows are its query heads of the first token, then those of the second, and so on; at least
-    MIN_ROWS, filled up with zeros.
+    A KV head's rows are its query heads of the first token, then those of the second, and so on.
     """
     batch, tokens, num_q_heads, head_dim = queries.shape
     group = num_q_heads // num_kv_heads
     rows = queries.reshape(batch, tokens, num_kv_heads, group, head_dim).swapaxes(1, 2)
-    rows = rows.reshape(batch, num_kv_heads, tokens * group, head_dim)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, MIN_ROWS - tokens * group)), (0, 0)))
+    return rows.reshape(batch, num_kv_heads, tokens * group, head_dim)
 
 
 def _tokens_by_q_head(rows: Array, tokens: int, num_q_heads: int) -> Array:
     """The inverse: [batch, num_kv_heads, rows, *rest] -> [batch, tokens, num_q_heads, *rest]."""
     batch, num_kv_heads, _, *rest = rows.shape
     group = num_q_heads // num_kv_heads
-    by_token = rows[:, :, : tokens * group].reshape(batch, num_kv_heads, tokens, group, *rest).swapaxes(1, 2)
+    by_token = rows.reshape(batch, num_kv_heads, tokens, group, *rest).swapaxes(1, 2)
     return by_token.reshape(batch, tokens, num_q_heads, *rest)

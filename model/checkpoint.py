@@ -93,12 +93,13 @@ def load_params(
                 loaded.append(
                     stacked_on_devices(tensors, spec.shape, read, sharding, copying.make_room, copying.add)
                 )
-                continue
-            copying.make_room(size)
-            loaded.append(to_devices(tensors[0], read, sharding))
+            else:
+                copying.make_room(size)
+                loaded.append(to_devices(tensors[0], read, sharding))
             if made is not None and made.applies_to(spec):
                 loaded[-1] = _quantized(loaded[-1], spec, made, layout)
-            copying.add(loaded[-1], size)
+            if spec.parts is None:
+                copying.add(loaded[-1], size)
         copying.make_room(copying.most_bytes)
     except BaseException:  # an interrupt too; the traceback would keep the arrays alive
         copying.forget()
@@ -133,7 +134,7 @@ def _quantized(array: Any, spec: TensorSpec, quantization: Quantization, layout:
     parts = parts_of(spec, quantization.method)
     shardings = jax.tree.map(lambda part: layout.sharding(*part.axes), parts)
     try:
-        return quantizer(quantization.method, shardings)(array)
+        return quantizer(quantization.method, shardings, stacked=spec.parts is not None)(array)
     finally:
         array.delete()
 

@@ -108,6 +108,9 @@ class Qwen3Config:
         int8_activations: whether products with a8bit weights (see `quantization`) round the other operand to
             int8 too, with a scale per token; None for where that is the fast form and `dtype` is bfloat16: on
             a CPU.
+        all_reduce_dtype: in which devices that share a layer send each other their parts of what `o_proj`,
+            `down_proj` and experts give, float32 or bfloat16; None for `dtype`, but on a CPU float32, where
+            nothing is saved.
         attention, decode_attention: implementation of attention and the cache write, in steps of any tokens
             and in steps of one token per sequence; None for the best one here.
     """
@@ -131,6 +134,7 @@ class Qwen3Config:
     kv_dtype: np.dtype[Any] | None = None
     matmul_precision: jax.lax.Precision | None = None
     int8_activations: bool | None = None
+    all_reduce_dtype: np.dtype[Any] | None = None
     attention: Implementation | None = None
     decode_attention: Implementation | None = None
 
@@ -158,6 +162,11 @@ class Qwen3Config:
         for name, dtype, supported in (
             ("dtype", self.dtype, COMPUTE_DTYPES),
             ("kv_dtype", self.cache_dtype, CACHE_DTYPES),
+            (
+                "all_reduce_dtype",
+                self.dtype if self.all_reduce_dtype is None else self.all_reduce_dtype,
+                COMPUTE_DTYPES,
+            ),
         ):
             if dtype not in supported:
                 raise ConfigError(f"{name}={dtype}: supported are {[d.name for d in supported]}")

@@ -114,24 +114,34 @@ def config_to_json(config: Qwen3Config, dtype: np.dtype[Any]) -> dict[str, Any]:
     Args:
         config: the shape.
         dtype: of the parameters.
-
-    Raises:
-        ConfigError: the model has experts.
     """
-    if config.experts is not None:
-        raise ConfigError("a model with experts cannot be written yet, only dense ones can")
+    architecture = DENSE if config.experts is None else SPARSE
     rope: dict[str, Any] = {"rope_theta": config.rope_theta}
     if config.yarn is not None:
         options = {name: value for name, value in asdict(config.yarn).items() if value is not None}
         rope["rope_scaling"] = {"rope_type": "yarn"} | options
     return {
-        "architectures": [DENSE],
-        "model_type": MODEL_TYPES[DENSE],
+        "architectures": [architecture],
+        "model_type": MODEL_TYPES[architecture],
         "hidden_act": _ONLY["hidden_act"][0],
         **{name: getattr(config, field.name) for name, field in _USED.items()},
+        **_experts_to_json(config.experts),
         **rope,
         "eos_token_id": list(config.eos_token_ids) or None,
         "torch_dtype": dtype.name,
+    }
+
+
+def _experts_to_json(experts: Experts | None) -> dict[str, Any]:
+    if experts is None:
+        return {}
+    return {
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": experts.experts_per_token,
+        "moe_intermediate_size": experts.intermediate_size,
+        "norm_topk_prob": experts.normalize_weights,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(experts.dense_layers),
     }
 
 

@@ -7,7 +7,9 @@ weight. Other forms are written to memory first, or their scales are; docs/quant
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float, Num
 
 from ..kernels.quantization import INT8
 from ..kernels.quantization import quantize as quantize_rows
-from .config import BFLOAT16, Qwen3Config
+from .config import BFLOAT16, FLOAT32, Qwen3Config
 from .quantization import FP8_BLOCK, NF4_BLOCK, QuantizedMatrix, fp8_values, nf4_halves
 
 FEW_ROWS = 256  # up to here a product takes as long as reading its weights does, on a TPU
@@ -27,6 +29,8 @@ def linear(
     x: Float[Array, "rows in_dim"],
     weight: Float[Array, "out_dim in_dim"] | QuantizedMatrix,
     bias: Float[Array, " out_dim"] | None = None,
+    *,
+    over_devices: bool = False,
 ) -> Float[Array, "rows out_dim"]:
     """x @ weight.T + bias, operands in `config.dtype`, float32 result.
 
@@ -34,40 +38,73 @@ def linear(
     times slower. Asking for a float32 result keeps it off another such path.
 
     With a8bit weights the operands may also be int8, see `Qwen3Config.int8_activations`.
+
+    With `over_devices`, in_dim is split over devices: each one's part of the sum is rounded to
+    `Qwen3Config.all_reduce_dtype` before it is sent. Not so with int8 operands, whose sums are int32, and
+    with nf4 weights, where a part is the sum of two products.
     """
     rows = x.shape[0]
     if rows == 1:
         x = jnp.concatenate([x, x])
-    if isinstance(weight, QuantizedMatrix):
-        product = _quantized(config, x, weight)[:rows]
+    if over_devices:
+        product = in_all_reduce_dtype(config, partial(_any_product, config), x, weight)[:rows]
     else:
-        product = _product(config, x, weight)[:rows]
+        product = _any_product(config, x, weight, FLOAT32)[:rows]
     return product if bias is None else product + broadcast(bias.astype(jnp.float32), 2)
 
 
-def _product(
-    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: Num[Array, "dim_0 dim_1"], dim: int = 1
+def in_all_reduce_dtype(config: Qwen3Config, function: Callable[..., Array], *operands: Any) -> Array:
+    """`function(*operands, dtype)` with `Qwen3Config.all_reduce_dtype`, or what None stands for here."""
+    if config.all_reduce_dtype is not None:
+        return function(*operands, config.all_reduce_dtype)
+    if config.dtype == FLOAT32:
+        return function(*operands, FLOAT32)
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=lambda *given: function(*given, FLOAT32),
+        default=lambda *given: function(*given, BFLOAT16),
+    )
+
+
+def _any_product(
+    config: Qwen3Config,
+    x: Float[Array, "rows in_dim"],
+    weight: Float[Array, "out_dim in_dim"] | QuantizedMatrix,
+    dtype: np.dtype[Any],
 ) -> Float[Array, "rows out_dim"]:
-    """The sum of products over a dimension of the weights."""
+    if isinstance(weight, QuantizedMatrix):
+        return _quantized(config, x, weight, dtype)
+    return _product(config, x, weight, dtype=dtype)
+
+
+def _product(
+    config: Qwen3Config,
+    x: Float[Array, "rows in_dim"],
+    weight: Num[Array, "dim_0 dim_1"],
+    dim: int = 1,
+    dtype: np.dtype[Any] = FLOAT32,
+) -> Float[Array, "rows out_dim"]:
+    """The sum of products over a dimension of the weights, rounded to a dtype, in float32."""
     return jax.lax.dot_general(
         x.astype(config.dtype),
         weight.astype(config.dtype),
         (((1,), (dim,)), ((), ())),
         precision=precision(config),
-        preferred_element_type=jnp.float32,
-    )
+        preferred_element_type=dtype,
+    ).astype(jnp.float32)
 
 
 def _quantized(
-    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
+    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix, dtype: np.dtype[Any]
 ) -> Float[Array, "rows out_dim"]:
     if weight.method == "a8bit":
-        return _a8bit(config, x, weight)
+        return _a8bit(config, x, weight, dtype)
     if weight.method == "fp8":
-        whole = partial(_fp8_whole, config)
+        whole = partial(_fp8_whole, config, dtype)
         if weight.shape[0] % FP8_BLOCK or x.shape[0] > FEW_ROWS:
             return whole(x, weight)
-        return jax.lax.platform_dependent(x, weight, tpu=partial(_fp8_scaled_rows, config), default=whole)
+        scaled_rows = partial(_fp8_scaled_rows, config, dtype)
+        return jax.lax.platform_dependent(x, weight, tpu=scaled_rows, default=whole)
     rows, columns = x.shape
     halves = x.reshape(rows, columns // NF4_BLOCK, 2, NF4_BLOCK // 2)
     first, second = (halves[:, :, half].reshape(rows, columns // 2) for half in range(2))
@@ -76,13 +113,13 @@ def _quantized(
 
 
 def _fp8_whole(
-    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
+    config: Qwen3Config, dtype: np.dtype[Any], x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
 ) -> Float[Array, "rows out_dim"]:
-    return _product(config, x, fp8_values(weight))
+    return _product(config, x, fp8_values(weight), dtype=dtype)
 
 
 def _fp8_scaled_rows(
-    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
+    config: Qwen3Config, dtype: np.dtype[Any], x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
 ) -> Float[Array, "rows out_dim"]:
     """The scales of 128 rows of the weights go to x instead, once for each 128 of them.
 
@@ -97,26 +134,26 @@ def _fp8_scaled_rows(
         blocks.astype(config.dtype),
         (((2,), (2,)), ((0,), (0,))),
         precision=precision(config),
-        preferred_element_type=jnp.float32,
-    )
+        preferred_element_type=dtype,
+    ).astype(jnp.float32)
     return jnp.swapaxes(product, 0, 1).reshape(rows, weight.shape[0])
 
 
 def _a8bit(
-    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
+    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix, dtype: np.dtype[Any]
 ) -> Float[Array, "rows out_dim"]:
     """The scale is the same for all of a row of the weights, so that it can wait for the product."""
-    mixed = partial(_mixed_product, config)
+    mixed = partial(_mixed_product, config, dtype)
     if config.int8_activations is None and config.dtype == BFLOAT16:
         return jax.lax.platform_dependent(x, weight, cpu=_int8_product, default=mixed)
     return _int8_product(x, weight) if config.int8_activations else mixed(x, weight)
 
 
 def _mixed_product(
-    config: Qwen3Config, x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
+    config: Qwen3Config, dtype: np.dtype[Any], x: Float[Array, "rows in_dim"], weight: QuantizedMatrix
 ) -> Float[Array, "rows out_dim"]:
     """Every int8 is a bfloat16, too."""
-    return _product(config, x, weight.data) * broadcast(weight.scales, 2)
+    return _product(config, x, weight.data, dtype=dtype) * broadcast(weight.scales, 2)
 
 
 def _int8_product(x: Float[Array, "rows in_dim"], weight: QuantizedMatrix) -> Float[Array, "rows out_dim"]:

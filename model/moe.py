@@ -10,24 +10,34 @@ compiled: there is room for all of them, those of other devices' experts come la
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .config import Experts, Qwen3Config
-from .linear import linear, precision
+from .config import BFLOAT16, Experts, Qwen3Config
+from .linear import in_all_reduce_dtype, linear, precision
 from .params import LayerParams
+from .quantization import QuantizedMatrix, untransposed
 from .sharding import Layout
 
 LEAST_TILE, MOST_TILE = 8, 64  # rows that one turn of `_by_tiles` takes
+# Where XLA's kernel for `ragged_dot` multiplies bfloat16 with int8; elsewhere it first writes all experts'
+# weights to memory in float32. As compiled by libtpu 0.0.42.1.
+INT8_EXPERTS = ("v5e", "v5p", "v6e")
 
 Tokens = Float[Array, "num_tokens hidden"]
 Pairs = Int[Array, "num_tokens experts_per_token"]
 PairWeights = Float[Array, "num_tokens experts_per_token"]
 Rows = Float[Array, "num_pairs hidden"]
+# Of all experts of a device; of quantized ones see `quantize_stack`.
+Gates = Float[Array, "local_experts hidden inner"] | QuantizedMatrix
+Downs = Float[Array, "local_experts inner hidden"] | QuantizedMatrix
 
 
 def experts_mlp(
@@ -56,29 +66,42 @@ def experts_mlp(
     summed = expert_axes + layout.mesh_axes("mlp")
 
     def on_one_device(
-        x: Array, router: Array, gate_proj: Array, up_proj: Array, down_proj: Array
+        x: Array, router: Array, gate_proj: Gates, up_proj: Gates, down_proj: Downs
     ) -> Float[Array, "num_tokens hidden"]:
         first = lax.axis_index(expert_axes) * gate_proj.shape[0] if expert_axes else 0
         part = _add_up(config, x, router, gate_proj, up_proj, down_proj, first_expert=first)
-        return lax.psum(part, summed) if summed else part
+        return in_all_reduce_dtype(config, partial(_sum_over, summed), part) if summed else part
 
     in_specs = (
         layout.spec("tokens", None),
         layout.spec(None, None),
-        layout.spec("experts", None, "mlp"),
-        layout.spec("experts", None, "mlp"),
-        layout.spec("experts", "mlp", None),
+        _specs(layout, layer.gate_proj, None, "mlp"),
+        _specs(layout, layer.up_proj, None, "mlp"),
+        _specs(layout, layer.down_proj, "mlp", None),
     )
     return layout.shard_map(on_one_device, in_specs, layout.spec("tokens", None))(*arguments)
+
+
+def _specs(layout: Layout, weights: Any, in_axis: str | None, out_axis: str | None) -> Any:
+    """How the matrices of all experts lie on the devices."""
+    if not isinstance(weights, QuantizedMatrix):
+        return layout.spec("experts", in_axis, out_axis)
+    axes = (out_axis, in_axis) if weights.method == "nf4" else (in_axis, out_axis)
+    scales = (out_axis,) if weights.method == "a8bit" else axes
+    return replace(weights, data=layout.spec("experts", *axes), scales=layout.spec("experts", *scales))
+
+
+def _sum_over(axes: tuple[str, ...], part: Tokens, dtype: np.dtype[Any]) -> Tokens:
+    return lax.psum(part.astype(dtype), axes).astype(jnp.float32)
 
 
 def _add_up(
     config: Qwen3Config,
     x: Tokens,
     router: Float[Array, "num_experts hidden"],
-    gate_proj: Float[Array, "local_experts hidden inner"],
-    up_proj: Float[Array, "local_experts hidden inner"],
-    down_proj: Float[Array, "local_experts inner hidden"],
+    gate_proj: Gates,
+    up_proj: Gates,
+    down_proj: Downs,
     *,
     first_expert: Int[Array, ""] | int = 0,
 ) -> Float[Array, "num_tokens hidden"]:
@@ -93,8 +116,8 @@ def _add_up(
     group_sizes = jnp.sum(local[None] == jnp.arange(num_local, dtype=local.dtype)[:, None], axis=1)
     rows = x.astype(config.dtype)[order // per_token]
     outputs = grouped_mlp(
-        rows, group_sizes.astype(jnp.int32), gate_proj, up_proj, down_proj,
-        precision=precision(config), tile=_tile(num_tokens * per_token, config.experts),
+        config, rows, group_sizes.astype(jnp.int32), (gate_proj, up_proj, down_proj),
+        tile=_tile(num_tokens * per_token, config.experts),
     )  # fmt: skip
     # Rows of other devices' experts may hold anything, NaN too: they are chosen away, not multiplied by zero.
     is_local = jnp.arange(order.size, dtype=jnp.int32) < jnp.sum(group_sizes)
@@ -118,69 +141,83 @@ def route(
 
 
 def grouped_mlp(
+    config: Qwen3Config,
     rows: Rows,
-    group_sizes: Int[Array, " num_experts"],
-    gate_proj: Float[Array, "num_experts hidden inner"],
-    up_proj: Float[Array, "num_experts hidden inner"],
-    down_proj: Float[Array, "num_experts inner hidden"],
+    group_sizes: Int[Array, " local_experts"],
+    weights: tuple[Gates, Gates, Downs],
     *,
-    precision: lax.Precision,
     tile: int,
 ) -> Float[Array, "num_pairs hidden"]:
     """SwiGLU of each row by its expert.
 
     By `lax.ragged_dot` on a TPU, where XLA has a kernel for it that reads the weights of experts with rows
     and no others. Elsewhere XLA has every expert multiply every row, the rows of others set to zero: there
-    it is a loop over tiles of rows.
+    it is a loop over tiles of rows; and on a TPU with weights that its kernel does not take as they are.
 
     Args:
+        config: the model's shape.
         rows: sorted by expert, of the dtype to multiply in.
         group_sizes: how many rows each expert has; what follows these belongs to nobody.
-        gate_proj, up_proj, down_proj: of every expert.
-        precision: of the products.
+        weights: gate_proj and up_proj [num_experts, hidden, inner], down_proj [num_experts, inner, hidden].
         tile: rows that are multiplied together in the loop.
 
     Returns:
         [num_pairs, hidden] in float32; what belongs to nobody may be anything.
     """
-    weights = tuple(weight.astype(rows.dtype) for weight in (gate_proj, up_proj, down_proj))
-
+    gate_proj, up_proj, down_proj = (
+        each if isinstance(each, QuantizedMatrix) else each.astype(rows.dtype) for each in weights
+    )
+    by_tiles = partial(_by_tiles, config, tile)
+    has_kernel = all(_has_kernel(each, rows.dtype) for each in (gate_proj, up_proj, down_proj))
+    by_kernel = partial(_by_ragged_dot, config) if has_kernel else by_tiles
     return lax.platform_dependent(
-        rows,
-        group_sizes,
-        *weights,
-        tpu=partial(_by_ragged_dot, precision=precision),
-        default=partial(_by_tiles, precision=precision, tile=tile),
+        rows, group_sizes, gate_proj, up_proj, down_proj, tpu=by_kernel, default=by_tiles
     )
 
 
+def _has_kernel(weights: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether `ragged_dot` of a TPU reads such weights where they lie, if it is one that is traced for."""
+    if not isinstance(weights, QuantizedMatrix):
+        return True
+    from jax.experimental.pallas import tpu as pltpu  # importing Pallas takes long
+
+    if weights.method != "a8bit" or dtype != BFLOAT16 or not pltpu.is_tpu_device():
+        return False
+    return str(pltpu.get_tpu_info().chip_version) in INT8_EXPERTS
+
+
 def _by_ragged_dot(
+    config: Qwen3Config,
     rows: Array,
     group_sizes: Array,
-    gate_proj: Array,
-    up_proj: Array,
-    down_proj: Array,
-    *,
-    precision: lax.Precision,
+    gate_proj: Gates,
+    up_proj: Gates,
+    down_proj: Downs,
 ) -> Array:
-    def product(rows: Array, weights: Array) -> Array:
-        return lax.ragged_dot(
-            rows, weights, group_sizes, precision=precision, preferred_element_type=jnp.float32
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(rows.shape[0], dtype=ends.dtype), side="right")
+
+    def product(rows: Array, weights: Any) -> Array:
+        numbers = weights.data if isinstance(weights, QuantizedMatrix) else weights
+        found = lax.ragged_dot(
+            rows, numbers, group_sizes, precision=precision(config), preferred_element_type=jnp.float32
         )
+        if isinstance(weights, QuantizedMatrix):
+            found *= weights.scales.at[expert].get(mode="clip")
+        return found
 
     inner = jax.nn.silu(product(rows, gate_proj)) * product(rows, up_proj)
     return product(inner.astype(rows.dtype), down_proj)
 
 
 def _by_tiles(
+    config: Qwen3Config,
+    tile: int,
     rows: Array,
     group_sizes: Array,
-    gate_proj: Array,
-    up_proj: Array,
-    down_proj: Array,
-    *,
-    precision: lax.Precision,
-    tile: int,
+    gate_proj: Gates,
+    up_proj: Gates,
+    down_proj: Downs,
 ) -> Array:
     """A turn of the loop takes the next `tile` rows of one expert, or as many as it has left."""
     num_rows, hidden = rows.shape
@@ -189,17 +226,21 @@ def _by_tiles(
     padded = jnp.concatenate([rows, jnp.zeros((tile, hidden), rows.dtype)])
     offsets = jnp.arange(tile, dtype=jnp.int32)
 
-    def product(rows: Array, weights: Array) -> Array:
-        return lax.dot(rows, weights, precision=precision, preferred_element_type=jnp.float32)
+    def product(rows: Array, weights: Any) -> Array:
+        if isinstance(weights, QuantizedMatrix):
+            return linear(config, rows, untransposed(weights))
+        return lax.dot(rows, weights, precision=precision(config), preferred_element_type=jnp.float32)
 
     def turn(i: Array, outputs: Array) -> Array:
         # XLA would convert all bfloat16 weights to float32 before the loop, for its slice has no bfloat16 on
         # a CPU; behind a barrier with something that changes in every turn, it converts what it slices.
-        (*weights, i) = lax.optimization_barrier((gate_proj, up_proj, down_proj, i))
+        (weights, i) = lax.optimization_barrier(((gate_proj, up_proj, down_proj), i))
         expert = jnp.searchsorted(turns, i, side="right")
         size = group_sizes[expert]
         start = ends[expert] - size + (i - (turns[expert] - _turns(size, tile))) * tile
-        gate, up, down = (lax.dynamic_index_in_dim(weight, expert, keepdims=False) for weight in weights)
+        gate, up, down = jax.tree.map(
+            lambda each: lax.dynamic_index_in_dim(each, expert, keepdims=False), weights
+        )
         mine = lax.dynamic_slice_in_dim(padded, start, tile)
         mine = jnp.where((start + offsets < ends[expert])[:, None], mine, 0)
         inner = jax.nn.silu(product(mine, gate)) * product(mine, up)

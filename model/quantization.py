@@ -62,6 +62,8 @@ class QuantizedMatrix:
         scales: float32. a8bit: [..., out]. fp8: [..., ceil(out / 128), ceil(in / 128)]. nf4:
             [..., in / 64, out].
         method: which of them (static under jit).
+
+    A layer's experts are stacked, their parts transposed: see `quantize_stack`.
     """
 
     data: Leaf
@@ -164,17 +166,43 @@ def _largest(blocks: Array, axes: tuple[int, ...], becomes: float) -> tuple[Arra
     return jnp.where(finite, scales, jnp.nan), factors
 
 
+def quantize_stack(stack: Float[Array, "num in_dim out_dim"], method: Method) -> QuantizedMatrix:
+    """Transposed matrices, each as `quantize` makes it but for that: data and scales are transposed, too.
+
+    Returns:
+        a8bit: data [num, in, out], scales [num, out]. fp8: data [num, in, out], scales [num, in / 128,
+        out / 128] (rounded up). nf4: data [num, out, in / 2], scales [num, out, in / 64].
+
+    Raises:
+        ValueError: as `quantize`.
+    """
+    return untransposed(quantize(jnp.swapaxes(stack, -1, -2), method), num_dims=3)
+
+
+def untransposed(matrix: QuantizedMatrix, num_dims: int = 2) -> QuantizedMatrix:
+    """One matrix [out, in] of what `quantize_stack` gives.
+
+    Args:
+        matrix: its transposed parts.
+        num_dims: of the parts that are matrices; scales of a8bit, which are none, have one dimension less.
+    """
+    return jax.tree.map(lambda part: jnp.swapaxes(part, -1, -2) if part.ndim == num_dims else part, matrix)
+
+
 @cache  # one compilation per shape, not per matrix
-def quantizer(method: Method, shardings: QuantizedMatrix) -> Callable[[Array], QuantizedMatrix]:
-    """`quantize` on the devices.
+def quantizer(
+    method: Method, shardings: QuantizedMatrix, *, stacked: bool
+) -> Callable[[Array], QuantizedMatrix]:
+    """`quantize` or `quantize_stack` on the devices.
 
     Args:
         method: which.
         shardings: a `QuantizedMatrix` of the shardings of its parts.
+        stacked: whether it is a stack of transposed matrices.
     """
 
     def quantize_matrix(matrix: Array) -> QuantizedMatrix:
-        return quantize(matrix, method)
+        return (quantize_stack if stacked else quantize)(matrix, method)
 
     return jax.jit(quantize_matrix, out_shardings=shardings)
 

@@ -52,11 +52,6 @@ def quantized_specs(config: Qwen3Config, quantization: Quantization | None) -> P
     specs = param_specs(config)
     if quantization is None:
         return specs
-    if config.experts is not None:
-        raise ConfigError(
-            f"{quantization.method}: the weights of models with experts cannot be quantized yet; use the "
-            "checkpoint in bfloat16 or float32, without a quantization method"
-        )
     return jax.tree.map(
         lambda spec: parts_of(spec, quantization.method) if quantization.applies_to(spec) else spec, specs
     )
@@ -83,6 +78,8 @@ def parts_of(spec: TensorSpec, method: Method) -> QuantizedMatrix:
     Raises:
         ConfigError: it cannot be quantized so.
     """
+    if spec.parts is not None:
+        return _stacked(spec, spec.parts, method)
     try:
         check_shape(spec.shape, method, f"{spec.name} {spec.shape}")
     except ValueError as error:
@@ -93,6 +90,22 @@ def parts_of(spec: TensorSpec, method: Method) -> QuantizedMatrix:
     stored: Any = replace(spec, shape=data, axes=axes, dtype=DATA_DTYPE[method])
     factors: Any = replace(spec, name=name, shape=scales, axes=axes[: len(scales)], dtype=FLOAT32)
     return QuantizedMatrix(stored, factors, method)
+
+
+def _stacked(spec: TensorSpec, names: tuple[str, ...], method: Method) -> QuantizedMatrix:
+    """`parts_of` of a stack of transposed matrices: what each of them has, transposed and stacked."""
+    one: Any = parts_of(replace(spec, shape=spec.stored_shape, axes=spec.axes[:0:-1], parts=None), method)
+
+    def stack(part: TensorSpec) -> Any:
+        suffix = part.name.removeprefix(spec.name)
+        return replace(
+            part,
+            shape=(spec.shape[0], *part.shape[::-1]),
+            axes=(spec.axes[0], *part.axes[::-1]),
+            parts=tuple(name + suffix for name in names),
+        )
+
+    return QuantizedMatrix(stack(one.data), stack(one.scales), method)
 
 
 def weight_bytes(config: Qwen3Config, dtype: np.dtype[Any], quantization: Quantization | None = None) -> int:

@@ -5,8 +5,8 @@ into the paged cache and returns the logits of the rows that need them. Matrix p
 `config.dtype` and give float32; norms, softmax, rotary embedding and the residual stream are float32.
 
 On many devices a `Layout` says what lies where. The compiler splits the products as the weights are split and
-adds up what `o_proj` and `down_proj` give; the attention kernels, which it cannot split, are run by each
-device on its own heads.
+adds up what `o_proj` and `down_proj` give, in `config.all_reduce_dtype`; the attention kernels, which it
+cannot split, are run by each device on its own heads.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ def after_attention(
     layout: Layout | None = None,
 ) -> Float[Array, "num_tokens hidden"]:
     """A layer's output, from its input and its attention."""
-    x = x + linear(config, attended.reshape(x.shape[0], -1), layer.o_proj, layer.o_bias)
+    attended = attended.reshape(x.shape[0], -1)
+    x = x + linear(config, attended, layer.o_proj, layer.o_bias, over_devices=_is_split(layout, "q_heads"))
     x = _constrain(layout, x, "tokens", None)
     x = x + mlp(layer, config, rms_norm(x, layer.post_attention_norm, config.rms_norm_eps), layout=layout)
     return _constrain(layout, x, "tokens", None)
@@ -198,6 +199,10 @@ def logits(
     x = _constrain(layout, x, None, None)
     scores = linear(config, rms_norm(x, params.final_norm, config.rms_norm_eps), head)
     return _constrain(layout, scores, None, "vocab")
+
+
+def _is_split(layout: Layout | None, axis: str) -> bool:
+    return layout is not None and layout.size(axis) > 1
 
 
 def _constrain(layout: Layout | None, array: Array, *axes: str | None) -> Array:
@@ -322,7 +327,7 @@ def mlp(
         return experts_mlp(layer, config, x, layout=layout)
     gate = jax.nn.silu(linear(config, x, layer.gate_proj))
     inner = _constrain(layout, gate * linear(config, x, layer.up_proj), "tokens", "mlp")
-    return linear(config, inner, layer.down_proj)
+    return linear(config, inner, layer.down_proj, over_devices=_is_split(layout, "mlp"))
 
 
 def rms_norm(

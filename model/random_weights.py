@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt32
 
 from .config import Qwen3Config
 from .params import Params, TensorSpec, param_specs
-from .quantization import Method, QuantizedMatrix, quantize
+from .quantization import Method, QuantizedMatrix, quantize, quantize_stack
 from .quantized_specs import Quantization, parts_of
 from .sharding import Layout
 
@@ -41,7 +41,7 @@ def random_params(
         if quantization is not None and quantization.applies_to(spec):
             method, parts = quantization.method, parts_of(spec, quantization.method)
         sharding = jax.tree.map(lambda part: layout.sharding(*part.axes), parts)
-        make = _maker(_kind(spec), spec.shape, dtype, sharding, method)
+        make = _maker(_kind(spec), spec.shape, dtype, sharding, method, stacked=spec.parts is not None)
         leaves.append(make(jnp.asarray(keys, jnp.uint32)))
     return jax.block_until_ready(jax.tree.unflatten(structure, leaves))
 
@@ -54,12 +54,20 @@ def _kind(spec: TensorSpec) -> str:
 
 @cache  # one compilation per shape, not per tensor
 def _maker(
-    kind: str, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Any, method: Method | None
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    sharding: Any,
+    method: Method | None,
+    *,
+    stacked: bool,
 ) -> Callable[[Array], Array | QuantizedMatrix]:
     def make(keys: Array) -> Array | QuantizedMatrix:
         if kind == "uniform":
             matrix = uniform(keys, shape).astype(dtype)
-            return matrix if method is None else quantize(matrix, method)
+            if method is None:
+                return matrix
+            return (quantize_stack if stacked else quantize)(matrix, method)
         return jnp.full(shape, 1 if kind == "ones" else 0, dtype)
 
     return jax.jit(make, out_shardings=sharding)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def save_model(model: Model, folder: str | Path) -> Path:
         raise FileExistsError(f"{folder}: holds a checkpoint already; give another folder")
     tensors = list(named_tensors(model))
     for name, array in tensors:
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if isinstance(array, jax.Array | _Unstacked) and not array.is_fully_addressable:
             raise ValueError(f"{name}: lies on devices of other processes; save it where one process has all")
     config = config_to_json(model.config, np.dtype(model.params.embedding.dtype))
     quantization = quantization_of(model)
@@ -67,11 +69,46 @@ def named_tensors(model: Model) -> Iterator[tuple[str, Any]]:
     """The arrays of a model and what they are called in a checkpoint."""
     for spec, leaf in _specs_and_leaves(model):
         if isinstance(leaf, QuantizedMatrix):
-            names: Any = parts_of(spec, leaf.method)
-            yield names.data.name, leaf.data
-            yield names.scales.name, leaf.scales
+            parts: Any = parts_of(spec, leaf.method)
+            yield from _stored(parts.data, leaf.data)
+            yield from _stored(parts.scales, leaf.scales)
         else:
-            yield spec.name, leaf
+            yield from _stored(spec, leaf)
+
+
+def _stored(spec: TensorSpec, array: Any) -> Iterator[tuple[str, Any]]:
+    if spec.parts is None:
+        yield spec.name, array
+        return
+    for number, name in enumerate(spec.parts):
+        yield name, _Unstacked(array, number)
+
+
+@dataclass(frozen=True)
+class _Unstacked:
+    """One of the matrices that a parameter is made of, as it is stored; copied when it is written."""
+
+    stack: Any
+    number: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.stack.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[:0:-1]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_fully_addressable(self) -> bool:
+        return not isinstance(self.stack, jax.Array) or self.stack.is_fully_addressable
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.stack[self.number].T, dtype, copy=copy)
 
 
 def quantization_of(model: Model) -> Quantization | None:

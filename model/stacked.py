@@ -19,12 +19,12 @@ from jax import lax
 from .safetensors_file import StoredTensor
 from .sharding import device_parts
 
-UINTS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+UINTS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 def stacked_on_devices(
     tensors: Sequence[StoredTensor],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: np.dtype[Any],
     sharding: jax.sharding.Sharding,
     make_room: Callable[[int], None],
@@ -33,8 +33,8 @@ def stacked_on_devices(
     """Begins to copy some matrices to their devices, as one array. If that fails, nothing is left there.
 
     Args:
-        tensors: the matrices, [out, in].
-        shape: [len(tensors), in, out].
+        tensors: the matrices, [out, in], or vectors.
+        shape: [len(tensors), in, out], or of vectors [len(tensors), size].
         dtype: of the result; what is stored in another is converted.
         sharding: where it goes.
         make_room: called with the bytes of a piece before the host holds it.
@@ -51,10 +51,10 @@ def stacked_on_devices(
             pieces |= {each: jnp.zeros(size, _bits(each, dtype), device=each) for each in devices}
         for number, tensor in enumerate(tensors):
             make_room(math.prod(tensor.shape) * dtype.itemsize)
-            for ((first, end), rows, columns), devices in parts.items():
+            for ((first, end), *of_matrix), devices in parts.items():
                 if not first <= number < end:
                     continue
-                values = np.ascontiguousarray(tensor.read((columns, rows), dtype))
+                values = np.ascontiguousarray(tensor.read(tuple(of_matrix[::-1]), dtype))
                 for device in devices:
                     on_device = jax.device_put(values.view(pieces[device].dtype), device)
                     stack, done = _put(pieces[device], on_device, np.int32(number - first))
@@ -78,8 +78,8 @@ def _bits(device: Any, dtype: np.dtype[Any]) -> np.dtype[Any]:
 @partial(jax.jit, donate_argnums=0)
 def _put(stack: jax.Array, matrix: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The stack with a matrix's transpose in it, and something that is there when it is."""
-    zero = jnp.zeros_like(number)
-    return lax.dynamic_update_slice(stack, matrix.T[None], (number, zero, zero)), matrix[0, 0]
+    starts = (number, *[jnp.zeros_like(number)] * matrix.ndim)
+    return lax.dynamic_update_slice(stack, matrix.T[None], starts), matrix[(0,) * matrix.ndim]
 
 
 @partial(jax.jit, static_argnames="dtype")

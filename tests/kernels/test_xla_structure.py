@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,30 +109,30 @@ def test_prefill_visits_the_blocks_up_to_each_query_block(reads: Reads, width: i
         assert len(reads) == visits
 
 
-def trace(
-    kernel: str, query_dtype: str, cache_dtype: str, *, heads: int = 4, width: int = 8, num_seqs: int = 5
-) -> list[Any]:
-    """The equations of a kernel's program."""
+def calls(
+    query_dtype: str, cache_dtype: str, *, heads: int = 4, width: int = 8, num_seqs: int = 5
+) -> tuple[dict[str, Callable[[Any], Any]], Any]:
+    """Each kernel as a function of the cache, and a cache."""
     cache = empty_kv_pages(64, 16, 2, 64, cache_dtype)
     queries = jnp.ones((num_seqs, heads, 64), query_dtype)
     lens, table = jnp.ones((num_seqs,), jnp.int32), jnp.ones((num_seqs, width), jnp.int32)
     starts, one = jnp.arange(num_seqs + 1, dtype=jnp.int32), jnp.ones((1,), jnp.int32)
 
     def decode(cache: Any) -> Any:
-        return paged_decode_attention(queries, cache, lens, table, scale=1.0)
+        return paged_decode_attention(queries, cache, lens, table, scale=1.0, implementation="xla")
 
     def ragged(cache: Any) -> Any:
-        return ragged_paged_attention(queries, cache, lens, table, starts, one, scale=1.0)
+        return ragged_paged_attention(
+            queries, cache, lens, table, starts, one, scale=1.0, implementation="xla"
+        )
 
-    return list(equations(jax.make_jaxpr({"decode": decode, "ragged": ragged}[kernel])(cache).jaxpr))
+    return {"decode": decode, "ragged": ragged}, cache
 
 
-def products(kernel: str, *dtypes: str, **sizes: int) -> list[Any]:
-    found = trace(kernel, *dtypes, **sizes)
-    dots = [equation for equation in found if equation.primitive.name == "dot_general"]
-    # Queries with keys, weights with values; ragged has them for blocks, several at once, and single tokens.
-    assert len(dots) == (6 if kernel == "ragged" else 2)
-    return dots
+def trace(kernel: str, *dtypes: str, **sizes: int) -> list[Any]:
+    """The equations of a kernel's program, of every platform."""
+    functions, cache = calls(*dtypes, **sizes)
+    return list(equations(jax.make_jaxpr(functions[kernel])(cache).jaxpr))
 
 
 @pytest.mark.parametrize("kernel", ["decode", "ragged"])
@@ -139,18 +140,28 @@ def products(kernel: str, *dtypes: str, **sizes: int) -> list[Any]:
     "dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")], ids=str
 )
 def test_float32_products_are_at_the_highest_precision(kernel: str, dtypes: tuple[str, str]) -> None:
-    for dot in products(kernel, *dtypes):
+    dots = [equation for equation in trace(kernel, *dtypes) if equation.primitive.name == "dot_general"]
+    assert dots
+    for dot in dots:
         assert [v.aval.dtype for v in dot.invars] == [jnp.float32, jnp.float32]
         assert set(dot.params["precision"]) == {jax.lax.Precision.HIGHEST}
 
 
+DOT = re.compile(
+    r"stablehlo.dot_general .*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> tensor<[\dx]*x(\w+)>"
+)
+
+
 @pytest.mark.parametrize("kernel", ["decode", "ragged"])
-@pytest.mark.parametrize(("heads", "num_seqs"), [(4, 5), (2, 1)])
-def test_bfloat16_products_have_two_rows_and_a_float32_result(kernel: str, heads: int, num_seqs: int) -> None:
-    for dot in products(kernel, "bfloat16", "bfloat16", heads=heads, num_seqs=num_seqs):
-        assert [v.aval.dtype for v in dot.invars] == [jnp.bfloat16, jnp.bfloat16]
-        assert dot.params["preferred_element_type"] == jnp.float32
-        assert dot.invars[0].aval.shape[2] >= 2
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "f32"), ("cuda", "bf16"), ("tpu", "bf16")])
+def test_products_of_bfloat16_are_of_float32_on_a_cpu_alone(
+    kernel: str, cache_dtype: str, platform: str, dtype: str
+) -> None:
+    functions, cache = calls("bfloat16", cache_dtype)
+    text = jax.jit(functions[kernel]).trace(cache).lower(lowering_platforms=(platform,)).as_text()
+    # Queries with keys, weights with values; ragged has them for blocks, several at once, and single tokens.
+    assert DOT.findall(text) == [(dtype, dtype, "f32")] * (6 if kernel == "ragged" else 2)
 
 
 @pytest.mark.parametrize("kernel", ["decode", "ragged"])

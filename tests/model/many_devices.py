@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from vsurge.kernels import KVPages, empty_kv_pages
 from vsurge.model import Batch, Model, forward, load_model
+from vsurge.model.config import BFLOAT16
 from vsurge.model.params import param_specs
 from vsurge.model.quantization import Method
 from vsurge.model.safetensors_file import StoredTensor
@@ -36,11 +38,18 @@ MESHES = {
     "fsdp=2 tp=2 sp=2": (1, 2, 1, 2, 2),
 }
 OF_EXPERTS = {"one": ONE, "fsdp=2 ep=2 tp=2": (1, 2, 2, 2, 1)}
+ROUNDED = {"one": ONE, "tp=4": (1, 1, 1, 4, 1)}
 QUANTIZED = {"one": ONE, "fsdp=2 tp=2": (1, 2, 1, 2, 1)}
-# A folder's name -> meshes, and the form to quantize its weights to. "saved" is quantized already.
+# A folder's name -> meshes, and the form to quantize its weights to. "saved" is quantized already; in
+# "rounded…" what devices add up is sent in bfloat16.
 KINDS: dict[str, tuple[dict[str, tuple[int, ...]], Method | None]] = {
     "dense": (MESHES, None),
+    "rounded": (ROUNDED, None),
+    "rounded-experts": (OF_EXPERTS, None),
     "experts": (OF_EXPERTS, None),
+    "experts-a8bit": (OF_EXPERTS, "a8bit"),
+    "experts-nf4": (OF_EXPERTS, "nf4"),
+    "experts-fp8": (OF_EXPERTS, "fp8"),
     "saved": (QUANTIZED, None),
     "a8bit": (QUANTIZED, "a8bit"),
     "nf4": (QUANTIZED, "nf4"),
@@ -84,6 +93,8 @@ def on(dims: tuple[int, ...], folder: Path, method: Method | None) -> tuple[dict
     model = load_model(folder, sharding_axis_dims=dims, quantization_method=method, progress=False)
     StoredTensor.read = original
     config, layout = model.config, model.layout
+    if folder.name.startswith("rounded"):
+        config = replace(config, all_reduce_dtype=BFLOAT16)
     empty = partial(
         empty_kv_pages, NUM_PAGES, PAGE_SIZE, config.num_kv_heads, config.head_dim, config.cache_dtype
     )

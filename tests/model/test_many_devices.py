@@ -30,7 +30,8 @@ EXPERTS = {
     "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 3,
     "moe_intermediate_size": 24, "norm_topk_prob": True,
 }  # fmt: skip
-IN_BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}  # whole ones on every device
+IN_BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}  # whole ones on every device
+EXPERTS_IN_BLOCKS = {"moe_intermediate_size": 256}
 
 
 def write_checkpoint(folder: Path, **changes: Any) -> Path:
@@ -155,12 +156,28 @@ def test_experts_are_read_and_computed_on_their_devices(tmp_path: Path) -> None:
         assert sum(read) == 3 * LAYERS * 8 * 24 * HIDDEN  # each once
 
 
+def test_what_is_added_up_can_be_sent_in_bfloat16(tmp_path: Path) -> None:
+    """The error is then bfloat16's and nothing worse; without it, see above, it is that of float32."""
+    folders = [
+        write_checkpoint(tmp_path / name, num_hidden_layers=2, **changes)
+        for name, changes in (("rounded", {}), ("rounded-experts", EXPERTS))
+    ]
+    for facts in found_in(*folders).values():
+        (mesh,) = set(facts) - {"one"}
+        assert facts["one"]["errors"] == [0, 0]
+        assert all(1e-4 < error < 8e-3 for error in facts[mesh]["errors"])
+
+
 @pytest.mark.parametrize(
     "method", ["a8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "fp8"))]
 )
 def test_quantized_weights_on_many_devices_are_those_of_one(tmp_path: Path, method: Any) -> None:
     """Quantized by each device while they are read, and read quantized."""
-    folder = write_checkpoint(tmp_path / method, **({} if method == "a8bit" else IN_BLOCKS))
+    changes = {} if method == "a8bit" else IN_BLOCKS
+    folder = write_checkpoint(tmp_path / method, **changes)
     save_model(load_model(folder, quantization_method=method), tmp_path / "saved")
-    for facts in found_in(folder, tmp_path / "saved").values():
-        assert max(facts["fsdp=2 tp=2"]["errors"]) < 1e-5
+    mixture = write_checkpoint(tmp_path / f"experts-{method}", **EXPERTS | changes | EXPERTS_IN_BLOCKS)
+    for facts in found_in(folder, tmp_path / "saved", mixture).values():
+        (mesh,) = set(facts) - {"one"}
+        assert facts["one"]["errors"] == [0, 0]
+        assert max(facts[mesh]["errors"]) < 1e-5

@@ -212,7 +212,7 @@ def test_fp8_may_scale_the_other_operand_instead() -> None:
     config = replace(CONFIG, dtype=np.dtype(np.float32))
     x = normal(5, 200)
     weight = make(jnp.asarray(normal(256, 200, seed=1)), "fp8")
-    found = jax.jit(_fp8_scaled_rows, static_argnums=0)(config, jnp.asarray(x), weight)
+    found = jax.jit(_fp8_scaled_rows, static_argnums=(0, 1))(config, config.dtype, jnp.asarray(x), weight)
     stood_for = np.asarray(back(weight, np.float32), np.float64)
     assert relative_error(found, x.astype(np.float64) @ stood_for.T) < 1e-5
 

@@ -20,7 +20,6 @@ from vsurge import demo_model_path
 from vsurge.model import (
     CheckpointError,
     ConfigError,
-    Experts,
     Model,
     Quantization,
     QuantizedMatrix,
@@ -322,12 +321,3 @@ def test_weights_are_quantized_from_what_is_stored_and_not_from_what_it_is_round
     rounded = make(jnp.asarray(tensors[Q_PROJ]).astype(jnp.bfloat16), "a8bit")
     assert (np.asarray(rounded.scales) != np.asarray(expected.scales)).any()
     assert dequantize(expected, np.float32).shape == (32, 16)
-
-
-def test_experts_are_refused_before_anything_is_quantized_or_written(tmp_path: Path) -> None:
-    config = replace(SHAPE, experts=Experts(num_experts=4, experts_per_token=2, intermediate_size=64))
-    with pytest.raises(ConfigError, match=r"^a8bit: the weights of models with experts cannot be quantized"):
-        random_model(config, seed=0, quantization_method="a8bit")
-    with pytest.raises(ConfigError, match="a model with experts cannot be written yet"):
-        save_model(random_model(config, seed=0), tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()

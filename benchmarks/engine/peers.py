@@ -14,11 +14,12 @@ from typing import Any
 from ...model import Qwen3Config
 from ...model.config import BFLOAT16
 from ...model.config_json import config_to_json
+from .llama_cpp import llama_cpp_engine
 from .load import LoadRequest
 
 Run = Callable[[Sequence[LoadRequest]], float]  # seconds for all requests
 # What has no adapter, and why it is named all the same: users would run it.
-WITHOUT_ADAPTER = {"llama.cpp": "llama_cpp", "EasyDeL": "easydel"}
+WITHOUT_ADAPTER = {"EasyDeL": "easydel"}
 
 
 def transformers_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
@@ -85,9 +86,11 @@ def vllm_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
     return run
 
 
-PEERS: dict[str, tuple[str, Callable[[Qwen3Config, int, str], Run]]] = {
-    "transformers": ("torch", transformers_engine),
-    "vLLM": ("vllm", vllm_engine),
+# Packages that an adapter needs, and the adapter.
+PEERS: dict[str, tuple[tuple[str, ...], Callable[[Qwen3Config, int, str], Run]]] = {
+    "transformers": (("torch",), transformers_engine),
+    "vLLM": (("vllm",), vllm_engine),
+    "llama.cpp": (("llama_cpp", "gguf"), llama_cpp_engine),
 }
 
 
@@ -98,5 +101,5 @@ def why_not(name: str, platform: str) -> str | None:
         return f"{there}has no adapter here"
     if platform == "tpu":
         return "is not run on a TPU here"
-    package = PEERS[name][0]
-    return None if find_spec(package) else f"{package} is not installed"
+    missing = [package for package in PEERS[name][0] if not find_spec(package)]
+    return f"{' and '.join(missing)} not installed" if missing else None

@@ -163,8 +163,8 @@ class LlamaCpp:
         self._api: Any = llama_cpp
         self._vocab_size = vocab_size
         self._log: Any = llama_cpp.llama_log_callback(lambda *_: None)  # it has to stay alive
-        llama_cpp.llama_log_set(self._log, None)
-        llama_cpp.llama_backend_init()
+        self._api.llama_log_set(self._log, None)
+        self._api.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = -1 if on_gpu else 0
         params.use_mmap = False

@@ -149,11 +149,11 @@ def cases(platform: str, heads: tuple[int, int], *, thorough: bool = False) -> I
             KernelCase, kernel="decode", num_q_heads=q, num_kv_heads=kv, page_size=page, kv_dtype=dtype,
             num_seqs=num_seqs, context=context, skewed=skewed,
         )  # fmt: skip
-        theirs: list[str] = []
+        others: list[str] = []
         if dtype == "bfloat16":
-            theirs += [] if on_cpu else [PAGED]
-            theirs += [DENSE[platform]] if page == 64 else []  # it has no pages, and is measured once
-        yield from (make(implementation=name) for name in (*OURS[platform], *theirs))
+            others += [] if on_cpu else [PAGED]
+            others += [DENSE[platform]] if page == 64 else []  # it has no pages, and is measured once
+        yield from (make(implementation=name) for name in (*OURS[platform], *others))
     prompts = [(512, 512), (512, 4096)] if on_cpu else [(4096, 4096), (4096, 32768)]
     for new, context in prompts:
         make = partial(

@@ -119,7 +119,7 @@ def test_a_model_with_experts_gives_the_greedy_tokens_of_transformers(
 def test_every_sampling_option_sets_its_parameter() -> None:
     options = {
         "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_p": 0.8, "top_k": 7, "min_p": 0.1,
-        "seed": 4,
+        "repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.25, "seed": 4,
     }  # fmt: skip
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     args = build_parser().parse_args(["generate", "x", *argv, "--stop", "a", "--stop", "b", "--ignore-eos"])
@@ -129,9 +129,23 @@ def test_every_sampling_option_sets_its_parameter() -> None:
     assert sampling_changes(build_parser().parse_args(["chat"])) == {"max_tokens": None}
 
 
+def test_output_can_be_given_a_shape(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [7]}')
+    for argv, shape in (
+        (["--guided-json", str(schema)], {"json": '{"enum": [7]}'}),
+        (["--guided-regex", "[ab]{3}c"], {"regex": "[ab]{3}c"}),
+        (["--guided-choice", "yes", "--guided-choice", "no"], {"choice": ["yes", "no"]}),
+    ):
+        changes = sampling_changes(build_parser().parse_args(["generate", "x", *argv]))
+        assert changes == {"guided_decoding": shape, "max_tokens": 256}
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
+        (("--guided-json", "no/such.json"), "No such file or directory"),
+        (("--guided-regex", "["), "regex"),
         (("--temperature", "-1"), "temperature=-1.0: must lie in [0.0, infinity)"),
         (("--top-p", "0"), "top_p=0.0: must lie in (0.0, 1.0]"),
         (("--min-tokens", "500"), "min_tokens=500: must be at most max_tokens=256"),

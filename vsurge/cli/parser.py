@@ -141,7 +141,7 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
 
     requests = [_model(tokenizer=False), _engine(), _load()]
     throughput = add("throughput", "Time requests that are all there from the start.", *requests)
-    throughput.add_argument("--peer", action="append", choices=("transformers", "vLLM"),
+    throughput.add_argument("--peer", action="append", choices=("transformers", "vLLM", "llama.cpp"),
         help="another engine on the same requests; repeatable")  # fmt: skip
 
     serve = add("serve", "Time requests that arrive at random.", *requests)
@@ -272,10 +272,21 @@ def _sampling() -> argparse.ArgumentParser:
     )
     group.add_argument("--top-k", type=int, metavar="K", help="this many of the likeliest tokens; 0: all")
     group.add_argument("--min-p", type=float, metavar="P", help="tokens of this share of the likeliest one's")
+    group.add_argument("--repetition-penalty", type=float, metavar="P",
+        help="divides the logits of tokens that were there, prompt included; above 0, 1: none")  # fmt: skip
+    group.add_argument("--presence-penalty", type=float, metavar="P",
+        help="taken from the logits of tokens that were generated; -2 to 2")  # fmt: skip
+    group.add_argument("--frequency-penalty", type=float, metavar="P",
+        help="the same, for each time; -2 to 2")  # fmt: skip
     group.add_argument("--seed", type=int, metavar="N",
         help="the same seed gives the same text and random weights (default: a new seed)")  # fmt: skip
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end token")
+    shape = group.add_mutually_exclusive_group()
+    shape.add_argument("--guided-json", metavar="FILE", help="output that this JSON schema accepts")
+    shape.add_argument("--guided-regex", metavar="REGEX", help="output that is all of this expression")
+    shape.add_argument("--guided-choice", action="append", metavar="TEXT",
+        help="output that is one of these (repeatable)")  # fmt: skip
     group.add_argument(
         "--no-thinking", action="store_true", help="chats: have the template skip the thinking"
     )

@@ -26,7 +26,10 @@ from ..runtime.cache_size import CPU_CACHE_BYTES
 from .parser import DEFAULT_MEMORY_UTILIZATION
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-SAMPLING = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
+SAMPLING = (
+    "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "stop", "ignore_eos",
+)  # fmt: skip
 NARROWING = ("top_p", "top_k", "min_p")  # of a choice among several tokens
 
 
@@ -225,8 +228,18 @@ def given(value: Any, default: Any) -> Any:
 
 
 def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling parameters that the arguments set, checked; the others are the model's to choose."""
+    """The sampling parameters that the arguments set, checked; the others are the model's to choose.
+
+    Raises:
+        ValueError: one that cannot be.
+        OSError: a JSON schema's file that cannot be read.
+    """
     changes = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    if args.guided_json is not None:
+        changes["guided_decoding"] = {"json": Path(args.guided_json).read_text(encoding="utf-8")}
+    for kind in ("regex", "choice"):
+        if getattr(args, f"guided_{kind}") is not None:
+            changes["guided_decoding"] = {kind: getattr(args, f"guided_{kind}")}
     changes["max_tokens"] = given(args.max_tokens, args.default_max_tokens)
     SamplingParams(**changes)  # wrong values are known before a model is loaded
     return changes

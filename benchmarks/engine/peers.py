@@ -14,7 +14,7 @@ from typing import Any
 from ...model import Qwen3Config
 from ...model.config import BFLOAT16
 from ...model.config_json import config_to_json
-from .llama_cpp import llama_cpp_engine
+from .llama import llama_cpp_engine
 from .load import LoadRequest
 
 Run = Callable[[Sequence[LoadRequest]], float]  # seconds for all requests

@@ -160,15 +160,15 @@ class LlamaCpp:
         """
         import llama_cpp
 
-        self._api: Any = llama_cpp
-        self._vocab_size = vocab_size
-        self._log: Any = llama_cpp.llama_log_callback(lambda *_: None)  # it has to stay alive
-        self._api.llama_log_set(self._log, None)
-        self._api.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
+        api: Any = llama_cpp
+        self._api, self._vocab_size = api, vocab_size
+        self._log: Any = api.llama_log_callback(lambda *_: None)  # it has to stay alive
+        api.llama_log_set(self._log, None)
+        api.llama_backend_init()
+        params = api.llama_model_default_params()
         params.n_gpu_layers = -1 if on_gpu else 0
         params.use_mmap = False
-        self._model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        self._model: Any = api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {path}")
 

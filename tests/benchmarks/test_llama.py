@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import vsurge
-from vsurge.benchmarks.engine.llama_cpp import BATCH_TOKENS, LlamaCpp, gguf_name, random_tensors, write_gguf
+from vsurge.benchmarks.engine.llama import BATCH_TOKENS, LlamaCpp, gguf_name, random_tensors, write_gguf
 from vsurge.benchmarks.engine.load import LoadRequest, random_requests
 from vsurge.model import Qwen3Config, published_config
 from vsurge.model.params import param_specs

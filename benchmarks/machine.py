@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "numpy", "torch", "transformers", "vsurge")
+PACKAGES = ("jax", "jaxlib", "libtpu", "llama-cpp-python", "numpy", "torch", "transformers", "vsurge")
 
 
 def describe_machine(device: Any = None) -> dict[str, Any]:

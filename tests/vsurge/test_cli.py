@@ -145,7 +145,6 @@ def test_output_can_be_given_a_shape(tmp_path: Path) -> None:
     ("argv", "complaint"),
     [
         (("--guided-json", "no/such.json"), "No such file or directory"),
-        (("--guided-regex", "["), "regex"),
         (("--temperature", "-1"), "temperature=-1.0: must lie in [0.0, infinity)"),
         (("--top-p", "0"), "top_p=0.0: must lie in (0.0, 1.0]"),
         (("--min-tokens", "500"), "min_tokens=500: must be at most max_tokens=256"),

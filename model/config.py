@@ -110,7 +110,8 @@ class Qwen3Config:
             a CPU.
         all_reduce_dtype: in which devices that share a layer send each other their parts of what `o_proj`,
             `down_proj` and experts give, float32 or bfloat16; None for `dtype`, but on a CPU float32, where
-            nothing is saved.
+            nothing is saved. Sums of int8 products are sent in int32 and those of nf4 weights in float32,
+            but for experts'.
         attention, decode_attention: implementation of attention and the cache write, in steps of any tokens
             and in steps of one token per sequence; None for the best one here.
     """

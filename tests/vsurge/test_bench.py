@@ -10,11 +10,13 @@ import pytest
 
 import vsurge
 from vsurge.benchmarks import measuring
+from vsurge.benchmarks.engine.peers import PEERS, WITHOUT_ADAPTER
 from vsurge.benchmarks.engine.steps import StepCase
 from vsurge.benchmarks.kernels.cases import KernelCase
 from vsurge.benchmarks.measuring import RequestMix
 from vsurge.benchmarks.record import Ceilings, read_report
 from vsurge.cli import bench
+from vsurge.cli.parser import build_parser
 
 CEILINGS = Ceilings(bandwidth_gb_s=10.0, matrix_gflop_s=100.0)
 
@@ -45,6 +47,15 @@ def test_the_commands_measure_the_demo_checkpoint(command: Callable, tmp_path: P
     assert done.code == 0, done.err
     assert "| latency | vSurge |" in done.out
     assert "predicted from the compiler's schedule, never measured" in done.out
+
+
+def test_every_peer_with_an_adapter_can_be_asked_for() -> None:
+    parse = build_parser().parse_args
+    given = [argument for peer in PEERS for argument in ("--peer", peer)]
+    assert parse(["bench", "throughput", *given]).peer == list(PEERS)
+    for peer in WITHOUT_ADAPTER:
+        with pytest.raises(SystemExit):
+            parse(["bench", "throughput", "--peer", peer])
 
 
 @pytest.mark.usefixtures("quick")

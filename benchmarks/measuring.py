@@ -140,7 +140,7 @@ def peer_row(name: str, config: Qwen3Config, requests: Sequence[LoadRequest], at
     """The requests by another engine, of the same shape and with random weights; or why not.
 
     Args:
-        name: of `PEERS` or `WITHOUT_ADAPTER`.
+        name: of `PEERS`.
         config: the model's shape.
         requests: all there from the start.
         at_once: sequences that are decoded together.

@@ -1,11 +1,11 @@
 """Between the engine's thread and whoever waits for its output, in asyncio or not.
 
-The engine publishes cumulative samples; a reader always gets the latest state. So a reader that falls behind
+What the engine publishes is cumulative; a reader always gets the latest state. So a reader that falls behind
 skips intermediate states instead of making them pile up, and the engine never waits for a reader.
 
 The garbage collector may end an abandoned coroutine in any thread and at any allocation, so also in a thread
 that holds a channel's lock. Nothing here that may run in that way takes a lock: a coroutine that is cancelled
-or abandoned leaves its waiter behind, for `_wake` to clear.
+or abandoned leaves its waiter behind, for `_notify` to clear.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from .errors import EngineError, EngineFailed, StepFailed
 from .metrics import RequestMetrics
@@ -95,10 +96,15 @@ class _Waiter:
     seen: int
     until_finished: bool
 
-    def wake(self) -> None:
-        # The loop may close at any moment; whoever waited in it is gone then.
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(_resolve, self.future)
+
+@runtime_checkable
+class Snapshot(Protocol):
+    """A sample that is made when it is read."""
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    def sample(self) -> ReturnSample: ...
 
 
 class Channel:
@@ -113,21 +119,25 @@ class Channel:
         self.request_ids = tuple(sample.request_id for sample in initial)
         self.publisher: threading.Thread | None = None
         self._lock = threading.Condition(threading.Lock())  # guards everything below
-        self._samples = initial
+        self._latest: list[ReturnSample | Snapshot] = [*initial]
+        self._unfinished = set(range(len(initial)))
         self._version = 0
         self._failure: BaseException | None = None
         self._failed_as: tuple[type[EngineError], str] = (EngineError, "")
         self._waiters: list[_Waiter] = []
 
-    def publish(self, changed: dict[int, ReturnSample]) -> None:
-        """Replaces some prompts' samples and wakes the readers. For the engine."""
+    def replace(self, changed: Mapping[int, Snapshot]) -> tuple[bool, list[_Waiter]]:
+        """Replaces some prompts' samples, for `publish`: whether all have ended, and which coroutines are to
+        be woken."""
         with self._lock:
-            samples = list(self._samples)
-            for index, sample in changed.items():
-                samples[index] = sample
-            self._samples = samples
+            latest = list(self._latest)
+            for index, snapshot in changed.items():
+                latest[index] = snapshot
+                if snapshot.is_finished:
+                    self._unfinished.discard(index)
+            self._latest = latest
             self._version += 1
-            self._wake()
+            return self._ended(), self._notify()
 
     def fail(self, failure: BaseException, *, in_a_step: bool) -> None:
         """Gives the readers an exception, if they have not got everything already. For the engine.
@@ -137,14 +147,16 @@ class Channel:
             in_a_step: whether only a step failed, and not the engine.
         """
         with self._lock:
-            if not self._finished():
-                self._failure = failure
-                self._failed_as = (
-                    (StepFailed, "a step of the request failed")
-                    if in_a_step
-                    else (EngineFailed, "the engine's thread failed")
-                )
-                self._wake()
+            if not self._unfinished:
+                return
+            self._failure = failure
+            self._failed_as = (
+                (StepFailed, "a step of the request failed")
+                if in_a_step
+                else (EngineFailed, "the engine's thread failed")
+            )
+            woken = self._notify()
+        _wake(woken)
 
     def read(self, seen: int) -> tuple[int, list[ReturnSample]] | None:
         """The current version and samples if newer than version `seen`; None if not.
@@ -154,10 +166,16 @@ class Channel:
         """
         with self._lock:
             failure, (kind, message) = self._failure, self._failed_as
-            version, samples = self._version, self._samples
+            version, latest = self._version, self._latest
         if failure is not None:  # an exception of its own for every reader: raising one changes it
             raise kind(f"{message}: {failure!r}") from failure
-        return None if version == seen else (version, samples)
+        if version == seen:
+            return None
+        samples = [each if isinstance(each, ReturnSample) else each.sample() for each in latest]
+        with self._lock:
+            if self._version == version:  # what does not change needs not be made again
+                self._latest = [*samples]
+        return version, samples
 
     def is_over(self) -> bool:
         """Whether the requests have ended, well or with an exception. What comes last may be unread yet."""
@@ -194,26 +212,52 @@ class Channel:
             self._waiters.append(waiter)
         await waiter.future
 
-    def _finished(self) -> bool:
-        return all(sample.is_finished for sample in self._samples)
-
     def _ended(self) -> bool:
-        return self._failure is not None or self._finished()
+        return self._failure is not None or not self._unfinished
 
     def _ready(self, seen: int, until_finished: bool) -> bool:
         return self._ended() or (not until_finished and self._version != seen)
 
-    def _wake(self) -> None:
+    def _notify(self) -> list[_Waiter]:
+        """Wakes the threads that wait; the coroutines that are to be woken."""
         self._lock.notify_all()
+        woken: list[_Waiter] = []
         waiting: list[_Waiter] = []
+        has_ended, version = self._ended(), self._version
         for waiter in self._waiters:
-            if self._ready(waiter.seen, waiter.until_finished):
-                waiter.wake()
+            if has_ended or not (waiter.until_finished or version == waiter.seen):
+                woken.append(waiter)
             elif not (waiter.future.done() or waiter.loop.is_closed()):
                 waiting.append(waiter)
         self._waiters = waiting
+        return woken
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def publish(changed: Mapping[Channel, Mapping[int, Snapshot]]) -> list[Channel]:
+    """Replaces samples and wakes the readers; the channels of which all has ended. For the engine."""
+    over: list[Channel] = []
+    woken: list[_Waiter] = []
+    for channel, snapshots in changed.items():
+        has_ended, waiters = channel.replace(snapshots)
+        woken += waiters
+        if has_ended:
+            over.append(channel)
+    _wake(woken)
+    return over
+
+
+def _wake(waiters: Sequence[_Waiter]) -> None:
+    """Wakes coroutines, each event loop once: that is a system call, during which other threads go ahead."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for waiter in waiters:
+        by_loop.setdefault(waiter.loop, []).append(waiter.future)
+    for loop, futures in by_loop.items():
+        # The loop may close at any moment; whoever waited in it is gone then.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_resolve, futures)
+
+
+def _resolve(futures: Sequence[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

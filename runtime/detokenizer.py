@@ -10,6 +10,7 @@ stop string is held back until that is decided.
 from __future__ import annotations
 
 import codecs
+import io
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
@@ -58,12 +59,22 @@ class TokenBytes:
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._tokens = {token_id: token for token, token_id in vocabulary.items()}
         self._known: dict[int, bytes] = {}
+        self._whole: dict[int, str | None] = {}
 
     def of(self, token_id: int) -> bytes:
         """The token's bytes; none for an id unknown to the tokenizer (a model's vocabulary is padded)."""
         if token_id not in self._known:
             self._known[token_id] = _spell(self._tokens.get(token_id, ""))
         return self._known[token_id]
+
+    def whole_text_of(self, token_id: int) -> str | None:
+        """The token's text if it is of whole characters; None if it begins or ends inside of one."""
+        if token_id not in self._whole:
+            try:
+                self._whole[token_id] = self.of(token_id).decode()
+            except UnicodeDecodeError:
+                self._whole[token_id] = None
+        return self._whole[token_id]
 
     def text_of(self, token_id: int) -> str:
         """The token's text by itself; half a character becomes U+FFFD."""
@@ -91,6 +102,9 @@ class Detokenizer:
         skip_special_tokens: leave special tokens out.
         stop: strings that end the text.
         include_stop: whether the text ends after the stop string instead of before it.
+
+    Attributes:
+        num_characters: of `text`.
     """
 
     def __init__(
@@ -101,8 +115,15 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_cut = False  # whether the decoder keeps an unfinished character
         self._held = ""  # may be the beginning of a stop string
-        self.text = ""
+        self._text = io.StringIO()  # appending to a str would copy it
+        self.num_characters = 0
+
+    @property
+    def text(self) -> str:
+        """All of it so far; may be asked for in any thread."""
+        return self._text.getvalue()
 
     def add(self, token_id: int, *, may_stop: bool) -> bool:
         """Appends a token's text.
@@ -116,24 +137,39 @@ class Detokenizer:
         """
         if self._skip_special_tokens and self._token_bytes.is_special(token_id):
             return False
-        return self._append(self._utf8.decode(self._token_bytes.of(token_id)), may_stop=may_stop)
+        new = self._text_of(token_id)
+        if self._stop:
+            return self._append(new, may_stop=may_stop)
+        self._write(new)
+        return False
+
+    def _text_of(self, token_id: int) -> str:
+        """The characters that a token completes."""
+        text = None if self._is_cut else self._token_bytes.whole_text_of(token_id)
+        if text is None:
+            text = self._utf8.decode(self._token_bytes.of(token_id))
+            self._is_cut = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> None:
         """Appends what was held back: an unfinished character (as U+FFFD) and a stop string's beginning."""
-        self.text += self._held + self._utf8.decode(b"", final=True)
+        self._write(self._held + self._utf8.decode(b"", final=True))
         self._held = ""
+
+    def _write(self, new: str) -> None:
+        self.num_characters += self._text.write(new)
 
     def _append(self, new: str, *, may_stop: bool) -> bool:
         text = self._held + new
         match = self._first_stop(text, len(self._held)) if may_stop else None
         if match is not None:
             start, end = match
-            self.text += text[:end] if self._include_stop else text[:start]
+            self._write(text[:end] if self._include_stop else text[:start])
             self._held = ""
             self._utf8.reset()  # what follows the stop string is dropped
             return True
         hold = self._undecided(text)
-        self.text += text[: len(text) - hold]
+        self._write(text[: len(text) - hold])
         self._held = text[len(text) - hold :]
         return False
 

@@ -44,11 +44,7 @@ class Grammars:
         """
         if self._processor is None:
             raise ValueError("guided_decoding: needs a processor; without one, output is token ids")
-        try:
-            import llguidance
-            import llguidance.hf
-        except ImportError as error:
-            raise ImportError("guided_decoding: needs llguidance: pip install 'vsurge[guided]'") from error
+        llguidance = _llguidance()
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = llguidance.hf.from_tokenizer(
@@ -62,22 +58,55 @@ class Grammars:
             return GrammarMask(self._cached[params].deep_copy())
 
     def _compile(self, matcher: Any, params: GuidedDecodingParams) -> Any:
-        if params.grammar is not None:
-            grammar = matcher.grammar_from_lark(params.grammar)
-        elif params.regex is not None:
-            grammar = matcher.grammar_from_regex(params.regex)
-        elif params.choice is not None:
-            grammar = matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
-        else:
-            options = {"whitespace_flexible": not params.disable_any_whitespace}
-            schema = params.json if params.json is not None else '{"type": "object"}'
-            grammar = matcher.grammar_from_json_schema(schema, overrides=options)
-        wrong, messages = matcher.validate_grammar_with_warnings(grammar, self._tokenizer)
-        compiled = None if wrong else matcher(self._tokenizer, grammar, log_level=0)
-        if compiled is None or compiled.is_error():
-            reason = messages[0] if compiled is None else compiled.get_error()
-            raise ValueError(f"guided_decoding: {params.kind}={getattr(params, params.kind)!r}: {reason}")
+        grammar = _grammar_of(matcher, params)
+        _check(matcher, grammar, params, self._tokenizer)
+        compiled = matcher(self._tokenizer, grammar, log_level=0)
+        if compiled.is_error():
+            raise _wrong(params, compiled.get_error())
         return compiled
+
+
+def check_grammar(params: GuidedDecodingParams) -> None:
+    """Finds what is wrong with a grammar before there is an engine; what depends on the tokenizer it cannot.
+
+    Raises:
+        ImportError: llguidance is not installed.
+        ValueError: the grammar is wrong.
+    """
+    matcher = _llguidance().LLMatcher
+    _check(matcher, _grammar_of(matcher, params), params, None)
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+        import llguidance.hf  # pyright: ignore[reportUnusedImport]  (for the attribute)
+    except ImportError as error:
+        raise ImportError("guided_decoding: needs llguidance: pip install 'vsurge[guided]'") from error
+    return llguidance
+
+
+def _grammar_of(matcher: Any, params: GuidedDecodingParams) -> str:
+    if params.grammar is not None:
+        return matcher.grammar_from_lark(params.grammar)
+    if params.regex is not None:
+        return matcher.grammar_from_regex(params.regex)
+    if params.choice is not None:
+        return matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
+    schema = params.json if params.json is not None else '{"type": "object"}'
+    return matcher.grammar_from_json_schema(
+        schema, overrides={"whitespace_flexible": not params.disable_any_whitespace}
+    )
+
+
+def _check(matcher: Any, grammar: str, params: GuidedDecodingParams, tokenizer: Any) -> None:
+    wrong, messages = matcher.validate_grammar_with_warnings(grammar, tokenizer)
+    if wrong:
+        raise _wrong(params, messages[0])
+
+
+def _wrong(params: GuidedDecodingParams, reason: str) -> ValueError:
+    return ValueError(f"guided_decoding: {params.kind}={getattr(params, params.kind)!r}: {reason}")
 
 
 class GrammarMask:

@@ -10,12 +10,13 @@ from typing import Any, cast
 
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
-from .channel import Channel, FinishReason, ReturnSample
+from .channel import Channel, FinishReason, publish
 from .deadlines import Deadlines
 from .executor import Executor
 from .inbox import SERVING, Inbox, Message, State, Update
 from .meter import Meter
 from .metrics import EngineMetrics
+from .progress import GroupProgress, Progress
 from .request import Request
 from .results import read_results
 from .scheduler import Scheduler
@@ -151,17 +152,16 @@ class Loop:
         return None
 
     def _publish(self, changed: Sequence[Request]) -> None:
-        """Hands the samples of changed requests to their channels, one message per channel."""
-        by_channel: dict[Channel, dict[int, ReturnSample]] = {}
-        for request in changed:
-            if request.group.is_due:
-                by_channel.setdefault(request.channel, {})[request.index] = request.group.sample()
-        self._forget(request for request in changed if request.finish_reason is not None)
+        """Hands what changed requests have come to to their channels, one message per channel."""
+        by_channel: dict[Channel, dict[int, Progress | GroupProgress]] = {}
+        now = time.perf_counter()
+        for group, request in {request.group: request for request in changed}.items():
+            if group.is_due:
+                by_channel.setdefault(request.channel, {})[request.index] = group.progress(now)
+        self._forget([request for request in changed if request.finish_reason is not None])
         self._measure()
-        for channel, samples in by_channel.items():
-            channel.publish(samples)
-            if channel.is_over():
-                del self._open[channel]
+        for channel in publish(by_channel):
+            del self._open[channel]
 
     def _recover(self, plan: StepPlan, failure: Exception) -> None:
         """Fails the requests of a step, and lets the others begin anew: the cache may be lost."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import replace
 
 from .page_pool import PagePool
 from .request import Request
@@ -57,12 +56,14 @@ class Replica:
 
     def extended(self, chunk: Chunk) -> Chunk:
         """More tokens of a decode, up to `decode_steps`: as many as may come, and have pages."""
+        if self._decode_steps == 1:
+            return chunk
         request = chunk.request
         most = 1 if request.masks else request.max_tokens_in_cache - chunk.start
         length = max(1, min(self._decode_steps, most))
         while length > 1 and not self._grow(request, chunk.start + length):
             length -= 1
-        return replace(chunk, length=length, num_outputs=length)
+        return chunk._replace(length=length, num_outputs=length)
 
     def count(self, chunk: Chunk) -> None:
         """From now on a chunk's tokens are computed."""
@@ -72,8 +73,8 @@ class Replica:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Gives it pages for so many tokens; False if there are not as many."""
-        missing = self.pool.pages_for(num_tokens) - len(request.pages)
-        if missing > 0:
+        if num_tokens > len(request.pages) * self.pool.page_size:
+            missing = self.pool.pages_for(num_tokens) - len(request.pages)
             if not self.pool.can_allocate(missing):
                 return False
             request.pages += self.pool.allocate(missing)
@@ -121,9 +122,9 @@ class Replica:
 
     def register(self, request: Request) -> None:
         """Lets others share the pages that are full of known tokens."""
-        num_tokens = min(request.num_computed, request.num_known)
-        if num_tokens // self.pool.page_size > request.num_registered:
-            keys = self._keys(request, num_tokens)
+        unregistered = (request.num_registered + 1) * self.pool.page_size
+        if self._prefix_caching and request.num_computed >= unregistered <= request.num_known:
+            keys = self._keys(request, min(request.num_computed, request.num_known))
             for page in range(request.num_registered, len(keys)):
                 self.pool.register(request.pages[page], keys[page])
             request.num_registered = len(keys)

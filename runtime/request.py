@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from .channel import Channel, FinishReason, ReturnSample
+from .channel import Channel, FinishReason
 from .detokenizer import Detokenizer
-from .metrics import RequestMetrics
 from .page_pool import chained
+from .progress import GroupProgress, Output, Progress
 from .sampling_params import SamplingParams
 from .token_logprobs import Logprob, TokenLogprobs
 from .token_mask import TokenMask
 
 NO_TOKEN = -1  # what a step gives where no token was allowed
-# Of a sample of several completions these are the prompt's; all others are lists, one entry for each.
-OF_THE_PROMPT = ("num_prompt_tokens", "num_cached_tokens", "prompt_logprobs", "request_id")
 
 
 @dataclass(eq=False)
@@ -56,6 +53,10 @@ class Request:
         pages: its pages of that replica's cache, in order.
         page_keys: see `keys_of_full_pages`.
         num_registered: pages that the pool knows by their keys.
+        max_tokens_in_cache: the most tokens of it that the cache will ever hold: the last one is never fed
+            back.
+        wants_logprobs: whether those of its tokens are wanted; the best of several completions are found by
+            them.
     """
 
     prompt_ids: list[int]
@@ -95,24 +96,28 @@ class Request:
     pages: list[int] = field(default_factory=list[int])
     page_keys: list[bytes] = field(default_factory=list[bytes])
     num_registered: int = 0
+    max_tokens_in_cache: int = field(init=False)
+    wants_logprobs: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.group.requests.append(self)
+        params = self.params
+        self.max_tokens_in_cache = len(self.prompt_ids) + self.max_new_tokens - 1
+        self.wants_logprobs = params.logprobs is not None or params.num_completions > params.n
+        self._output = Output(
+            self.request_id,
+            len(self.prompt_ids),
+            self.submitted_at,
+            self.output_ids,
+            self.detokenizer,
+            None if params.logprobs is None else self.logprobs,
+            None if params.prompt_logprobs is None else self.prompt_logprobs,
+        )
 
     @property
     def is_biased(self) -> bool:
         """Whether anything is added to its logits, or only some tokens are allowed."""
         return bool(self.bias) or self.params.allowed_token_ids is not None
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Those of its tokens; the best of several completions are found by them."""
-        return self.params.logprobs is not None or self.params.num_completions > self.params.n
-
-    @property
-    def max_tokens_in_cache(self) -> int:
-        """The most tokens of it that the cache will ever hold: the last one is never fed back."""
-        return len(self.prompt_ids) + self.max_new_tokens - 1
 
     @property
     def num_known(self) -> int:
@@ -141,7 +146,7 @@ class Request:
     @property
     def can_decode(self) -> bool:
         """Whether another token may be planned; each needs the one before it in the cache."""
-        return self.is_prefilled and self.num_computed - len(self.prompt_ids) + 1 < self.max_new_tokens
+        return self.num_to_prefill <= self.num_computed < self.max_tokens_in_cache
 
     def may_stop_at(self, output_index: int) -> bool:
         """Whether this one of its generated tokens may end it."""
@@ -154,14 +159,15 @@ class Request:
                 found = score.of(self.prompt_ids[position], self.params.prompt_logprobs or 0, self.decode)
                 self.prompt_logprobs.append(found)
 
-    def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Takes a generated token, and finds out whether it is the last; none at all ends it as well."""
+    def accept(self, token_id: int, logprobs: TokenLogprobs | None, at: float) -> None:
+        """Takes a generated token, read at that moment, and finds out whether it is the last; none at all
+        ends it as well."""
         if token_id == NO_TOKEN:
             self.finish("stop")
             return
-        self.last_token_at = time.perf_counter()
+        self.last_token_at = at
         if self.first_token_at is None:
-            self.first_token_at = self.last_token_at
+            self.first_token_at = at
         may_stop = self.may_stop_at(len(self.output_ids))
         self.output_ids.append(token_id)
         if logprobs is not None:
@@ -176,7 +182,7 @@ class Request:
             self.finish("stop")
         elif self._add_text(token_id, may_stop=may_stop):
             self.finish_reason = "stop"
-        elif any(mask.is_complete for mask in self.masks):
+        elif self.masks and any(mask.is_complete for mask in self.masks):
             self.finish("stop")
         elif len(self.output_ids) >= self.max_new_tokens:
             self.finish("length")
@@ -190,43 +196,24 @@ class Request:
         if self.detokenizer is not None:
             self.detokenizer.finish()
 
-    def sample(self) -> ReturnSample:
-        """What has been generated so far."""
-        elapsed = max(time.perf_counter() - self.submitted_at, 1e-9)  # a clock may stand still
-        return ReturnSample(
-            text="" if self.detokenizer is None else self.detokenizer.text,
-            token_ids=tuple(self.output_ids),
-            num_generated_tokens=len(self.output_ids),
-            tokens_per_second=len(self.output_ids) / elapsed,
-            time_to_first_token_s=self._since_submission(self.first_token_at),
-            finish_reason=self.finish_reason,
-            num_prompt_tokens=len(self.prompt_ids),
-            num_cached_tokens=self.num_cached or 0,
-            num_preemptions=self.num_preemptions,
-            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
-            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
-            cumulative_logprob=self.cumulative_logprob if self.wants_logprobs else None,
-            request_id=self.request_id,
-            metrics=self._metrics(),
+    def progress(self, at: float) -> Progress:
+        """How far it has come now, which is `at`."""
+        detokenizer = self.detokenizer
+        return Progress(
+            self._output,
+            at,
+            len(self.output_ids),
+            0 if detokenizer is None else detokenizer.num_characters,
+            len(self.prompt_logprobs),
+            self.admitted_at,
+            self.first_token_at,
+            self.last_token_at,
+            self.ended_at,
+            self.finish_reason,
+            self.num_cached or 0,
+            self.num_preemptions,
+            self.cumulative_logprob if self.wants_logprobs else None,
         )
-
-    def _metrics(self) -> RequestMetrics:
-        first, last, num_gaps = self.first_token_at, self.last_token_at, len(self.output_ids) - 1
-        return RequestMetrics(
-            queue_time_s=self._since_submission(self.admitted_at),
-            ttft_s=self._since_submission(first),
-            time_between_tokens_s=(
-                None if first is None or last is None or num_gaps < 1 else (last - first) / num_gaps
-            ),
-            e2e_time_s=self._since_submission(self.ended_at),
-            num_prompt_tokens=len(self.prompt_ids),
-            num_generated_tokens=len(self.output_ids),
-            num_cached_tokens=self.num_cached or 0,
-            num_preemptions=self.num_preemptions,
-        )
-
-    def _since_submission(self, moment: float | None) -> float | None:
-        return None if moment is None else moment - self.submitted_at
 
 
 @dataclass(eq=False)
@@ -246,21 +233,13 @@ class Group:
         waits_for_the_end = params.output_kind == "final_only" or len(self.requests) > params.n
         return not waits_for_the_end or all(r.finish_reason is not None for r in self.requests)
 
-    def sample(self) -> ReturnSample:
-        """What has been generated for the prompt so far; with several completions, the likeliest ones."""
-        n = self.requests[0].params.n
-        best = self.requests
-        if len(best) > n:
-            best = sorted(best, key=lambda request: request.cumulative_logprob, reverse=True)[:n]
-        samples = [request.sample() for request in best]
-        return samples[0] if n == 1 else combined(samples)
-
-
-def combined(samples: Sequence[ReturnSample]) -> ReturnSample:
-    """One sample of several completions."""
-    names = [field.name for field in fields(ReturnSample)]
-    values = {name: [getattr(sample, name) for sample in samples] for name in names}
-    merged: dict[str, Any] = {
-        name: each[0] if name in OF_THE_PROMPT else each for name, each in values.items()
-    }
-    return ReturnSample(**merged)
+    def progress(self, at: float) -> Progress | GroupProgress:
+        """How far the prompt has come now, which is `at`; with several completions, the likeliest ones."""
+        requests = self.requests
+        if len(requests) == 1:
+            return requests[0].progress(at)
+        n = requests[0].params.n
+        if len(requests) > n:
+            requests = sorted(requests, key=lambda request: request.cumulative_logprob, reverse=True)[:n]
+        completions = tuple(request.progress(at) for request in requests)
+        return completions[0] if n == 1 else GroupProgress(completions)

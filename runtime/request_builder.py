@@ -16,8 +16,9 @@ from .detokenizer import Detokenizer, TokenBytes
 from .guided import Grammars
 from .metrics import RequestMetrics
 from .options import EngineOptions
+from .progress import combined
 from .prompts import Prompt, token_ids_of
-from .request import Group, Request, combined
+from .request import Group, Request
 from .sampling import MAX_BANNED
 from .sampling_params import MAX_SEED, SamplingParams
 from .token_mask import BadWords, TokenMask

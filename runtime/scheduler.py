@@ -178,6 +178,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, results: StepResults) -> list[Request]:
         """Takes the results of a step, in the order of the plans; the requests that got a token."""
         changed: list[Request] = []
+        now = time.perf_counter()
         for i, (chunk, tokens) in enumerate(zip(plan.chunks, results.token_ids, strict=True)):
             request = chunk.request
             request.num_pending -= chunk.num_outputs
@@ -190,7 +191,7 @@ class Scheduler:
             logprobs = None if results.logprobs is None else results.logprobs[i]
             for j, token_id in enumerate(tokens[: chunk.num_outputs]):
                 if request.finish_reason is None:
-                    request.accept(token_id, None if logprobs is None else logprobs[j])
+                    request.accept(token_id, None if logprobs is None else logprobs[j], now)
                     self.num_generated_tokens += token_id != NO_TOKEN
             changed.append(request)
             if request.row >= 0:

@@ -14,12 +14,11 @@ from typing import Any
 from ...model import Qwen3Config
 from ...model.config import BFLOAT16
 from ...model.config_json import config_to_json
+from .esurge import esurge_engine
 from .llama import llama_cpp_engine
 from .load import LoadRequest
 
 Run = Callable[[Sequence[LoadRequest]], float]  # seconds for all requests
-# What has no adapter, and why it is named all the same: users would run it.
-WITHOUT_ADAPTER = {"EasyDeL": "easydel"}
 
 
 def transformers_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
@@ -91,15 +90,13 @@ PEERS: dict[str, tuple[tuple[str, ...], Callable[[Qwen3Config, int, str], Run]]]
     "transformers": (("torch",), transformers_engine),
     "vLLM": (("vllm",), vllm_engine),
     "llama.cpp": (("llama_cpp", "gguf"), llama_cpp_engine),
+    "EasyDeL": (("easydel", "torch", "PIL"), esurge_engine),  # the two others it imports and does not ask for
 }
 
 
 def why_not(name: str, platform: str) -> str | None:
     """Why a peer cannot be measured beside an engine on "cpu", "gpu" or "tpu"; None if it can."""
-    if name in WITHOUT_ADAPTER:
-        there = "is installed, but " if find_spec(WITHOUT_ADAPTER[name]) else ""
-        return f"{there}has no adapter here"
-    if platform == "tpu":
+    if platform == "tpu" and name != "EasyDeL":  # which is in jax as well
         return "is not run on a TPU here"
     missing = [package for package in PEERS[name][0] if not find_spec(package)]
     return f"{' and '.join(missing)} not installed" if missing else None

@@ -168,7 +168,6 @@ def test_transformers_takes_the_same_requests(model: Model) -> None:
     assert transformers_engine(model.config, 2, "cpu")(requests) > 0
     assert why_not("transformers", "cpu") is None
     assert why_not("transformers", "tpu") == "is not run on a TPU here"
-    assert why_not("EasyDeL", "cpu") == "has no adapter here"
 
 
 def small(case: KernelCase, **changes: Any) -> KernelCase:

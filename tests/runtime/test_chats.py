@@ -17,7 +17,6 @@ OPEN_ANSWER = [*CHAT, {"role": "assistant", "content": "Hello, my name"}]
 BEGIN_ANSWER = "<|im_start|>assistant\n"
 
 # Messages of wrong types; the type checker of the tests must not get there first.
-pytestmark = pytest.mark.usefixtures("no_type_checker")
 
 
 @pytest.fixture

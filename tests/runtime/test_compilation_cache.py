@@ -113,7 +113,6 @@ def test_a_folder_that_cannot_be_made_is_an_error(tiny: Model, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("folder", "error"), [(3, TypeError), ("", ValueError)])
-@pytest.mark.usefixtures("no_type_checker")
 def test_what_is_no_folder_is_refused(tiny: Model, folder: Any, error: type[Exception]) -> None:
     with pytest.raises(
         error, match=f"compilation_cache_dir={folder!r}: must be the path of a folder, or None"

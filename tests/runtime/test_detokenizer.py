@@ -114,7 +114,7 @@ def test_text_ends_at_the_first_stop_string_however_tokens_cut_it(
 ) -> None:
     class Pieces(TokenBytes):
         def __init__(self) -> None:
-            pass
+            self._whole = {}
 
         def of(self, token_id: int) -> bytes:
             return pieces[token_id].encode()

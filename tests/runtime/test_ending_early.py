@@ -119,7 +119,6 @@ def test_abort_says_whether_there_was_anything_to_abort(scripted: Scripted) -> N
     assert not scripted.surge._engine._inbox._under_way
 
 
-@pytest.mark.usefixtures("no_type_checker")
 def test_an_id_that_is_no_string_is_refused(scripted: Scripted) -> None:
     with pytest.raises(TypeError, match="request_id=7: must be a string"):
         scripted.surge.abort(7)  # pyright: ignore[reportArgumentType]
@@ -202,7 +201,6 @@ def test_a_timeout_wakes_an_engine_whose_figures_have_come_to_rest(
         ([1.0, 0], ValueError, r"timeout_s\[1\]=0: must lie in"),
     ],
 )
-@pytest.mark.usefixtures("no_type_checker")
 def test_a_timeout_that_cannot_work_is_refused(
     scripted: Scripted, timeout_s: Any, error: type[Exception], message: str
 ) -> None:

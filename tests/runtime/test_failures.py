@@ -51,7 +51,6 @@ def all_ways_to_wait(scripted: Scripted, pool: ThreadPoolExecutor) -> list[Futur
     return futures
 
 
-@pytest.mark.usefixtures("no_type_checker")  # what cannot be read is no array
 @pytest.mark.parametrize("how", ["fails", "unreadable"])
 def test_a_step_that_fails_ends_its_requests_and_no_others(
     make_scripted: Callable[..., Scripted], how: str
@@ -88,7 +87,6 @@ def test_who_had_all_of_its_steps_before_the_one_that_fails_gets_all_tokens(scri
     check_it_serves(scripted)
 
 
-@pytest.mark.usefixtures("no_type_checker")
 def test_who_joined_after_the_step_that_fails_begins_anew_unharmed(scripted: Scripted) -> None:
     executor = scripted.executor
     executor.unreadable[2] = ZeroDivisionError()  # found out once the third step is dispatched

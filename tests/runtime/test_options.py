@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from jaxtyping import TypeCheckError
 
 from vsurge.model import Layout, Model, PartitionAxis
 from vsurge.model.sharding import AXIS_NAMES, TRIVIAL_DIMS
@@ -23,7 +22,6 @@ from vsurge.runtime import OutOfMemory, SamplingParams, vSurge
 from vsurge.runtime.blueprint import MAX_PROGRAMS, default_buckets
 from vsurge.runtime.cache_size import CPU_CACHE_BYTES, choose_num_pages, page_bytes
 from vsurge.runtime.executor import Executor
-from vsurge.runtime.page_pool import PagePool
 
 from ..devices import TP
 
@@ -94,7 +92,6 @@ MAY_BE_NONE = {
         ({"model": 5}, TypeError, "model=5: must be a Model"),
     ],
 )  # fmt: skip
-@pytest.mark.usefixtures("no_type_checker")
 def test_an_option_that_cannot_work_is_refused_by_name(
     model: Model, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -104,7 +101,6 @@ def test_an_option_that_cannot_work_is_refused_by_name(
 
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("value", [2.0, True, "2", np.float32(2), np.True_])
-@pytest.mark.usefixtures("no_type_checker")
 def test_what_is_no_integer_is_refused_by_name(model: Model, name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=re.escape(f"{name}={value!r}: must be an integer")):
         vSurge.from_model(model, **{name: value})
@@ -122,7 +118,6 @@ def test_what_is_no_integer_is_refused_by_name(model: Model, name: str, value: A
         "verbose",
     ],
 )
-@pytest.mark.usefixtures("no_type_checker")
 def test_none_is_taken_only_where_it_is_documented(model: Model, name: str) -> None:
     def build() -> vSurge:
         return vSurge.from_model(model, **{"num_pages": 4, name: None})
@@ -134,7 +129,6 @@ def test_none_is_taken_only_where_it_is_documented(model: Model, name: str) -> N
             build()
 
 
-@pytest.mark.usefixtures("no_type_checker")
 def test_numpy_numbers_are_numbers(model: Model) -> None:
     options: dict[str, Any] = {name: np.int64(32) for name in INTEGERS}
     options["prefill_lengths"] = np.array([32, 8, 32])
@@ -206,7 +200,6 @@ def test_the_cache_is_as_large_as_it_can_be_of_use_and_no_larger_than_its_budget
     assert surge.num_pages == 6
 
 
-@pytest.mark.usefixtures("no_type_checker")  # the stand-in is no Model
 def test_an_accelerators_cache_is_a_share_of_what_the_weights_leave() -> None:
     gib = 1 << 30
     device = FakeDevice(
@@ -267,8 +260,3 @@ def on_two_replicas(model: Model) -> Model:
     """As far as an engine's options go."""
     devices = [FakeDevice(id=i, platform="cpu", process_index=0, memory_stats=dict) for i in range(2)]
     return replace(model, mesh=Mesh(np.array(devices).reshape(2, 1, 1, 1, 1), AXIS_NAMES))
-
-
-def test_an_argument_of_a_wrong_type_is_caught_by_the_type_checker() -> None:
-    with pytest.raises(TypeCheckError):
-        PagePool("4", 16)  # pyright: ignore[reportArgumentType]

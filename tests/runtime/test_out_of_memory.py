@@ -102,7 +102,6 @@ def test_a_system_that_does_not_say_what_is_free_is_just_tried(
         surge.start()
 
 
-@pytest.mark.usefixtures("no_type_checker")  # the stand-in is no Model
 def test_an_accelerator_tells_what_its_allocator_knows() -> None:
     stats = {"bytes_limit": 16 << 30, "bytes_in_use": 12 << 30}
     device = FakeDevice(id=0, platform="gpu", memory_stats=lambda: stats)

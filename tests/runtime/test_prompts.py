@@ -40,7 +40,6 @@ CHAT = [{"role": "user", "content": "Hi"}]
         ),
     ],
 )  # fmt: skip
-@pytest.mark.usefixtures("no_type_checker")
 def test_a_prompt_or_parameter_that_cannot_work_is_refused_by_name_and_nothing_is_queued(
     scripted: Scripted, prompts: Any, params: Any, error: type[Exception], message: str
 ) -> None:
@@ -95,7 +94,6 @@ def test_as_list_tells_one_prompt_from_many() -> None:
     assert as_list(CHAT) == [CHAT]
 
 
-@pytest.mark.usefixtures("no_type_checker")
 def test_numpy_integers_are_token_ids(scripted: Scripted) -> None:
     prompt: list[Any] = [np.int64(3), np.int8(4)]
     assert scripted.surge.count_tokens(prompt) == 2

@@ -20,7 +20,6 @@ class Kind(enum.Enum):
 
 
 # Out of range or of a wrong type; the type checker of the tests must not get there first.
-pytestmark = pytest.mark.usefixtures("no_type_checker")
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,6 @@ def test_priority_goes_before_arrival(make_scripted: Callable[..., Scripted]) ->
     assert scripted.executor.prompts == [[1], [4], [3], [2]]
 
 
-@pytest.mark.usefixtures("no_type_checker")
 @pytest.mark.parametrize(
     ("priority", "error", "message"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vsurge.runtime import EngineError, Generation, ReturnSample, SamplingParams
-from vsurge.runtime.channel import Channel
+from vsurge.runtime.channel import Channel, publish
 
 from .scripted import PROMPT, TIMEOUT_S, Scripted, counting_script, run, tokens_of
 
@@ -84,6 +84,12 @@ def test_what_comes_last_is_not_lost_when_it_comes_between_looking_and_waiting()
     empty = ReturnSample("", (), 0, 0.0, None, None, 1)
     last = ReturnSample("x", (1,), 1, 1.0, 0.1, "stop", 1)
 
+    class AsRead:
+        is_finished = True
+
+        def sample(self) -> ReturnSample:
+            return last
+
     def make() -> Generation:
         channel = Channel([empty])
         read, published = channel.read, []
@@ -92,7 +98,7 @@ def test_what_comes_last_is_not_lost_when_it_comes_between_looking_and_waiting()
             news = read(seen)
             if not published:
                 published.append(True)
-                channel.publish({0: last})
+                publish({channel: {0: AsRead()}})
             return news
 
         channel.read = read_just_before_the_end

@@ -136,7 +136,6 @@ def changed(params: Any, **first_layer: Any) -> Any:
     return replace(params, layers=(replace(params.layers[0], **first_layer), *params.layers[1:]))
 
 
-@pytest.mark.usefixtures("no_type_checker")
 def test_weights_that_do_not_fit_are_refused_by_the_first_array_that_differs(own: vSurge) -> None:
     params = own.model.params
     norm = params.layers[0].input_norm

@@ -10,7 +10,7 @@ import pytest
 
 import vsurge
 from vsurge.benchmarks import measuring
-from vsurge.benchmarks.engine.peers import PEERS, WITHOUT_ADAPTER
+from vsurge.benchmarks.engine.peers import PEERS
 from vsurge.benchmarks.engine.steps import StepCase
 from vsurge.benchmarks.kernels.cases import KernelCase
 from vsurge.benchmarks.measuring import RequestMix
@@ -49,13 +49,12 @@ def test_the_commands_measure_the_demo_checkpoint(command: Callable, tmp_path: P
     assert "predicted from the compiler's schedule, never measured" in done.out
 
 
-def test_every_peer_with_an_adapter_can_be_asked_for() -> None:
+def test_every_peer_and_no_other_can_be_asked_for() -> None:
     parse = build_parser().parse_args
     given = [argument for peer in PEERS for argument in ("--peer", peer)]
     assert parse(["bench", "throughput", *given]).peer == list(PEERS)
-    for peer in WITHOUT_ADAPTER:
-        with pytest.raises(SystemExit):
-            parse(["bench", "throughput", "--peer", peer])
+    with pytest.raises(SystemExit):
+        parse(["bench", "throughput", "--peer", "another"])
 
 
 @pytest.mark.usefixtures("quick")
@@ -70,12 +69,13 @@ def test_all_writes_down_each_part(
     monkeypatch.setattr(measuring.steps, "cases", lambda _: [StepCase("decode", 2, 16)])
     monkeypatch.setattr(measuring, "FEWER", work)
     monkeypatch.setattr(bench, "random_model", lambda *_, **__: model)
-    monkeypatch.setattr(bench, "PEERS", {})
+    monkeypatch.setitem(PEERS, "another", (("no_such_package",), PEERS["vLLM"][1]))
+    monkeypatch.setattr(bench, "PEERS", ["another"])
     done = command("bench", "all", "--out", str(tmp_path))
     assert done.code == 0, done.err
     report = read_report(tmp_path / "bench.json")
     assert [(row.suite, row.implementation) for row in report.rows] == [
-        ("kernels", "vSurge xla"), ("steps", "vSurge"), ("engine", "vSurge"), ("engine", "EasyDeL"),
+        ("kernels", "vSurge xla"), ("steps", "vSurge"), ("engine", "vSurge"), ("engine", "another"),
     ]  # fmt: skip
     at_once, half, most = report.loads
     assert at_once.requests_per_s is None

@@ -141,6 +141,17 @@ def test_output_can_be_given_a_shape(tmp_path: Path) -> None:
         assert changes == {"guided_decoding": shape, "max_tokens": 256}
 
 
+def test_a_wrong_shape_is_refused_before_there_is_a_model(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "nothing"}')
+    for argv, complaint in (
+        (["--guided-json", str(schema)], "Invalid type: nothing"),
+        (["--guided-regex", "[a-"], "unclosed character class"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            sampling_changes(build_parser().parse_args(["generate", "x", *argv]))
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [

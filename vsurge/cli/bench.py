@@ -14,7 +14,7 @@ import jax
 
 from ..benchmarks import measuring
 from ..benchmarks.engine.load import LoadRequest, random_requests, read_requests, run_load
-from ..benchmarks.engine.peers import PEERS, WITHOUT_ADAPTER
+from ..benchmarks.engine.peers import PEERS
 from ..benchmarks.machine import describe_machine
 from ..benchmarks.measuring import RequestMix
 from ..benchmarks.record import Report, machine_slug, read_report, results_folder
@@ -91,7 +91,7 @@ def _measured(report: Report, name: str, parts: Sequence[str], work: RequestMix)
             report = replace(report, loads=(load, *loads))
             yield report
     if "engine" in parts:
-        for peer in progress_bar([*PEERS, *WITHOUT_ADAPTER], "peers", show=True, unit="engine"):
+        for peer in progress_bar(list(PEERS), "peers", show=True, unit="engine"):
             row = measuring.peer_row(peer, model.config, requests, work.at_once)
             report = replace(report, rows=(*report.rows, replace(row, case=work.case)))
             yield report

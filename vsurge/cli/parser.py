@@ -141,8 +141,12 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
 
     requests = [_model(tokenizer=False), _engine(), _load()]
     throughput = add("throughput", "Time requests that are all there from the start.", *requests)
-    throughput.add_argument("--peer", action="append", choices=("transformers", "vLLM", "llama.cpp"),
-        help="another engine on the same requests; repeatable")  # fmt: skip
+    throughput.add_argument(
+        "--peer",
+        action="append",
+        choices=("transformers", "vLLM", "llama.cpp", "EasyDeL"),
+        help="another engine on the same requests; repeatable",
+    )
 
     serve = add("serve", "Time requests that arrive at random.", *requests)
     serve.add_argument("--rate", metavar="R,…", required=True,

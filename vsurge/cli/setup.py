@@ -23,6 +23,7 @@ from ..model.config import parse_dtype
 from ..model.loading import find_checkpoint
 from ..runtime import Processes, SamplingParams, join_processes, vSurge
 from ..runtime.cache_size import CPU_CACHE_BYTES
+from ..runtime.guided import check_grammar
 from .parser import DEFAULT_MEMORY_UTILIZATION
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -232,6 +233,7 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         ValueError: one that cannot be.
+        ImportError: structured output without llguidance.
         OSError: a JSON schema's file that cannot be read.
     """
     changes = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
@@ -241,7 +243,9 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, f"guided_{kind}") is not None:
             changes["guided_decoding"] = {kind: getattr(args, f"guided_{kind}")}
     changes["max_tokens"] = given(args.max_tokens, args.default_max_tokens)
-    SamplingParams(**changes)  # wrong values are known before a model is loaded
+    params = SamplingParams(**changes)  # wrong values are known before a model is loaded
+    if params.guided_decoding is not None:
+        check_grammar(params.guided_decoding)
     return changes
 
 

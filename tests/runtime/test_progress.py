@@ -1,0 +1,93 @@
+"""A sample is made by who reads it, and is what there was when it was handed out, whatever came since."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+import vsurge.runtime.progress
+from vsurge.runtime import ReturnSample, SamplingParams
+from vsurge.runtime.channel import Channel
+from vsurge.runtime.detokenizer import Detokenizer, TokenBytes
+from vsurge.runtime.request import Group, Request
+from vsurge.runtime.token_logprobs import TokenLogprobs
+
+from .scripted import PROMPT, TIMEOUT_S, Scripted, tokens_of
+
+SCORE = TokenLogprobs(-0.5, 1, (7,), (-0.5,))
+
+
+def request_of(tokenizer: Any, params: SamplingParams, group: Group | None = None) -> Request:
+    detokenizer = Detokenizer(TokenBytes(tokenizer), skip_special_tokens=True, stop=(), include_stop=False)
+    return Request(
+        prompt_ids=PROMPT,
+        params=params,
+        stop_token_ids=frozenset(),
+        max_new_tokens=9,
+        seed=0,
+        channel=Channel([]),
+        index=0,
+        detokenizer=detokenizer,
+        group=group or Group(),
+        request_id="x",
+    )
+
+
+def test_a_sample_is_of_its_moment_however_late_it_is_made(tokenizer: Any) -> None:
+    request = request_of(tokenizer, SamplingParams(logprobs=0, prompt_logprobs=0))
+    ids = tokenizer.encode("one two three four five six seven eight nine")[:9]
+    at_once: list[ReturnSample] = []
+    now = request.submitted_at + 20.0
+    progress = [request.group.progress(now)]
+    at_once.append(progress[0].sample())
+    for i, token_id in enumerate(ids):
+        request.take_scores(i, [SCORE] if i < len(PROMPT) - 1 else [])
+        request.accept(token_id, SCORE, request.submitted_at + i)
+        progress.append(request.group.progress(now))
+        at_once.append(progress[-1].sample())
+    assert [each.sample() for each in progress] == at_once
+    for i, sample in enumerate(at_once):
+        assert sample.token_ids == tuple(ids[:i])
+        assert sample.text == tokenizer.decode(ids[:i])
+        assert (sample.finish_reason, sample.metrics.num_generated_tokens) == (
+            "length" if i == 9 else None,
+            i,
+        )
+        assert sample.logprobs is not None
+        assert sample.prompt_logprobs is not None
+        assert (len(sample.logprobs), len(sample.prompt_logprobs)) == (i, min(i + 1, len(PROMPT)))
+        assert sample.cumulative_logprob == -0.5 * i
+        assert sample.metrics.time_between_tokens_s == (None if i < 2 else pytest.approx(1.0))
+
+
+def test_completions_of_one_prompt_are_of_one_moment(tokenizer: Any) -> None:
+    params, group = SamplingParams(n=2), Group()
+    first, second = request_of(tokenizer, params, group), request_of(tokenizer, params, group)
+    first.accept(50, None, first.submitted_at)
+    now = first.submitted_at + 1.0
+    before = group.progress(now)
+    second.accept(60, None, first.submitted_at)
+    first.finish("abort")
+    sample: Any = before.sample()
+    assert (sample.token_ids, sample.finish_reason, before.is_finished) == ([(50,), ()], [None, None], False)
+    second.finish("abort")
+    assert group.progress(now).is_finished
+
+
+def test_nobody_makes_what_nobody_reads(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    makers: list[threading.Thread] = []
+
+    class Counted(ReturnSample):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            makers.append(threading.current_thread())
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(vsurge.runtime.progress, "ReturnSample", Counted)
+    prompts = [PROMPT, [8], [9, 10]]
+    generation = scripted.surge.generate(prompts, SamplingParams(max_tokens=50))
+    samples = generation.result(TIMEOUT_S)
+    assert [sample.token_ids for sample in samples] == [tokens_of(prompt, 50) for prompt in prompts]
+    assert generation.result(TIMEOUT_S) == samples  # made once
+    assert makers == [threading.current_thread()] * len(prompts)

@@ -13,7 +13,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "llama-cpp-python", "numpy", "torch", "transformers", "vsurge")
+PACKAGES = (
+    "easydel",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "llama-cpp-python",
+    "numpy",
+    "torch",
+    "transformers",
+    "vsurge",
+)
 
 
 def describe_machine(device: Any = None) -> dict[str, Any]:

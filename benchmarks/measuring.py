@@ -56,8 +56,8 @@ class RequestMix:
 
 # What small engines quote: nano-vllm's bench.py has 256 sequences of 100 to 1,024 tokens in and out.
 QUOTED = RequestMix(num_requests=256, input_tokens=(100, 1024), output_tokens=(100, 1024), at_once=256)
-# A CPU would take a quarter of an hour for it.
-FEWER = RequestMix(num_requests=16, input_tokens=(32, 256), output_tokens=(16, 64), at_once=16)
+# A CPU with two cores would take hours for it, and a slow one half an hour for four times these.
+FEWER = RequestMix(num_requests=16, input_tokens=(32, 128), output_tokens=(16, 32), at_once=16)
 
 
 def platform() -> str:

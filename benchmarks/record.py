@@ -158,13 +158,17 @@ def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_slug(machine: Mapping[str, Any]) -> str:
-    """A machine's name for files, like "intel-xeon-2-cores" or "nvidia-h200"."""
+    """A machine's name for files, like "intel-xeon-avx512f-2-cores" or "nvidia-h200".
+
+    Of a processor's vector extensions it has the last one, which decides how fast products are.
+    """
     if machine.get("accelerator") is not None:
         name = str(machine["accelerator"])
     else:
         # "Intel(R) Xeon(R) Processor @ 2.50GHz (avx2)"
-        processor = re.sub(r"\((R|TM)\)| (Processor|CPU)\b|@.*", "", str(machine["processor"]))
-        name = f"{processor.split('(')[0]}-{machine['cores']}-cores"
+        processor = re.sub(r"\((R|TM)\)| (Processor|CPU)\b|@[^(]*", "", str(machine["processor"]))
+        kind, _, extensions = processor.partition("(")
+        name = f"{kind}-{extensions.split(',')[-1]}-{machine['cores']}-cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -238,9 +238,8 @@ def main() -> None:
         "turns": turns,
     }
     print_report(report)
-    out = (
-        arguments.out or results_folder() / f"{machine_slug(machine)}-{work.model.split('/')[1].lower()}.json"
-    )
+    name = f"side-by-side-{work.model.split('/')[1].lower()}.json"
+    out = arguments.out or results_folder() / machine_slug(machine) / name
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {out}")

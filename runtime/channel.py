@@ -125,6 +125,7 @@ class Channel:
         self._failure: BaseException | None = None
         self._failed_as: tuple[type[EngineError], str] = (EngineError, "")
         self._waiters: list[_Waiter] = []
+        self._num_waiting = 0  # threads
 
     def replace(self, changed: Mapping[int, Snapshot]) -> tuple[bool, list[_Waiter]]:
         """Replaces some prompts' samples, for `publish`: whether all have ended, and which coroutines are to
@@ -199,7 +200,11 @@ class Channel:
                 remaining = None if deadline is None else deadline - time.monotonic()
                 if remaining is not None and remaining <= 0:
                     return False
-                self._lock.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
+                self._num_waiting += 1
+                try:
+                    self._lock.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
+                finally:
+                    self._num_waiting -= 1
             return True
 
     async def wait_async(self, seen: int, *, until_finished: bool) -> None:
@@ -220,7 +225,10 @@ class Channel:
 
     def _notify(self) -> list[_Waiter]:
         """Wakes the threads that wait; the coroutines that are to be woken."""
-        self._lock.notify_all()
+        if self._num_waiting:
+            self._lock.notify_all()
+        if not self._waiters:
+            return []
         woken: list[_Waiter] = []
         waiting: list[_Waiter] = []
         has_ended, version = self._ended(), self._version

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from os import PathLike
 from typing import Any
@@ -59,7 +59,7 @@ class TokenBytes:
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._tokens = {token_id: token for token, token_id in vocabulary.items()}
         self._known: dict[int, bytes] = {}
-        self._whole: dict[int, str | None] = {}
+        self._texts = {skipped: _Texts(self, skipped) for skipped in (frozenset[int](), self._special)}
 
     def of(self, token_id: int) -> bytes:
         """The token's bytes; none for an id unknown to the tokenizer (a model's vocabulary is padded)."""
@@ -67,21 +67,32 @@ class TokenBytes:
             self._known[token_id] = _spell(self._tokens.get(token_id, ""))
         return self._known[token_id]
 
-    def whole_text_of(self, token_id: int) -> str | None:
-        """The token's text if it is of whole characters; None if it begins or ends inside of one."""
-        if token_id not in self._whole:
-            try:
-                self._whole[token_id] = self.of(token_id).decode()
-            except UnicodeDecodeError:
-                self._whole[token_id] = None
-        return self._whole[token_id]
+    def texts(self, *, skip_special_tokens: bool) -> Mapping[int, str | None]:
+        """The text of every token that is of whole characters; None of one that begins or ends inside of one.
+
+        Args:
+            skip_special_tokens: whether the text of a special token is empty.
+        """
+        return self._texts[self._special if skip_special_tokens else frozenset()]
 
     def text_of(self, token_id: int) -> str:
         """The token's text by itself; half a character becomes U+FFFD."""
         return self.of(token_id).decode(errors="replace")
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special
+
+class _Texts(dict[int, str | None]):
+    """See `TokenBytes.texts`; a token's is found when it is asked for the first time."""
+
+    def __init__(self, token_bytes: TokenBytes, skipped: frozenset[int]) -> None:
+        super().__init__(dict.fromkeys(skipped, ""))
+        self._token_bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            self[token_id] = self._token_bytes.of(token_id).decode()
+        except UnicodeDecodeError:
+            self[token_id] = None
+        return self[token_id]
 
 
 def _spell(token: str) -> bytes:
@@ -111,7 +122,7 @@ class Detokenizer:
         self, token_bytes: TokenBytes, *, skip_special_tokens: bool, stop: Sequence[str], include_stop: bool
     ) -> None:
         self._token_bytes = token_bytes
-        self._skip_special_tokens = skip_special_tokens
+        self._texts = token_bytes.texts(skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -135,21 +146,14 @@ class Detokenizer:
         Returns:
             Whether one did.
         """
-        if self._skip_special_tokens and self._token_bytes.is_special(token_id):
-            return False
-        new = self._text_of(token_id)
-        if self._stop:
-            return self._append(new, may_stop=may_stop)
-        self._write(new)
-        return False
-
-    def _text_of(self, token_id: int) -> str:
-        """The characters that a token completes."""
-        text = None if self._is_cut else self._token_bytes.whole_text_of(token_id)
-        if text is None:
+        text = self._texts[token_id]
+        if text is None or (text and self._is_cut):
             text = self._utf8.decode(self._token_bytes.of(token_id))
             self._is_cut = bool(self._utf8.getstate()[0])
-        return text
+        if self._stop:
+            return self._append(text, may_stop=may_stop)
+        self._write(text)
+        return False
 
     def finish(self) -> None:
         """Appends what was held back: an unfinished character (as U+FFFD) and a stop string's beginning."""

@@ -57,6 +57,7 @@ class Request:
             back.
         wants_logprobs: whether those of its tokens are wanted; the best of several completions are found by
             them.
+        waits_for_the_end: whether nothing is handed out before all completions of the prompt have ended.
     """
 
     prompt_ids: list[int]
@@ -98,12 +99,15 @@ class Request:
     num_registered: int = 0
     max_tokens_in_cache: int = field(init=False)
     wants_logprobs: bool = field(init=False)
+    waits_for_the_end: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.group.requests.append(self)
         params = self.params
         self.max_tokens_in_cache = len(self.prompt_ids) + self.max_new_tokens - 1
-        self.wants_logprobs = params.logprobs is not None or params.num_completions > params.n
+        has_spare = params.num_completions > params.n  # completions, of which only the best are handed out
+        self.wants_logprobs = params.logprobs is not None or has_spare
+        self.waits_for_the_end = params.output_kind == "final_only" or has_spare
         self._output = Output(
             self.request_id,
             len(self.prompt_ids),
@@ -148,10 +152,6 @@ class Request:
         """Whether another token may be planned; each needs the one before it in the cache."""
         return self.num_to_prefill <= self.num_computed < self.max_tokens_in_cache
 
-    def may_stop_at(self, output_index: int) -> bool:
-        """Whether this one of its generated tokens may end it."""
-        return output_index >= self.params.min_tokens
-
     def take_scores(self, start: int, scores: Sequence[TokenLogprobs]) -> None:
         """Takes the log-probabilities of the prompt's tokens behind position `start`, if they are new."""
         for position, score in enumerate(scores, start + 1):
@@ -168,27 +168,27 @@ class Request:
         self.last_token_at = at
         if self.first_token_at is None:
             self.first_token_at = at
-        may_stop = self.may_stop_at(len(self.output_ids))
         self.output_ids.append(token_id)
+        num_generated = len(self.output_ids)
         if logprobs is not None:
             self.cumulative_logprob += logprobs.chosen
             if self.params.logprobs is not None:
                 self.logprobs.append(logprobs.of(token_id, self.params.logprobs, self.decode))
         for mask in self.masks:
             mask.advance(token_id)
+        detokenizer, params = self.detokenizer, self.params
         if token_id in self.stop_token_ids:
-            if self.params.include_stop_str_in_output:
-                self._add_text(token_id, may_stop=False)
+            if params.include_stop_str_in_output and detokenizer is not None:
+                detokenizer.add(token_id, may_stop=False)
             self.finish("stop")
-        elif self._add_text(token_id, may_stop=may_stop):
+        elif detokenizer is not None and detokenizer.add(
+            token_id, may_stop=num_generated > params.min_tokens
+        ):
             self.finish_reason = "stop"
         elif self.masks and any(mask.is_complete for mask in self.masks):
             self.finish("stop")
-        elif len(self.output_ids) >= self.max_new_tokens:
+        elif num_generated >= self.max_new_tokens:
             self.finish("length")
-
-    def _add_text(self, token_id: int, *, may_stop: bool) -> bool:
-        return self.detokenizer is not None and self.detokenizer.add(token_id, may_stop=may_stop)
 
     def finish(self, reason: FinishReason) -> None:
         """Ends it, with all the text it has."""
@@ -229,9 +229,8 @@ class Group:
     @property
     def is_due(self) -> bool:
         """Whether what there is may be handed out."""
-        params = self.requests[0].params
-        waits_for_the_end = params.output_kind == "final_only" or len(self.requests) > params.n
-        return not waits_for_the_end or all(r.finish_reason is not None for r in self.requests)
+        requests = self.requests
+        return not requests[0].waits_for_the_end or all(r.finish_reason is not None for r in requests)
 
     def progress(self, at: float) -> Progress | GroupProgress:
         """How far the prompt has come now, which is `at`; with several completions, the likeliest ones."""

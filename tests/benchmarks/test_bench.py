@@ -74,9 +74,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path, model: Model) -> Non
 
 
 def test_machines_have_names_for_files() -> None:
-    assert machine_slug(MACHINE) == "a-thing-2-cores"
-    xeon = {"processor": "Intel(R) Xeon(R) Processor @ 2.50GHz (avx2)"}
-    assert machine_slug(MACHINE | xeon) == "intel-xeon-2-cores"
+    assert machine_slug(MACHINE) == "a-thing-avx2-2-cores"
+    xeon = {"processor": "Intel(R) Xeon(R) Processor @ 2.50GHz (avx2, avx512f)"}
+    assert machine_slug(MACHINE | xeon) == "intel-xeon-avx512f-2-cores"
+    assert machine_slug(MACHINE | {"processor": "AMD EPYC"}) == "amd-epyc-2-cores"
     assert machine_slug(MACHINE | {"accelerator": "NVIDIA H200"}) == "nvidia-h200"
 
 

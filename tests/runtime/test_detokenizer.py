@@ -114,13 +114,11 @@ def test_text_ends_at_the_first_stop_string_however_tokens_cut_it(
 ) -> None:
     class Pieces(TokenBytes):
         def __init__(self) -> None:
-            self._whole = {}
+            pass
 
-        def of(self, token_id: int) -> bytes:
-            return pieces[token_id].encode()
-
-        def is_special(self, token_id: int) -> bool:
-            return token_id < 0
+        def texts(self, *, skip_special_tokens: bool) -> dict[int, str | None]:
+            assert skip_special_tokens
+            return dict(enumerate(pieces))
 
     detokenizer = Detokenizer(Pieces(), skip_special_tokens=True, stop=stops, include_stop=include)
     texts, stopped = stream(detokenizer, list(range(len(pieces))), min_tokens)

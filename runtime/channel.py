@@ -118,7 +118,8 @@ class Channel:
     def __init__(self, initial: list[ReturnSample]) -> None:
         self.request_ids = tuple(sample.request_id for sample in initial)
         self.publisher: threading.Thread | None = None
-        self._lock = threading.Condition(threading.Lock())  # guards everything below
+        self._lock = threading.Lock()  # guards everything below
+        self._changed = threading.Condition(self._lock)
         self._latest: list[ReturnSample | Snapshot] = [*initial]
         self._unfinished = set(range(len(initial)))
         self._version = 0
@@ -202,7 +203,7 @@ class Channel:
                     return False
                 self._num_waiting += 1
                 try:
-                    self._lock.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
+                    self._changed.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
                 finally:
                     self._num_waiting -= 1
             return True
@@ -226,7 +227,7 @@ class Channel:
     def _notify(self) -> list[_Waiter]:
         """Wakes the threads that wait; the coroutines that are to be woken."""
         if self._num_waiting:
-            self._lock.notify_all()
+            self._changed.notify_all()
         if not self._waiters:
             return []
         woken: list[_Waiter] = []

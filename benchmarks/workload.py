@@ -36,7 +36,10 @@ class Workload:
 def check_has_no_experts(config: Qwen3Config) -> None:
     """Raises ValueError: a model with experts, whose tokens are multiplied with some of them."""
     if config.experts is not None:
-        raise ValueError("a model with experts has no number of bytes and operations that all steps share")
+        raise ValueError(
+            "a model with experts cannot be measured: the bytes and operations of its steps differ, with the "
+            "experts that tokens take"
+        )
 
 
 def matrix_parameters(config: Qwen3Config) -> int:

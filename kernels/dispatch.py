@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 
-Implementation = Literal["mosaic_tpu", "mosaic_gpu", "triton", "xla", "reference"]
+Implementation = Literal["mosaic_tpu", "triton", "xla", "reference"]
 
 # The best implementation for a platform, of the kernels that have it. "triton" has not been run on a GPU yet:
 # who wants it asks for it.
@@ -29,8 +29,7 @@ def choose_implementation(
         available: the implementations that this kernel has.
 
     Raises:
-        ValueError: no such implementation.
-        NotImplementedError: an implementation that this kernel does not have yet.
+        ValueError: the kernel has no such implementation.
     """
     if implementation is None:
         platform = jax.default_backend()
@@ -39,13 +38,10 @@ def choose_implementation(
             return preferred
         _log_fallback_once(kernel, platform)
         return "xla"
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation={implementation!r}: must be one of {get_args(Implementation)} or None"
-        )
     if implementation not in available:
-        raise NotImplementedError(
-            f"implementation={implementation!r} of {kernel} is not there yet; available: {tuple(available)}"
+        raise ValueError(
+            f"implementation={implementation!r}: {kernel} has {', '.join(map(repr, available))}; "
+            "None chooses one of them"
         )
     return implementation
 

@@ -76,7 +76,7 @@ def choose_num_pages(
         model: its weights are on their device already.
         page_size: tokens per page.
         memory_utilization: share of the free memory, in (0, 1].
-        max_useful_pages: those of `max_length` tokens in every row of the batch.
+        max_useful_pages: beyond which more would never be used.
         num_rows: of the batch.
 
     Raises:

@@ -110,7 +110,8 @@ class vSurge(LifeCycle):
             max_length: longest sequence, prompt and output, tokens; None for the model's own.
             page_size: tokens per page of the cache.
             memory_utilization: share of the accelerator's memory left after the weights that the cache takes,
-                in (0, 1]; on a CPU the cache takes 1 GiB instead.
+                in (0, 1]; on a CPU the cache takes 1 GiB instead. It takes less where the engine can use no
+                more: max_length tokens for each of max_concurrent_decodes, twice that with prefix_caching.
             num_pages: pages of the cache; None for as many as `memory_utilization` says. A sequence longer
                 than all of them together (of a replica's) is refused, or cut off there if its `max_tokens` is
                 None.
@@ -153,8 +154,6 @@ class vSurge(LifeCycle):
             compilation_cache_dir=compilation_cache_dir,
         )
         return cls(model, processor, options, executor_of(model, options, processes))
-
-    create_odriver = from_model
 
     def count_tokens(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
         """Tokens of one prompt, a string, token ids or chat messages (the template's own tokens included).

@@ -164,6 +164,7 @@ class AutoEasyDeLModelForCausalLM:
 
         Raises:
             ValueError: an unknown option, or a value out of range.
+            TypeError: config_kwargs or precision of another type.
             NotImplementedError: a value that is not supported yet.
             ConfigError, CheckpointError, FileNotFoundError: see `load_model`.
         """

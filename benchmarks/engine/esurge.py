@@ -23,7 +23,7 @@ from ...model.config import BFLOAT16
 from ...model.config_json import config_to_json
 from .load import LoadRequest
 
-MAX_LENGTH = {"cpu": 320, "gpu": 2048, "tpu": 2048}  # of the requests that `vsurge bench all` has
+MAX_LENGTH = {"cpu": 320, "gpu": 2048, "tpu": 2048}  # the longest requests of `vsurge bench all` fit
 SEED = 0
 
 

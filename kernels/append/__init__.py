@@ -62,9 +62,8 @@ def append_kv(
         The cache with the rows written.
 
     Raises:
-        ValueError: shapes that do not belong together, a dtype that is not allowed, or more heads than a
-            TPU's memory has room for; the message names the argument.
-        NotImplementedError: the implementation does not exist yet.
+        ValueError: shapes that do not belong together, a dtype that is not allowed, more heads than a
+            TPU's memory has room for, or no such implementation; the message names the argument.
     """
     if slots.ndim != 1 or slots.dtype != jnp.int32:
         raise ValueError(f"slots: {slots.dtype}{list(slots.shape)}, expected int32[num_tokens]")

@@ -142,9 +142,9 @@ def paged_decode_attention(
         slots: [num_seqs(, num_queries)] int32, with `new_kv`: where the page table has these tokens,
             `page * page_size + offset`; negative for those that are in the cache already, and for padding.
         block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
-        implementation: "mosaic_tpu" (a Pallas kernel; interpreted where there is no TPU), "xla" (compiled for
-            any device) or "reference" (float64 NumPy, outside jit only); None for the best one on this
-            device.
+        implementation: "mosaic_tpu" or "triton" (a Pallas kernel for TPUs or NVIDIA GPUs; interpreted
+            elsewhere), "xla" (compiled for any device) or "reference" (float64 NumPy, outside jit only); None
+            for the best one on this device.
         kv_pages, scale, sliding_window, soft_cap, sinks, return_lse, debug: as in `ragged_paged_attention`.
 
     Returns:
@@ -152,8 +152,9 @@ def paged_decode_attention(
         shape without head_dim; with `new_kv` then the cache.
 
     Raises:
-        ValueError: an argument's shape, dtype or value is not allowed; the message names it.
-        NotImplementedError: the implementation does not exist yet.
+        ValueError: an argument's shape, dtype or value is not allowed, or there is no such implementation;
+            the message names it. Under `jit`, what `debug` finds is a `jax.errors.JaxRuntimeError`.
+        TypeError: block_sizes of another type.
     """
     num_seqs = queries.shape[0]
     check_static(

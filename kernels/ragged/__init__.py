@@ -134,15 +134,16 @@ def ragged_paged_attention(
         scale: factor on the scores, usually `head_dim ** -0.5`.
         sliding_window: position p sees only `p - sliding_window + 1 .. p`; None for no window.
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None for none.
-        sinks: [num_q_heads]; one more score per head that takes part in the softmax and carries no value.
+        sinks: [num_q_heads], converted to float32; one more score per head that takes part in the softmax and
+            carries no value.
         return_lse: also return the log-sum-exp of the scores (and sink), for merging partial results.
         new_kv, slots: the new tokens' keys and values, and where they go, [num_tokens] int32, negative for
             those that are in the cache already and for padding: `append_kv` writes them first, to the cache,
             which is donated. (Only `paged_decode_attention` has a kernel that does both.)
         block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
-        implementation: "mosaic_tpu" (Pallas kernels; interpreted where there is no TPU), "xla" (compiled for
-            any device) or "reference" (float64 NumPy, outside jit only); None for the best one on this
-            device.
+        implementation: "mosaic_tpu" or "triton" (Pallas kernels for TPUs or NVIDIA GPUs; interpreted
+            elsewhere), "xla" (compiled for any device) or "reference" (float64 NumPy, outside jit only); None
+            for the best one on this device.
         debug: also check the values of the metadata and of `slots` (slow: a round trip to the host).
 
     Returns:
@@ -152,8 +153,9 @@ def ragged_paged_attention(
         are unspecified.
 
     Raises:
-        ValueError: an argument's shape, dtype or value is not allowed; the message names it.
-        NotImplementedError: the implementation does not exist yet.
+        ValueError: an argument's shape, dtype or value is not allowed, or there is no such implementation;
+            the message names it. Under `jit`, what `debug` finds is a `jax.errors.JaxRuntimeError`.
+        TypeError: block_sizes of another type.
     """
     max_seqs = kv_lens.shape[0] if kv_lens.ndim else 0
     if max_seqs == 0:

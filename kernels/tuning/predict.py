@@ -93,6 +93,9 @@ class Compilers:
             chip: one of `CHIPS`.
             assumptions: None for `Assumptions.of(chip)`.
 
+        Raises:
+            ValueError: an unknown chip.
+
         Raises (from the future):
             ReplayError: the program cannot be replayed.
             Others: as `schedules`.

@@ -18,7 +18,7 @@ from vsurge.model import Model, load_model, num_parameters
 TOLERANCE = 1e-4  # relative, per position
 MAX_BYTES = 4_000_000
 FRANCE = "What is the capital of France?"
-# The prompts of shared/spec/vsurge_example.rst.
+# The prompts of the specification's script (tests/vsurge/spec_script.py).
 QUESTIONS = (
     FRANCE,
     "Explain the concept of recursion",

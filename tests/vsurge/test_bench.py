@@ -97,7 +97,9 @@ def test_all_writes_down_each_part(
         ),
         (("throughput", "--requests", "no/such"), "No such file or directory"),
         (("latency", "--batch", "0"), "--batch 0: must be at least 1"),
-        (("all", "--model", "30B-A3B"), "a model with experts has no number of bytes"),
+        (("all", "--model", "30B-A3B"), "a model with experts cannot be measured"),
+        (("throughput", "--random-weights", "30B-A3B"), "a model with experts cannot be measured"),
+        (("latency", "--random-weights", "235B-A22B"), "a model with experts cannot be measured"),
         (("report", "no/such.json"), "No such file or directory"),
     ],
 )

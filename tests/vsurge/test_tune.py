@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vsurge.cli import tune
+from vsurge.cli.parser import build_parser
 from vsurge.kernels import DecodeBlocks, paged_decode_attention
 from vsurge.kernels.block_sizes import Key, read_table
 from vsurge.kernels.tuning import CHIPS, Assumptions, Batch, Call, Prediction
@@ -104,7 +105,10 @@ def test_mbu_and_mfu_are_of_the_measured_time_where_there_is_one() -> None:
     [
         (("--chip", "v3"), "chip='v3': must be one of"),
         (("--tp", "3"), "--tp 3: must divide the 16 query heads of 0.6B"),
-        (("--tp", "16"), "--tp 16: must divide the 8 key/value heads of 0.6B"),
+        (
+            ("--model", "14B", "--tp", "5"),
+            "--tp 5: must divide the 8 key/value heads of 14B, or be a multiple",
+        ),
         (("--contexts", "128,many"), "--contexts '128,many': must be numbers of tokens"),
         (("--page-size", "0"), "--page-size 0: must be a positive multiple of 8 tokens"),
         (("--page-size", "12"), "--page-size 12: must be a positive multiple of 8 tokens"),
@@ -121,6 +125,11 @@ def test_wrong_values_end_with_one_line(argv: tuple[str, ...], complaint: str, c
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("vsurge: error: ")
     assert complaint in done.err
+
+
+def test_key_value_heads_are_repeated_where_there_are_more_devices() -> None:
+    arguments = build_parser().parse_args(["tune", "--chip", "v6e", "--model", "30B-A3B", "--tp", "8"])
+    assert {(call.num_q_heads, call.num_kv_heads) for call in tune.kernel_calls(arguments)} == {(4, 1)}
 
 
 @pytest.mark.usefixtures("three_candidates")

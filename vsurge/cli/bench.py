@@ -21,6 +21,7 @@ from ..benchmarks.record import Report, machine_slug, read_report, results_folde
 from ..benchmarks.report import draw, draw_load, markdown, predicted
 from ..benchmarks.workload import Sizes, check_has_no_experts
 from ..model import published_config, random_model
+from ..model.loading import read_config
 from ..model.progress import progress_bar
 from ..runtime import SamplingParams, vSurge
 from .setup import build_engine, build_model, find_model, given
@@ -128,8 +129,7 @@ def _latency(args: argparse.Namespace) -> None:
     inputs, outputs = _lengths(args)
     longest = given(args.max_length, inputs[1] + outputs[1])
     options = _quiet({"max_length": longest, "max_queued_requests": args.batch})
-    surge = build_engine(args, find_model(args), None, max_concurrent_decodes=args.batch, **options)
-    check_has_no_experts(surge.model.config)
+    surge = build_engine(args, _dense_model(args), None, max_concurrent_decodes=args.batch, **options)
     report = _new_report(args, describe_model(args, surge))
     requests = random_requests(args.batch, surge.model.config.vocab_size, inputs, outputs, seed=args.seed)
     params = [
@@ -168,9 +168,8 @@ def _engine_and_requests(args: argparse.Namespace) -> tuple[vSurge, list[LoadReq
     count, (inputs, outputs) = given(args.num_requests, NUM_REQUESTS), _lengths(args)
     if count < 1:
         raise ValueError(f"--num-requests {count}: must be at least 1")
-    folder = find_model(args)
+    folder = _dense_model(args)
     model = build_model(args, folder)
-    check_has_no_experts(model.config)
     vocab_size = model.config.vocab_size
     if args.requests is not None:
         requests = read_requests(Path(args.requests).expanduser(), vocab_size, seed=args.seed)
@@ -184,6 +183,13 @@ def _engine_and_requests(args: argparse.Namespace) -> tuple[vSurge, list[LoadReq
     args.max_concurrent_decodes = given(args.max_concurrent_decodes, at_once)
     surge = build_engine(args, folder, None, max_concurrent_decodes=at_once, model=model, **_quiet(options))
     return surge, requests
+
+
+def _dense_model(args: argparse.Namespace) -> Path | None:
+    """As `find_model`; a model with experts is refused before it is loaded."""
+    folder = find_model(args)
+    check_has_no_experts(published_config(args.random_weights) if folder is None else read_config(folder))
+    return folder
 
 
 def _quiet(options: dict[str, Any]) -> dict[str, Any]:

@@ -248,7 +248,9 @@ def _engine() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-concurrent-decodes", type=int, metavar="N", help="sequences that decode together"
     )
-    group.add_argument("--num-pages", type=int, metavar="N", help="pages of the cache (default: what fits)")
+    group.add_argument(
+        "--num-pages", type=int, metavar="N", help="pages of the cache (default: what fits and can be of use)"
+    )
     _add_cache(group)
     return parser
 
@@ -283,7 +285,7 @@ def _sampling() -> argparse.ArgumentParser:
     group.add_argument("--frequency-penalty", type=float, metavar="P",
         help="the same, for each time; -2 to 2")  # fmt: skip
     group.add_argument("--seed", type=int, metavar="N",
-        help="the same seed gives the same text and random weights (default: a new seed)")  # fmt: skip
+        help="of the text (default: a new one) and of random weights (default: 0)")  # fmt: skip
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end token")
     shape = group.add_mutually_exclusive_group()

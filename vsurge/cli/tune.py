@@ -129,16 +129,19 @@ def kernel_calls(args: argparse.Namespace) -> list[Call]:
     if args.kv_dtype not in dtypes:
         raise ValueError(f"--kv-dtype {args.kv_dtype}: must be one of {', '.join(dtypes)}")
     config, _ = find_config(args.model, args.revision)
-    heads = {"query": config.num_q_heads, "key/value": config.num_kv_heads}
-    for kind, number in heads.items():
-        if args.tp < 1 or number % args.tp:
-            raise ValueError(f"--tp {args.tp}: must divide the {number} {kind} heads of {args.model}")
+    if args.tp < 1 or config.num_q_heads % args.tp:
+        raise ValueError(f"--tp {args.tp}: must divide the {config.num_q_heads} query heads of {args.model}")
+    if config.num_kv_heads % args.tp and args.tp % config.num_kv_heads:
+        raise ValueError(
+            f"--tp {args.tp}: must divide the {config.num_kv_heads} key/value heads of {args.model}, or be a "
+            "multiple of them, which are then repeated"
+        )
     kernels = ("decode", "ragged") if args.kernel == "all" else (args.kernel,)
     return [
         Call(
             kernel=kernel,
             num_q_heads=config.num_q_heads // args.tp,
-            num_kv_heads=config.num_kv_heads // args.tp,
+            num_kv_heads=max(1, config.num_kv_heads // args.tp),
             head_dim=config.head_dim,
             page_size=args.page_size,
             query_dtype=config.dtype.name,

@@ -1,0 +1,1 @@
+"""What the runtime costs, and how it behaves under load: `python -m vsurge.benchmarks.serving`."""

@@ -1,0 +1,120 @@
+"""Measurements on the demo checkpoint, where the model hardly counts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...model import Model
+from ...model.progress import progress_bar
+from ...runtime import Generation, SamplingParams, vSurge
+from .requests import greedy
+
+SOAK_AFTER = 1_000  # requests, from when on memory should not grow
+
+
+def host_time(model: Model, processor: Any, steps: int) -> dict[str, Any]:
+    """Seconds of the engine's thread per decode step of 64 requests with text: all of its phases but waiting.
+
+    Taken twice: while nobody reads before the end, and while a task for each request reads every token.
+    """
+    result: dict[str, Any] = {"sequences": 64}
+    surge = vSurge.from_model(
+        model, processor, max_concurrent_decodes=64, max_length=steps + 100, page_size=16, verbose=False
+    )
+    for name, reads in (("unread", False), ("read", True)):
+        with surge:
+            phases = _phases_of(surge, reads=reads, steps=steps)
+        result[name] = {"phases_s": phases, "python_s": sum(phases.values())}
+    return result
+
+
+def _phases_of(surge: vSurge, *, reads: bool, steps: int) -> dict[str, float]:
+    """Median seconds of each phase, over the steps in which all 64 decode."""
+    loop: Any = surge._engine._loop
+    phases: dict[str, tuple[Any, str]] = {
+        "plan": (loop._scheduler, "plan"), "inputs": (surge._executor._blueprint, "inputs"),
+        "commit": (loop._scheduler, "commit"), "publish": (loop, "_publish"),
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in phases}
+
+    async def all_of(generation: Generation) -> None:
+        if reads:
+            async for _ in generation:
+                pass
+        else:
+            await generation
+
+    async def serve() -> None:
+        params = greedy(steps + 50)
+        await asyncio.gather(*(all_of(surge.generate([[5 + i] * 8], params)) for i in range(64)))
+
+    with ExitStack() as stack:
+        for name, (owner, method) in phases.items():
+            stack.enter_context(_timed(owner, method, seconds[name]))
+        asyncio.run(serve())
+    return {name: statistics.median(each[-steps:-20]) for name, each in seconds.items()}
+
+
+@contextmanager
+def _timed(owner: Any, name: str, seconds: list[float]) -> Any:
+    """Adds up what a method takes."""
+    method = getattr(owner, name)
+
+    def measured(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return method(*args)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    setattr(owner, name, measured)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def soak(model: Model, requests: int) -> dict[str, Any]:
+    """Resident memory during many short requests, of which every tenth is aborted."""
+    surge = vSurge.from_model(
+        model, max_concurrent_decodes=64, max_length=256, page_size=16, num_pages=400,
+        max_queued_requests=256, verbose=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    resident: list[tuple[int, int]] = []
+    start = time.perf_counter()
+    with surge:
+        under_way: list[Any] = []
+        for i in progress_bar(list(range(requests)), "soak", show=True, unit="request"):
+            prompt = rng.integers(0, model.config.vocab_size - 10, int(rng.integers(1, 60))).tolist()
+            params = SamplingParams(
+                max_tokens=int(rng.integers(1, 24)), ignore_eos=True, seed=i, frequency_penalty=0.1 * (i % 3)
+            )
+            under_way.append(surge.generate(prompt, params))
+            if i % 10 == 9:
+                under_way.pop().abort()
+            if len(under_way) >= 128:
+                under_way.pop(0).result()
+            if (i + 1) % (SOAK_AFTER // 2) == 0:
+                resident.append((i + 1, _resident_bytes()))
+        for generation in under_way:
+            generation.result()
+        metrics = surge.metrics
+    return {
+        "seconds": time.perf_counter() - start, "resident_bytes": resident, "requests": requests,
+        "finished": metrics.num_finished, "aborted": metrics.num_aborted, "failed": metrics.num_failed,
+        "preemptions": metrics.num_preemptions,
+    }  # fmt: skip
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

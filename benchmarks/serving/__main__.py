@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = set(options.only or ()) - measured.keys()
     if unknown:
         parser.error(f"--only {sorted(unknown)}: must be among {list(measured)}")
-    result: dict[str, Any] = {"machine": describe_machine(), "model": options.model}
+    result: dict[str, Any] = {"machine": describe_machine(), "published_shape": options.model}
     for name, measure in measured.items():
         if options.only is None or name in options.only:
             result[name] = measure()

@@ -107,6 +107,7 @@ def load_model(
     config = read_config(folder)
     layout = layout_of(config, mesh, partition_axis)
     generation_defaults = read_generation_defaults(folder)
+    _check_ids(config, generation_defaults, folder)
     stored_as = read_quantization(folder)
     quantization = chosen_quantization(stored_as, asked, folder)
     check_split(quantized_specs(config, quantization), layout)  # known before the files are read
@@ -210,6 +211,18 @@ def read_quantization(folder: Path) -> Quantization | None:
     """
     path = folder / "config.json"
     return quantization_from_json(read_json(path), source=str(path))
+
+
+def _check_ids(config: Qwen3Config, defaults: GenerationDefaults, folder: Path) -> None:
+    """Refuses ends of a sequence that are no tokens, which it would then never come to."""
+    files = {"config.json": config.eos_token_ids, "generation_config.json": defaults.eos_token_ids}
+    for file, ids in files.items():
+        for token_id in ids:
+            if token_id >= config.vocab_size:
+                raise ConfigError(
+                    f"{folder / file}: eos_token_id={token_id}: the vocabulary has tokens 0 to "
+                    f"{config.vocab_size - 1}"
+                )
 
 
 def _asked_quantization(method: Any) -> Quantization | None:

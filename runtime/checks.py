@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
+FLOAT32 = np.finfo(np.float32)  # in which the device keeps numbers
+
 
 def is_integer(value: Any) -> bool:
     """Whether it is a Python or NumPy integer; True and False are none."""
@@ -91,7 +93,7 @@ def as_integers(name: str, values: Any, low: int) -> tuple[int, ...]:
         TypeError: not a sequence, or an element is not an integer.
         ValueError: an element below `low`.
     """
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Iterable):
         raise TypeError(f"{name}={values!r}: must be a sequence of integers")
     return tuple(as_integer(f"{name}[{i}]", value, low) for i, value in enumerate(values))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 

@@ -43,6 +43,16 @@ class Engine:
         with self._inbox.lock:
             return self._inbox.state in SERVING
 
+    def check_room(self) -> None:
+        """What `start` would find of the device's memory.
+
+        Raises:
+            OutOfMemory: the cache does not fit the device.
+        """
+        with self._inbox.lock:
+            if self._inbox.state is State.STOPPED:
+                self._executor.check_room()
+
     @property
     def is_paused(self) -> bool:
         with self._inbox.lock:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from .guided_params import GuidedDecodingParams
-from .token_mask import Words
+from .token_mask import MaskError, Words
 
 CACHED_GRAMMARS = 128
+MOST_CHARACTERS = 500  # of what llguidance says, which may repeat the whole grammar
 
 
 class Grammars:
@@ -87,13 +88,24 @@ def _llguidance() -> Any:
 
 
 def _grammar_of(matcher: Any, params: GuidedDecodingParams) -> str:
+    try:
+        return _as_grammar(matcher, params)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(params, str(error)) from error
+
+
+def _as_grammar(matcher: Any, params: GuidedDecodingParams) -> str:
     if params.grammar is not None:
         return matcher.grammar_from_lark(params.grammar)
     if params.regex is not None:
         return matcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        return matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
-    schema = params.json if params.json is not None else '{"type": "object"}'
+        # A terminal (in capitals) is one automaton; of a rule, the parser would follow each choice by itself.
+        choices = " | ".join(map(json.dumps, params.choice))
+        return matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+    schema: Any = params.json if params.json is not None else '{"type": "object"}'  # JSON, see _schema_text
+    if isinstance(json.loads(schema), bool):
+        schema = f'{{"anyOf": [{schema}]}}'  # llguidance wants an object
     return matcher.grammar_from_json_schema(
         schema, overrides={"whitespace_flexible": not params.disable_any_whitespace}
     )
@@ -106,7 +118,9 @@ def _check(matcher: Any, grammar: str, params: GuidedDecodingParams, tokenizer: 
 
 
 def _wrong(params: GuidedDecodingParams, reason: str) -> ValueError:
-    return ValueError(f"guided_decoding: {params.kind}={getattr(params, params.kind)!r}: {reason}")
+    given = repr(getattr(params, params.kind))
+    shown = given if len(given) <= MOST_CHARACTERS else f"{given[:MOST_CHARACTERS]}..."
+    return ValueError(f"guided_decoding: {params.kind}={shown}: {reason[:MOST_CHARACTERS]}")
 
 
 class GrammarMask:
@@ -121,7 +135,8 @@ class GrammarMask:
 
     def advance(self, token_id: int) -> None:
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
-            raise RuntimeError(f"token {token_id} breaks the grammar: {self._matcher.get_error()}")
+            reason = str(self._matcher.get_error()).partition("\n<state>")[0][:MOST_CHARACTERS]
+            raise MaskError(f"guided_decoding: cannot go on after token {token_id}: {reason}")
 
     def restrict(self, words: Words) -> None:
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)

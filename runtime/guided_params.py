@@ -82,14 +82,14 @@ def _schema_text(schema: Any) -> str | None:
         return None
     if isinstance(schema, Mapping):
         try:
-            return json.dumps(schema)
-        except (TypeError, ValueError) as error:
+            return json.dumps(schema, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"guided_decoding: json={schema!r} is no JSON schema: {error}") from error
     if not isinstance(schema, str):
         raise TypeError(f"guided_decoding: json={schema!r}: must be a JSON schema, as a dict or as text")
     try:
         parsed = json.loads(schema)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"guided_decoding: json={schema!r} is no JSON: {error}") from error
     if not isinstance(parsed, dict | bool):
         raise ValueError(f"guided_decoding: json={schema!r}: a JSON schema is an object or a bool")

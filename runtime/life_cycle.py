@@ -60,6 +60,7 @@ class LifeCycle:
             OutOfMemory: the cache does not fit the device; the message has a `num_pages` that would.
             EngineError: it is being stopped in another thread.
         """
+        self._engine.check_room()  # known before anything is compiled
         self.compile()
         self._engine.start()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -153,6 +153,12 @@ class Loop:
 
     def _publish(self, changed: Sequence[Request]) -> None:
         """Hands what changed requests have come to to their channels, one message per channel."""
+        failures = {request.channel: request.failure for request in changed if request.failure is not None}
+        for channel, failure in failures.items():
+            logger.error("a request failed: %s", failure)
+            self._fail({channel}, failure)
+        if failures:
+            changed = [request for request in changed if request.channel not in failures]
         by_channel: dict[Channel, dict[int, Progress | GroupProgress]] = {}
         now = time.perf_counter()
         for group, request in {request.group: request for request in changed}.items():
@@ -166,18 +172,22 @@ class Loop:
     def _recover(self, plan: StepPlan, failure: Exception) -> None:
         """Fails the requests of a step, and lets the others begin anew: the cache may be lost."""
         logger.error("a step failed, and with it %d requests", len(plan.chunks), exc_info=failure)
-        channels = {chunk.request.channel for chunk in plan.chunks}
+        self._fail({chunk.request.channel for chunk in plan.chunks}, failure)
+        self._scheduler.recompute()
+        self._measure()
+        self._executor.recover(failure)
+
+    def _fail(self, channels: Set[Channel], failure: Exception) -> None:
+        """Ends all requests of some channels, and gives their callers the reason."""
         for request in self._scheduler.unfinished():
             if request.channel in channels:
                 self._scheduler.drop(request)
         # Those too that ended in the step, if their samples were not handed out.
         self._forget([request for request in self._live if request.channel in channels], failed=True)
-        self._scheduler.recompute()
         self._measure()
         for channel in channels & self._open.keys():
             channel.fail(failure, in_a_step=True)
             del self._open[channel]
-        self._executor.recover(failure)
 
     def _attend(self, flight: _Flight | None) -> bool:
         """Takes what callers left, and waits for it if there is no work; False when the thread is to end."""

@@ -13,6 +13,7 @@ from .cache_size import choose_num_pages
 from .checks import as_flag, as_integer, as_integers, as_number, as_optional_integer, check_vocabulary
 
 DEFAULT_PREFILL_LENGTH = 1024  # tokens
+MAX_TOKENS = 2**31 - 1  # of a cache, whose places are int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,8 @@ def options_for(
     replicas = model.layout.size("rows")
     total_rows = as_integer("max_concurrent_decodes", max_concurrent_decodes, 1)
     rows = _shared_out("max_concurrent_decodes", total_rows, model)
-    page_size = as_integer("page_size", page_size, 1)
-    num_pages = as_optional_integer("num_pages", num_pages, 1)
+    page_size = as_integer("page_size", page_size, 1, MAX_TOKENS)
+    num_pages = as_optional_integer("num_pages", num_pages, 1, MAX_TOKENS // page_size)
     if num_pages is not None:
         _shared_out("num_pages", num_pages, model)
     share = as_number("memory_utilization", memory_utilization, 0, 1, low_open=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from .checks import is_integer
 
+BYTES = (bytes, bytearray, memoryview)  # sequences of integers, which are no token ids
 ChatMessage = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 
@@ -28,7 +29,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, BYTES):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"prompts={prompts!r}: must be a string, token ids, chat messages, or a list of these"
         )
@@ -85,8 +86,8 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
         ValueError: no processor, no chat template, or a message that the template refuses.
     """
     if isinstance(prompt, str):
-        return list(_need(processor, "a string").encode(prompt))
-    if not isinstance(prompt, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return list(_need(processor, "a string").encode(valid_text("prompt", prompt)))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"prompt={prompt!r}: must be a string, token ids or chat messages")
     if len(prompt) == 0:
         raise ValueError("prompt: is empty, it must have at least one token or chat message")
@@ -102,7 +103,21 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
             )
     messages = [_with_plain_content(message) for message in cast("Sequence[ChatMessage]", prompt)]
     text = _apply_chat_template(_need(processor, "chat messages"), messages, chat_template_kwargs or {})
-    return list(processor.encode(text, add_special_tokens=False))
+    return list(processor.encode(valid_text("prompt", text), add_special_tokens=False))
+
+
+def valid_text(name: str, text: str) -> str:
+    """A parameter that is text, which a tokenizer will take.
+
+    Raises:
+        ValueError: it has half of a surrogate pair, as Python writes bytes that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(f"{name}: {part!r} is no valid Unicode: {error.reason}") from error
+    return text
 
 
 def _with_plain_content(message: ChatMessage) -> ChatMessage:

@@ -12,7 +12,7 @@ from .page_pool import chained
 from .progress import GroupProgress, Output, Progress
 from .sampling_params import SamplingParams
 from .token_logprobs import Logprob, TokenLogprobs
-from .token_mask import TokenMask
+from .token_mask import MaskError, TokenMask
 
 NO_TOKEN = -1  # what a step gives where no token was allowed
 
@@ -37,6 +37,7 @@ class Request:
         request_id: what its caller may abort it by; unlike that of any other prompt.
         deadline: when it ends with "timeout", on the clock of `submitted_at`; None for never.
         turn: its place in the queue; smaller ones are served first, and are the last to lose their pages.
+        failure: why it cannot go on, though its step was in order; its callers get that.
         output_ids: generated tokens.
         logprobs: of these, if they are wanted.
         prompt_logprobs: of the prompt's, as far as they are known; the first token has none.
@@ -82,6 +83,7 @@ class Request:
     last_token_at: float | None = None
     ended_at: float | None = None
     finish_reason: FinishReason | None = None
+    failure: MaskError | None = None
     output_ids: list[int] = field(default_factory=list[int])
     logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
@@ -174,8 +176,13 @@ class Request:
             self.cumulative_logprob += logprobs.chosen
             if self.params.logprobs is not None:
                 self.logprobs.append(logprobs.of(token_id, self.params.logprobs, self.decode))
-        for mask in self.masks:
-            mask.advance(token_id)
+        try:
+            for mask in self.masks:
+                mask.advance(token_id)
+        except MaskError as failure:
+            self.failure = failure
+            self.finish("abort")
+            return
         detokenizer, params = self.detokenizer, self.params
         if token_id in self.stop_token_ids:
             if params.include_stop_str_in_output and detokenizer is not None:

@@ -17,7 +17,7 @@ from .guided import Grammars
 from .metrics import RequestMetrics
 from .options import EngineOptions
 from .progress import combined
-from .prompts import Prompt, token_ids_of
+from .prompts import Prompt, token_ids_of, valid_text
 from .request import Group, Request
 from .sampling import MAX_BANNED
 from .sampling_params import MAX_SEED, SamplingParams
@@ -152,7 +152,7 @@ class RequestBuilder:
             if self._processor is None:
                 raise ValueError(f"bad_words={params.bad_words!r}: need a processor")
             for text in (word.lstrip() or word, " " + word.lstrip()):
-                sequence = self._processor.encode(text, add_special_tokens=False)
+                sequence = self._processor.encode(valid_text("bad_words", text), add_special_tokens=False)
                 if sequence not in sequences:
                     sequences.append(sequence)
         return sequences

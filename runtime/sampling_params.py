@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from .checks import as_flag, as_integer, as_integers, as_number, as_optional_integer
+from .checks import FLOAT32, as_flag, as_integer, as_integers, as_number, as_optional_integer
 from .guided_params import as_guided
 from .token_logprobs import MAX_LOGPROBS
 
@@ -107,9 +106,10 @@ class SamplingParams:
         self._set("best_of", as_optional_integer("best_of", self.best_of, 1))
         for name in ("presence_penalty", "frequency_penalty"):
             self._set(name, as_number(name, getattr(self, name), -2.0, 2.0))
-        penalty = as_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
+        lowest, highest = float(FLOAT32.tiny), float(FLOAT32.max)
+        penalty = as_number("repetition_penalty", self.repetition_penalty, lowest, highest)
         self._set("repetition_penalty", penalty)
-        self._set("temperature", as_number("temperature", self.temperature, 0.0, math.inf))
+        self._set("temperature", as_number("temperature", self.temperature, 0.0, highest))
         self._set("top_p", as_number("top_p", self.top_p, 0.0, 1.0, low_open=True))
         self._set("min_p", as_number("min_p", self.min_p, 0.0, 1.0))
         self._set("top_k", as_integer("top_k", self.top_k, -1))
@@ -203,7 +203,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
         raise TypeError(f"logit_bias={value!r}: must be a dict from token ids to numbers") from None
     biases = {
         as_integer("logit_bias: token id", token_id, 0): as_number(
-            f"logit_bias[{token_id}]", bias, -math.inf, math.inf
+            f"logit_bias[{token_id}]", bias, -float(FLOAT32.max), float(FLOAT32.max)
         )
         for token_id, bias in items.items()
     }

@@ -11,6 +11,10 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint32]  # a bit per token of the vocabulary, the lowest first; 0 forbids
 
 
+class MaskError(RuntimeError):
+    """A mask cannot say any more what may come next."""
+
+
 @runtime_checkable
 class TokenMask(Protocol):
     """Follows one request's generated tokens."""
@@ -21,7 +25,11 @@ class TokenMask(Protocol):
         ...
 
     def advance(self, token_id: int) -> None:
-        """Takes the token that was generated."""
+        """Takes the token that was generated.
+
+        Raises:
+            MaskError: what may follow it cannot be found out.
+        """
         ...
 
     def restrict(self, words: Words) -> None:

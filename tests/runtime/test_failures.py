@@ -194,10 +194,10 @@ def test_requests_that_no_step_has_seen_get_the_failure_too(scripted: Scripted) 
 
 def test_a_cache_that_does_not_fit_says_how_large_it_would_be(model: Any) -> None:
     surge = vSurge.from_model(
-        model, num_pages=1000, page_size=10**9, max_length=64, max_concurrent_decodes=2, verbose=False
+        model, num_pages=2, page_size=10**9, max_length=64, max_concurrent_decodes=2, verbose=False
     )
     surge.compile = lambda: 0  # needs no memory, and takes a while
-    with pytest.raises(OutOfMemory, match=r"num_pages=1000: a cache of .* GiB does not fit"):
+    with pytest.raises(OutOfMemory, match=r"num_pages=2: a cache of .* GiB does not fit"):
         surge.start()
     with pytest.raises(EngineStopped):
         surge.generate([1], SHORT)

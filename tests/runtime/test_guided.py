@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from vsurge.runtime import GuidedDecodingParams, SamplingParams, vSurge
+from vsurge.runtime import GuidedDecodingParams, SamplingParams, StepFailed, vSurge
 
 from .greedy import CAPITAL, GREEDY, STORY, one
 from .scripted import TIMEOUT_S
@@ -138,12 +138,43 @@ def test_each_completion_follows_the_grammar_by_itself(surge: vSurge) -> None:
     assert all(re.fullmatch("[a-z]{4}", text) for text in sample.text)
 
 
+def test_a_choice_may_be_one_of_thousands_and_begin_like_another(surge: vSurge) -> None:
+    choices = [f"item{i}" for i in range(2500)]
+    assert guided(surge, hot=True, choice=choices) in choices
+    assert {guided(surge, seed, hot=True, choice=["a", "ab"]) for seed in range(12)} == {"a", "ab"}
+
+
+def test_a_schema_of_true_accepts_what_is_json(surge: vSurge) -> None:
+    json.loads(guided(surge, json="true"))
+
+
+def test_a_grammar_that_becomes_too_large_fails_its_own_request_only(surge: vSurge) -> None:
+    alone, failed = one(surge, STORY), surge.metrics.num_failed
+    rules = "start: " + " | ".join(f'"item{i}"' for i in range(2500))  # of which llguidance follows 2,000
+    neighbour = surge.generate(STORY, GREEDY)
+    with pytest.raises(
+        StepFailed, match=r"guided_decoding: cannot go on after token \d+: .*2501 items"
+    ) as found:
+        surge.generate([CAPITAL, CAPITAL], replace(FREE, guided_decoding={"grammar": rules})).result(
+            TIMEOUT_S
+        )
+    assert len(str(found.value)) < 1000
+    assert neighbour.result(TIMEOUT_S)[0].token_ids == alone.token_ids
+    assert surge.metrics.num_failed == failed + 2
+    assert surge.metrics.num_pages_used == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ({"json": {"type": "foo"}}, "json=.*Invalid type: foo"),
         ({"regex": "[a-c"}, r"regex='\[a-c'.*unclosed character class"),
         ({"grammar": "start: nothing"}, "grammar='start: nothing'"),
+        ({"json": "false"}, "guided_decoding: json='false': Unsatisfiable schema"),
+        ({"json": {"const": "\ud800"}}, "guided_decoding: json=.*unexpected end of hex escape"),
+        ({"json": {"const": float("nan")}}, "guided_decoding: json=.* is no JSON schema: Out of range"),
+        ({"json": '{"a":' * 3000 + "{}" + "}" * 3000}, "guided_decoding: json=.* recursion"),
+        ({"regex": "\ud800"}, "guided_decoding: regex=.*surrogates not allowed"),
     ],
 )
 def test_what_is_wrong_is_refused_at_the_door(surge: vSurge, asked: dict[str, Any], message: str) -> None:

@@ -97,6 +97,10 @@ def test_all_writes_down_each_part(
         ),
         (("throughput", "--requests", "no/such"), "No such file or directory"),
         (("latency", "--batch", "0"), "--batch 0: must be at least 1"),
+        (
+            ("latency", "--max-length", "20", "--input-tokens", "16", "--output-tokens", "200"),
+            "--max-length 20: the longest request has 216 tokens",
+        ),
         (("all", "--model", "30B-A3B"), "a model with experts cannot be measured"),
         (("throughput", "--random-weights", "30B-A3B"), "a model with experts cannot be measured"),
         (("latency", "--random-weights", "235B-A22B"), "a model with experts cannot be measured"),

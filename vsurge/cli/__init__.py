@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from .parser import build_parser
 
 # What the library raises for things that the user can mend, and what the operating system does.
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError)
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports them
 
 

@@ -127,7 +127,7 @@ def _latency(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     inputs, outputs = _lengths(args)
-    longest = given(args.max_length, inputs[1] + outputs[1])
+    longest = _longest(args, inputs[1] + outputs[1])
     options = _quiet({"max_length": longest, "max_queued_requests": args.batch})
     surge = build_engine(args, _dense_model(args), None, max_concurrent_decodes=args.batch, **options)
     report = _new_report(args, describe_model(args, surge))
@@ -176,13 +176,18 @@ def _engine_and_requests(args: argparse.Namespace) -> tuple[vSurge, list[LoadReq
     else:
         requests = random_requests(count, vocab_size, inputs, outputs, seed=args.seed)
     longest = max(len(request.prompt) + request.output_tokens for request in requests)
-    if args.max_length is not None and args.max_length < longest:
-        raise ValueError(f"--max-length {args.max_length}: the longest request has {longest} tokens")
-    options = {"max_length": given(args.max_length, longest), "max_queued_requests": len(requests)}
+    options = {"max_length": _longest(args, longest), "max_queued_requests": len(requests)}
     at_once = min(AT_ONCE[measuring.platform()], len(requests))
     args.max_concurrent_decodes = given(args.max_concurrent_decodes, at_once)
     surge = build_engine(args, folder, None, max_concurrent_decodes=at_once, model=model, **_quiet(options))
     return surge, requests
+
+
+def _longest(args: argparse.Namespace, needed: int) -> int:
+    """The engine's `max_length`; a request that does not fit would make fewer tokens than are counted."""
+    if args.max_length is not None and args.max_length < needed:
+        raise ValueError(f"--max-length {args.max_length}: the longest request has {needed} tokens")
+    return given(args.max_length, needed)
 
 
 def _dense_model(args: argparse.Namespace) -> Path | None:

@@ -20,7 +20,7 @@ from ..home import keep_compiled_programs
 from ..kernels import SUPPORTED_DTYPES
 from ..model import Model, load_model, random_model
 from ..model.config import parse_dtype
-from ..model.loading import find_checkpoint
+from ..model.loading import find_checkpoint, read_config
 from ..runtime import Processes, SamplingParams, join_processes, vSurge
 from ..runtime.cache_size import CPU_CACHE_BYTES
 from ..runtime.guided import check_grammar
@@ -54,6 +54,7 @@ def load_tokenizer(args: argparse.Namespace, folder: Path | None) -> Any:
 
     Raises:
         ValueError: there is none to be had where one should be.
+        ConfigError: the model's config.json is not supported.
     """
     source = args.tokenizer
     if source is None and folder is not None and _holds_tokenizer(folder):
@@ -68,9 +69,11 @@ def load_tokenizer(args: argparse.Namespace, folder: Path | None) -> Any:
         raise ValueError(f"{name}: {allowed}")
     from transformers import AutoTokenizer
 
+    if folder is not None:
+        read_config(folder)  # transformers reads it, too, and fails in ways that say less
     try:
         return AutoTokenizer.from_pretrained(path if path.is_dir() else source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # (what a broken tokenizer.json raises is anything)
         raise ValueError(f"{name}: {allowed}; transformers says: {error}") from error
 
 
@@ -238,7 +241,11 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
     """
     changes = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if args.guided_json is not None:
-        changes["guided_decoding"] = {"json": Path(args.guided_json).read_text(encoding="utf-8")}
+        try:
+            schema = Path(args.guided_json).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--guided-json {args.guided_json}: is no text in UTF-8: {error}") from error
+        changes["guided_decoding"] = {"json": schema}
     for kind in ("regex", "choice"):
         if getattr(args, f"guided_{kind}") is not None:
             changes["guided_decoding"] = {kind: getattr(args, f"guided_{kind}")}

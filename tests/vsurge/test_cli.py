@@ -228,6 +228,30 @@ def test_an_option_that_would_have_no_effect_is_refused(
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "complaint"),
+    [
+        ("config.json", {"vocab_size": "1536"}, "config.json: vocab_size='1536': must be of type int"),
+        ("config.json", {"rms_norm_eps": -1}, "config.json: rms_norm_eps=-1"),
+        ("config.json", {"eos_token_id": 99999}, "config.json: eos_token_id=99999: the vocabulary has"),
+        ("generation_config.json", {"eos_token_id": [1, 1536]}, "generation_config.json: eos_token_id=1536"),
+        ("tokenizer.json", None, "the tokenizer of "),
+    ],
+)
+def test_a_broken_checkpoint_is_told_in_one_line(
+    file: str, changes: dict[str, Any] | None, complaint: str, command: Callable, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(vsurge.demo_model_path(), folder)
+    path = folder / file
+    path.write_text(json.dumps({} if changes is None else json.loads(path.read_text()) | changes))
+    done = command("generate", FRANCE, "--model", str(folder))
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("vsurge: error: ")
+    assert complaint in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_no_thinking_closes_the_thought_in_a_chat(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     generate = vsurge.vSurge.generate

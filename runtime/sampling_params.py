@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -109,7 +110,7 @@ class SamplingParams:
         lowest, highest = float(FLOAT32.tiny), float(FLOAT32.max)
         penalty = as_number("repetition_penalty", self.repetition_penalty, lowest, highest)
         self._set("repetition_penalty", penalty)
-        self._set("temperature", as_number("temperature", self.temperature, 0.0, highest))
+        self._set("temperature", as_number("temperature", self.temperature, 0.0, math.inf))
         self._set("top_p", as_number("top_p", self.top_p, 0.0, 1.0, low_open=True))
         self._set("min_p", as_number("min_p", self.min_p, 0.0, 1.0))
         self._set("top_k", as_integer("top_k", self.top_k, -1))

@@ -68,10 +68,10 @@ def test_numpy_numbers_become_pythons() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("temperature", -0.1, r"\[0.0, 3.4028234663852886e\+38\]"),
-        ("temperature", float("inf"), r"\[0.0, 3.4028234663852886e\+38\]"),
-        ("temperature", float("nan"), r"\[0.0, 3.4028234663852886e\+38\]"),
-        ("temperature", 10**400, r"\[0.0, 3.4028234663852886e\+38\]"),
+        ("temperature", -0.1, r"\[0.0, infinity\)"),
+        ("temperature", float("inf"), r"\[0.0, infinity\)"),
+        ("temperature", float("nan"), r"\[0.0, infinity\)"),
+        ("temperature", 10**400, r"\[0.0, infinity\)"),
         ("top_p", 0.0, r"\(0.0, 1.0\]"),
         ("top_p", 1.1, r"\(0.0, 1.0\]"),
         ("min_p", -0.1, r"\[0.0, 1.0\]"),

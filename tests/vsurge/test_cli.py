@@ -168,7 +168,7 @@ def test_a_wrong_shape_is_refused_before_there_is_a_model(tmp_path: Path) -> Non
             "'7B': no published shape of that name; there are",
         ),
         (("--max-length", "100000"), "max_length=100000: must lie between 2 and the model's 8192"),
-        (("--num-pages", "0"), "num_pages=0: must be at least 1"),
+        (("--num-pages", "0"), "num_pages=0: must be between 1 and 16777215"),
         (("--memory-utilization", "2"), "--memory-utilization 2.0: must lie in (0, 1]"),
         (("--tokenizer", "/no/such"), "--tokenizer '/no/such': must be a folder with tokenizer.json or"),
         (("--tokenizer", "{tmp_path}"), "--tokenizer '{tmp_path}': must be a folder with tokenizer.json or"),

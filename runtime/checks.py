@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-FLOAT32 = np.finfo(np.float32)  # in which the device keeps numbers
+# Positive ones, of those that the device keeps numbers in.
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def is_integer(value: Any) -> bool:

@@ -156,7 +156,8 @@ class Loop:
         failures = {request.channel: request.failure for request in changed if request.failure is not None}
         for channel, failure in failures.items():
             logger.error("a request failed: %s", failure)
-            self._fail({channel}, failure)
+            self._drop({channel})
+            self._tell({channel}, failure)
         if failures:
             changed = [request for request in changed if request.channel not in failures]
         by_channel: dict[Channel, dict[int, Progress | GroupProgress]] = {}
@@ -172,18 +173,22 @@ class Loop:
     def _recover(self, plan: StepPlan, failure: Exception) -> None:
         """Fails the requests of a step, and lets the others begin anew: the cache may be lost."""
         logger.error("a step failed, and with it %d requests", len(plan.chunks), exc_info=failure)
-        self._fail({chunk.request.channel for chunk in plan.chunks}, failure)
+        channels = {chunk.request.channel for chunk in plan.chunks}
+        self._drop(channels)
         self._scheduler.recompute()
-        self._measure()
+        self._tell(channels, failure)
         self._executor.recover(failure)
 
-    def _fail(self, channels: Set[Channel], failure: Exception) -> None:
-        """Ends all requests of some channels, and gives their callers the reason."""
+    def _drop(self, channels: Set[Channel]) -> None:
+        """Ends all requests of some channels."""
         for request in self._scheduler.unfinished():
             if request.channel in channels:
                 self._scheduler.drop(request)
         # Those too that ended in the step, if their samples were not handed out.
         self._forget([request for request in self._live if request.channel in channels], failed=True)
+
+    def _tell(self, channels: Set[Channel], failure: Exception) -> None:
+        """Gives the callers of some channels the reason why their requests have ended."""
         self._measure()
         for channel in channels & self._open.keys():
             channel.fail(failure, in_a_step=True)

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from .checks import FLOAT32, as_flag, as_integer, as_integers, as_number, as_optional_integer
+from .checks import (
+    LARGEST_FLOAT32,
+    SMALLEST_FLOAT32,
+    as_flag,
+    as_integer,
+    as_integers,
+    as_number,
+    as_optional_integer,
+)
 from .guided_params import as_guided
 from .token_logprobs import MAX_LOGPROBS
 
@@ -107,8 +115,7 @@ class SamplingParams:
         self._set("best_of", as_optional_integer("best_of", self.best_of, 1))
         for name in ("presence_penalty", "frequency_penalty"):
             self._set(name, as_number(name, getattr(self, name), -2.0, 2.0))
-        lowest, highest = float(FLOAT32.tiny), float(FLOAT32.max)
-        penalty = as_number("repetition_penalty", self.repetition_penalty, lowest, highest)
+        penalty = as_number("repetition_penalty", self.repetition_penalty, SMALLEST_FLOAT32, LARGEST_FLOAT32)
         self._set("repetition_penalty", penalty)
         self._set("temperature", as_number("temperature", self.temperature, 0.0, math.inf))
         self._set("top_p", as_number("top_p", self.top_p, 0.0, 1.0, low_open=True))
@@ -204,7 +211,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
         raise TypeError(f"logit_bias={value!r}: must be a dict from token ids to numbers") from None
     biases = {
         as_integer("logit_bias: token id", token_id, 0): as_number(
-            f"logit_bias[{token_id}]", bias, -float(FLOAT32.max), float(FLOAT32.max)
+            f"logit_bias[{token_id}]", bias, -LARGEST_FLOAT32, LARGEST_FLOAT32
         )
         for token_id, bias in items.items()
     }

@@ -1,6 +1,6 @@
 """Makes the committed tables of block sizes anew: `python -m vsurge.benchmarks.tpu.tables`.
 
-For the heads of every Qwen3 and their shards over 2, 4 and 8 chips. The page size decides little
+For the heads of every Qwen3 and their shards over 2, 4 and 8 devices. The page size decides little
 but for the number of copies, so what is found at one page size is entered for similar ones too; `provenance`
 says so. Prints every entry whose block sizes change.
 """

@@ -119,7 +119,7 @@ def test_the_mapping_alone_moves_an_engine_to_another_device_or_to_two() -> None
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

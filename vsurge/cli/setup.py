@@ -40,13 +40,16 @@ def find_model(args: argparse.Namespace) -> Path | None:
     Raises:
         ValueError: a revision of what has none.
         FileNotFoundError: no such model.
+        ConfigError: its config.json is not supported.
     """
     if args.revision is not None and args.model is None:
         what = "random weights have" if args.random_weights is not None else "the built-in checkpoint has"
         raise ValueError(f"--revision {args.revision}: {what} no revisions; give a hub id with --model")
     if args.random_weights is not None:
         return None
-    return find_checkpoint(given(args.model, demo_model_path()), revision=args.revision)
+    folder = find_checkpoint(given(args.model, demo_model_path()), revision=args.revision)
+    read_config(folder)  # before transformers does, for the tokenizer, and says less of what is wrong
+    return folder
 
 
 def load_tokenizer(args: argparse.Namespace, folder: Path | None) -> Any:
@@ -54,7 +57,6 @@ def load_tokenizer(args: argparse.Namespace, folder: Path | None) -> Any:
 
     Raises:
         ValueError: there is none to be had where one should be.
-        ConfigError: the model's config.json is not supported.
     """
     source = args.tokenizer
     if source is None and folder is not None and _holds_tokenizer(folder):
@@ -69,12 +71,11 @@ def load_tokenizer(args: argparse.Namespace, folder: Path | None) -> Any:
         raise ValueError(f"{name}: {allowed}")
     from transformers import AutoTokenizer
 
-    if folder is not None:
-        read_config(folder)  # transformers reads it, too, and fails in ways that say less
     try:
         return AutoTokenizer.from_pretrained(path if path.is_dir() else source)
-    except Exception as error:  # (what a broken tokenizer.json raises is anything)
-        raise ValueError(f"{name}: {allowed}; transformers says: {error}") from error
+    except Exception as error:  # whatever transformers makes of broken files, all of it is told
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name}: {allowed}; transformers says: {said}") from error
 
 
 def _holds_tokenizer(folder: Path) -> bool:

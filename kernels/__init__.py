@@ -4,10 +4,10 @@ Usable on their own: nothing here knows of models or engines.
 """
 
 from .append import append_kv
-from .decode import DecodeBlocks, paged_decode_attention
+from .decode import DecodeBlocks, TritonDecodeBlocks, paged_decode_attention
 from .dispatch import Implementation
 from .kv_pages import SUPPORTED_DTYPES, KVPages, bytes_per_token, empty_kv_pages, read_kv
-from .ragged import RaggedBlocks, ragged_paged_attention
+from .ragged import RaggedBlocks, TritonRaggedBlocks, ragged_paged_attention
 
 __all__ = [
     "SUPPORTED_DTYPES",
@@ -15,6 +15,8 @@ __all__ = [
     "Implementation",
     "KVPages",
     "RaggedBlocks",
+    "TritonDecodeBlocks",
+    "TritonRaggedBlocks",
     "append_kv",
     "bytes_per_token",
     "empty_kv_pages",

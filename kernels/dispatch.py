@@ -9,17 +9,23 @@ from typing import Literal
 
 import jax
 
+from .block_sizes import Key, tuned_implementation
+
 Implementation = Literal["mosaic_tpu", "triton", "xla", "reference"]
 
-# The best implementation for a platform, of the kernels that have it. "triton" has not been run on a GPU yet:
-# who wants it asks for it.
+# The best implementation for a platform, of the kernels that have it. For a GPU the tables say which was the
+# fastest. None is committed, as Triton's kernels have not been timed yet: `vsurge tune` does it.
 PREFERRED: dict[str, Implementation] = {"cpu": "xla", "tpu": "mosaic_tpu"}
 
 logger = logging.getLogger("vsurge.kernels")
 
 
 def choose_implementation(
-    kernel: str, implementation: Implementation | None, available: Collection[Implementation]
+    kernel: str,
+    implementation: Implementation | None,
+    available: Collection[Implementation],
+    *,
+    tuned: tuple[Key, int] | None = None,
 ) -> Implementation:
     """`implementation`, or for None the best one for JAX's default backend.
 
@@ -27,16 +33,21 @@ def choose_implementation(
         kernel: its public name.
         implementation: what the caller asked for.
         available: the implementations that this kernel has.
+        tuned: the call's key in the tables and the tokens of the longest sequence that it has room for; None
+            for a kernel that they do not have.
 
     Raises:
-        ValueError: the kernel has no such implementation.
+        ValueError: the kernel has no such implementation, or a table's file is corrupt.
     """
     if implementation is None:
         platform = jax.default_backend()
         preferred = PREFERRED.get(platform)
         if preferred is not None and preferred in available:
             return preferred
-        _log_fallback_once(kernel, platform)
+        if platform == "gpu" and tuned is not None:
+            return tuned_implementation(*tuned) or "xla"
+        if platform != "gpu":  # there it is no fallback: XLA scatters rows in place
+            _log_fallback_once(kernel, platform)
         return "xla"
     if implementation not in available:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -110,17 +110,24 @@ def check_rows(name: str, rows: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: dtype {rows.dtype}, must be one of {[d.name for d in QUERY_DTYPES]}")
 
 
-def check_has_blocks(implementation: str, block_sizes: object, kind: type, *, of: str) -> None:
-    """Checks that block sizes are given to the implementation that has them.
+def check_has_blocks(implementation: str, block_sizes: object, kinds: Mapping[str, type]) -> None:
+    """Checks that block sizes are given to an implementation that has them.
+
+    Args:
+        implementation: that was chosen.
+        block_sizes: that were given.
+        kinds: of which type each implementation's are.
 
     Raises:
         ValueError: the implementation that was chosen has none.
         TypeError: they are of another kind.
     """
-    if implementation != of:
-        raise ValueError(f"block_sizes={block_sizes!r}: {implementation!r} has none, {of!r} has")
+    if implementation not in kinds:
+        having = " and ".join(map(repr, kinds))
+        raise ValueError(f"block_sizes={block_sizes!r}: {implementation!r} has none, {having} have")
+    kind = kinds[implementation]
     if not isinstance(block_sizes, kind):
-        raise TypeError(f"block_sizes={block_sizes!r}: must be a {kind.__name__}")
+        raise TypeError(f"block_sizes={block_sizes!r}: must be a {kind.__name__} of {implementation!r}")
 
 
 def _check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:

@@ -42,18 +42,18 @@ def no_type_checker() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small_units() -> Iterator[None]:
-    """Has the kernels for TPU choose small block sizes: larger ones take the interpreter far longer."""
-    from vsurge.kernels.decode import blocks, triton
+    """Has the Pallas kernels choose small block sizes: larger ones take the interpreter far longer."""
+    from vsurge.kernels.decode import blocks
+    from vsurge.kernels.gpu import blocks as gpu_blocks
     from vsurge.kernels.ragged import blocks as ragged_blocks
-    from vsurge.kernels.ragged import triton as ragged_triton
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "UNIT_TOKENS", 128)
         patch.setattr(blocks, "MOST_LANES", 1)
         patch.setattr(ragged_blocks, "MOST_QUERIES", 64)
         patch.setattr(ragged_blocks, "MOST_TOKENS", 256)
-        patch.setattr(triton, "PROGRAMS", 8)
-        patch.setattr(ragged_triton, "ROWS", 32)
+        patch.setattr(gpu_blocks, "DECODE", gpu_blocks.TritonDecodeBlocks(programs=8))
+        patch.setattr(gpu_blocks, "RAGGED", gpu_blocks.TritonRaggedBlocks(rows=32))
         yield
 
 

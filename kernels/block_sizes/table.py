@@ -14,6 +14,7 @@ from ..home import home_path
 from ..kv_pages import KVPages
 
 TunedKernel = Literal["decode", "ragged"]
+Tuned = Literal["mosaic_tpu", "triton", "xla"]  # implementations that a table may name
 
 
 @dataclass(frozen=True, order=True)
@@ -37,8 +38,8 @@ class Key:
 
     @classmethod
     def of(cls, kernel: TunedKernel, queries: Array, kv_pages: KVPages) -> Key:
-        """The key of a call, of its `queries` [tokens, num_q_heads, head_dim]."""
-        _, num_q_heads, head_dim = queries.shape
+        """The key of a call, of its `queries` [..., num_q_heads, head_dim]."""
+        *_, num_q_heads, head_dim = queries.shape
         dtypes = queries.dtype.name, kv_pages.dtype.name
         return cls(kernel, *dtypes, num_q_heads, kv_pages.num_kv_heads, head_dim, kv_pages.page_size)
 
@@ -48,13 +49,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """The block sizes of calls whose longest context, in tokens, lies in a range.
+    """What is fastest for calls whose longest context, in tokens, lies in a range.
 
     Attributes:
         key: of the calls.
         more_than, up_to: the range of `pages_per_seq * page_size`.
-        blocks: fields of `DecodeBlocks` or `RaggedBlocks`.
+        blocks: fields of the implementation's block sizes; none of "xla".
         provenance: how they were found, for people; see `vsurge tune`.
+        implementation: the kernel that is fastest.
     """
 
     key: Key
@@ -62,6 +64,7 @@ class Entry:
     up_to: int
     blocks: Mapping[str, int]
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    implementation: Tuned = "mosaic_tpu"
 
     @property
     def replaces(self) -> tuple[Key, int]:
@@ -70,7 +73,7 @@ class Entry:
 
 
 def table_path(chip: str) -> Path:
-    """The committed table of a chip."""
+    """The committed table of a chip, or of a GPU by the name that `device_here` gives it."""
     return Path(__file__).parent / f"{chip}.json"
 
 
@@ -101,11 +104,7 @@ def read_table(path: Path) -> tuple[Entry, ...]:
 
 def write_table(path: Path, entries: Iterable[Entry]) -> None:
     """Writes a table, sorted, whole or not at all."""
-    rows = [
-        {**asdict(entry.key), "context": [entry.more_than, entry.up_to], "blocks": dict(entry.blocks),
-         "provenance": dict(entry.provenance)}
-        for entry in sorted(entries, key=lambda entry: entry.replaces)
-    ]  # fmt: skip
+    rows = [_row(entry) for entry in sorted(entries, key=lambda entry: entry.replaces)]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -118,6 +117,17 @@ def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     return list(({entry.replaces: entry for entry in old} | {e.replaces: e for e in new}).values())
 
 
+def _row(entry: Entry) -> dict[str, Any]:
+    named = {} if entry.implementation == "mosaic_tpu" else {"implementation": entry.implementation}
+    return {
+        **asdict(entry.key),
+        "context": [entry.more_than, entry.up_to],
+        **named,
+        "blocks": dict(entry.blocks),
+        "provenance": dict(entry.provenance),
+    }
+
+
 def _entry(row: Any, at: int) -> Entry:
     values = {known.name: row[known.name] for known in fields(Key)}
     more_than, up_to = row["context"]
@@ -125,4 +135,7 @@ def _entry(row: Any, at: int) -> Entry:
     numbers = (*(values[name] for name in list(values)[3:]), more_than, up_to, *blocks.values())
     if values["kernel"] not in get_args(TunedKernel) or not all(type(n) is int for n in numbers):
         raise ValueError(f"entry {at}: kernel must be one of {get_args(TunedKernel)}, sizes must be integers")
-    return Entry(Key(**values), more_than, up_to, cast("dict[str, int]", blocks), provenance)
+    implementation = row.get("implementation", "mosaic_tpu")
+    if implementation not in get_args(Tuned):
+        raise ValueError(f"entry {at}: implementation {implementation!r} must be one of {get_args(Tuned)}")
+    return Entry(Key(**values), more_than, up_to, cast("dict[str, int]", blocks), provenance, implementation)

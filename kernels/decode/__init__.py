@@ -12,7 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ..append import append_kv
+from ..block_sizes import Key
 from ..dispatch import Implementation, choose_implementation
+from ..gpu.blocks import TritonDecodeBlocks
 from ..kv_pages import KVPages
 from ..slots import check_slots_when_run
 from ..validation import (
@@ -24,7 +26,7 @@ from ..validation import (
 from . import reference, xla
 from .blocks import DecodeBlocks
 
-__all__ = ["DecodeBlocks", "paged_decode_attention"]
+__all__ = ["DecodeBlocks", "TritonDecodeBlocks", "paged_decode_attention"]
 
 
 def _mosaic_tpu(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike]:
@@ -51,6 +53,7 @@ IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike]]
     "xla": xla.paged_decode_attention,
     "reference": reference.paged_decode_attention,
 }
+BLOCKS = {"mosaic_tpu": DecodeBlocks, "triton": TritonDecodeBlocks}
 # What writes one new token per sequence itself; with others `append_kv` comes first.
 FUSED: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike, KVPages]]] = {
     "mosaic_tpu": _append_and_attend,
@@ -77,7 +80,7 @@ def paged_decode_attention(
     return_lse: bool = False,
     new_kv: None = None,
     slots: None = None,
-    block_sizes: DecodeBlocks | None = None,
+    block_sizes: DecodeBlocks | TritonDecodeBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> Output | tuple[Output, LogSumExp]: ...
@@ -97,7 +100,7 @@ def paged_decode_attention(
     return_lse: bool = False,
     new_kv: tuple[NewRows, NewRows],
     slots: Int[Array, " num_seqs *num_queries"],
-    block_sizes: DecodeBlocks | None = None,
+    block_sizes: DecodeBlocks | TritonDecodeBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> tuple[Any, ...]: ...
@@ -116,7 +119,7 @@ def paged_decode_attention(
     return_lse: bool = False,
     new_kv: tuple[NewRows, NewRows] | None = None,
     slots: Int[Array, " num_seqs *num_queries"] | None = None,
-    block_sizes: DecodeBlocks | None = None,
+    block_sizes: DecodeBlocks | TritonDecodeBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> Output | tuple[Output, LogSumExp] | tuple[Output, KVPages] | tuple[Output, LogSumExp, KVPages]:
@@ -141,7 +144,8 @@ def paged_decode_attention(
             quantized, others before it. No other sequence of the batch may have a page that is written.
         slots: [num_seqs(, num_queries)] int32, with `new_kv`: where the page table has these tokens,
             `page * page_size + offset`; negative for those that are in the cache already, and for padding.
-        block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
+        block_sizes: `DecodeBlocks` of "mosaic_tpu" or `TritonDecodeBlocks` of "triton"; None for those of the
+            tables (`vsurge tune`), or some that fit.
         implementation: "mosaic_tpu" or "triton" (a Pallas kernel for TPUs or NVIDIA GPUs; interpreted
             elsewhere), "xla" (compiled for any device) or "reference" (float64 NumPy, outside jit only); None
             for the best one on this device.
@@ -175,7 +179,8 @@ def paged_decode_attention(
         )
         if slots is not None:
             check_slots_when_run(kv_pages, kv_lens, page_table, slots.reshape(num_seqs, -1))
-    chosen = choose_implementation("paged_decode_attention", implementation, IMPLEMENTATIONS)
+    tuned = Key.of("decode", queries, kv_pages), page_table.shape[1] * kv_pages.page_size
+    chosen = choose_implementation("paged_decode_attention", implementation, IMPLEMENTATIONS, tuned=tuned)
     options: dict[str, Any] = {
         "scale": scale,
         "sliding_window": sliding_window,
@@ -183,7 +188,7 @@ def paged_decode_attention(
         "sinks": sinks,
     }
     if block_sizes is not None:
-        check_has_blocks(chosen, block_sizes, DecodeBlocks, of="mosaic_tpu")
+        check_has_blocks(chosen, block_sizes, BLOCKS)
         options["block_sizes"] = block_sizes
     by_query = queries if queries.ndim == 4 else queries[:, None]
     metadata = kv_lens, page_table

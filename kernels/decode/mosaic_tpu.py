@@ -112,7 +112,7 @@ def _attend(
         each += 2 * vmem_bytes_per_row(kv_pages)  # of two groups
         vmem -= new_rows_bytes(kv_pages)
     blocks = block_sizes or tuned_or_default_blocks(
-        Key.of("decode", queries[:, 0], kv_pages),
+        Key.of("decode", queries, kv_pages),
         page_size=page_size,
         num_kv_heads=num_kv_heads,
         pages_per_seq=pages_per_seq,

@@ -20,14 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from ..block_sizes import Key
 from ..blockwise import LOG2_E, MASKED
 from ..gpu.attend import Cache, Geometry, attend_range, flat_cache, padded_rows
+from ..gpu.blocks import TritonDecodeBlocks, chosen_decode_blocks
 from ..gpu.launch import call
 from ..kv_pages import KVPages
-
-PROGRAMS = 528  # parts times KV heads to aim for: four for each of an H100's 132 multiprocessors
-BLOCK_TOKENS = 64
-NUM_WARPS, NUM_STAGES = 4, 3
 
 
 class Parts(NamedTuple):
@@ -44,13 +42,36 @@ class Parts(NamedTuple):
     starts: Array
 
 
-@partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
 def paged_decode_attention(
     queries: Float[Array, "num_seqs num_queries num_q_heads head_dim"],
     kv_pages: KVPages,
     kv_lens: Int[Array, " num_seqs"],
     page_table: Int[Array, "num_seqs pages_per_seq"],
     *,
+    block_sizes: TritonDecodeBlocks | None = None,
+    **options: Any,
+) -> tuple[
+    Float[Array, "num_seqs num_queries num_q_heads head_dim"],
+    Float[Array, "num_seqs num_queries num_q_heads"],
+]:
+    """As `vsurge.kernels.paged_decode_attention`; output and log-sum-exp in float32."""
+    blocks = block_sizes or chosen_decode_blocks(
+        Key.of("decode", queries, kv_pages), page_table.shape[1] * kv_pages.page_size
+    )
+    blocks.check()
+    return cast(
+        "tuple[Array, Array]", attend(queries, kv_pages, kv_lens, page_table, blocks=blocks, **options)
+    )
+
+
+@partial(jax.jit, static_argnames=("blocks", "scale", "sliding_window", "soft_cap"))
+def attend(
+    queries: Float[Array, "num_seqs num_queries num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " num_seqs"],
+    page_table: Int[Array, "num_seqs pages_per_seq"],
+    *,
+    blocks: TritonDecodeBlocks,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
@@ -59,20 +80,21 @@ def paged_decode_attention(
     Float[Array, "num_seqs num_queries num_q_heads head_dim"],
     Float[Array, "num_seqs num_queries num_q_heads"],
 ]:
-    """As `vsurge.kernels.paged_decode_attention`; output and log-sum-exp in float32."""
+    """`paged_decode_attention` with given block sizes."""
     num_seqs, num_queries, num_q_heads, head_dim = queries.shape
     heads = kv_pages.num_kv_heads
     if num_seqs == 0:
         return jnp.zeros(queries.shape, jnp.float32), jnp.zeros(queries.shape[:3], jnp.float32)
     group = num_q_heads // heads
     geometry = Geometry.of(
-        queries, kv_pages, BLOCK_TOKENS, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
+        queries, kv_pages, blocks.kv_tokens, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
     )
-    parts = cut(kv_lens, num_queries, sliding_window, most=max(1, PROGRAMS // heads), block=BLOCK_TOKENS)
+    most = max(1, blocks.programs // heads)
+    parts = cut(kv_lens, num_queries, sliding_window, most=most, block=blocks.kv_tokens)
     rows = by_kv_head(queries, heads).astype(geometry.product_dtype)
     cache = flat_cache(kv_pages)
     num_parts, num_rows = parts.sequence.shape[0], num_queries * group
-    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
+    launch: dict[str, Any] = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     partial_outputs = call(
         partial(_attend_part, geometry=geometry, group=group, has_scales=len(cache) > 1),
         (parts.sequence, parts.first, parts.end, kv_lens, page_table, rows, *cache),

@@ -12,7 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ..append import append_kv
+from ..block_sizes import Key
 from ..dispatch import Implementation, choose_implementation
+from ..gpu.blocks import TritonRaggedBlocks
 from ..kv_pages import KVPages
 from ..slots import check_prompt_slots_when_run
 from ..validation import (
@@ -24,7 +26,7 @@ from ..validation import (
 from . import reference, xla
 from .blocks import RaggedBlocks
 
-__all__ = ["RaggedBlocks", "ragged_paged_attention"]
+__all__ = ["RaggedBlocks", "TritonRaggedBlocks", "ragged_paged_attention"]
 
 
 def _mosaic_tpu(*arguments: Any, **options: Any) -> tuple[ArrayLike, ArrayLike | None]:
@@ -47,6 +49,7 @@ IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[ArrayLike, ArrayLike |
     "xla": xla.ragged_paged_attention,
     "reference": reference.ragged_paged_attention,
 }
+BLOCKS = {"mosaic_tpu": RaggedBlocks, "triton": TritonRaggedBlocks}
 
 Output = Float[Array, "num_tokens num_q_heads head_dim"]
 LogSumExp = Float[Array, "num_tokens num_q_heads"]
@@ -69,7 +72,7 @@ def ragged_paged_attention(
     return_lse: bool = False,
     new_kv: None = None,
     slots: None = None,
-    block_sizes: RaggedBlocks | None = None,
+    block_sizes: RaggedBlocks | TritonRaggedBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> Output | tuple[Output, LogSumExp]: ...
@@ -91,7 +94,7 @@ def ragged_paged_attention(
     return_lse: bool = False,
     new_kv: tuple[NewRows, NewRows],
     slots: Int[Array, " num_tokens"],
-    block_sizes: RaggedBlocks | None = None,
+    block_sizes: RaggedBlocks | TritonRaggedBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> tuple[Any, ...]: ...
@@ -112,7 +115,7 @@ def ragged_paged_attention(
     return_lse: bool = False,
     new_kv: tuple[NewRows, NewRows] | None = None,
     slots: Int[Array, " num_tokens"] | None = None,
-    block_sizes: RaggedBlocks | None = None,
+    block_sizes: RaggedBlocks | TritonRaggedBlocks | None = None,
     implementation: Implementation | None = None,
     debug: bool = False,
 ) -> Output | tuple[Output, LogSumExp] | tuple[Output, KVPages] | tuple[Output, LogSumExp, KVPages]:
@@ -140,7 +143,8 @@ def ragged_paged_attention(
         new_kv, slots: the new tokens' keys and values, and where they go, [num_tokens] int32, negative for
             those that are in the cache already and for padding: `append_kv` writes them first, to the cache,
             which is donated. (Only `paged_decode_attention` has a kernel that does both.)
-        block_sizes: of "mosaic_tpu", which otherwise chooses some that fit.
+        block_sizes: `RaggedBlocks` of "mosaic_tpu" or `TritonRaggedBlocks` of "triton"; None for those of the
+            tables (`vsurge tune`), or some that fit.
         implementation: "mosaic_tpu" or "triton" (Pallas kernels for TPUs or NVIDIA GPUs; interpreted
             elsewhere), "xla" (compiled for any device) or "reference" (float64 NumPy, outside jit only); None
             for the best one on this device.
@@ -181,7 +185,8 @@ def ragged_paged_attention(
         )
         if slots is not None:
             check_prompt_slots_when_run(kv_pages, kv_lens, page_table, query_starts, num_seqs, slots)
-    chosen = choose_implementation("ragged_paged_attention", implementation, IMPLEMENTATIONS)
+    tuned = Key.of("ragged", queries, kv_pages), page_table.shape[1] * kv_pages.page_size
+    chosen = choose_implementation("ragged_paged_attention", implementation, IMPLEMENTATIONS, tuned=tuned)
     options: dict[str, Any] = {
         "scale": scale,
         "sliding_window": sliding_window,
@@ -189,7 +194,7 @@ def ragged_paged_attention(
         "sinks": sinks,
     }
     if block_sizes is not None:
-        check_has_blocks(chosen, block_sizes, RaggedBlocks, of="mosaic_tpu")
+        check_has_blocks(chosen, block_sizes, BLOCKS)
         options["block_sizes"] = block_sizes
     if chosen == "mosaic_tpu":  # to which it is work of its own
         options["return_lse"] = return_lse

@@ -3,9 +3,9 @@
 """Ragged paged attention on a GPU, in Triton through Pallas.
 
 A program takes a block of one sequence's new tokens for one KV head: the query heads that read it times as
-many tokens as make `ROWS` rows. It walks the sequence's keys up to the last that one of its rows sees; masks
-are made for the blocks on the diagonal alone. Sequences with a single new token are decoded together, with
-their context cut into parts.
+many tokens as make up `TritonRaggedBlocks.rows`. It walks the sequence's keys up to the last that one of its
+rows sees; masks are made for the blocks on the diagonal alone. Sequences with a single new token are decoded
+together, with their context cut into parts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from ..block_sizes import Key
 from ..blockwise import LOG2_E, MASKED
-from ..decode.triton import paged_decode_attention
+from ..decode.triton import attend as attend_decodes
 from ..gpu.attend import Cache, Geometry, attend_range, flat_cache, padded_rows
+from ..gpu.blocks import (
+    TritonDecodeBlocks,
+    TritonRaggedBlocks,
+    chosen_decode_blocks,
+    chosen_ragged_blocks,
+)
 from ..gpu.launch import call
 from ..kv_pages import KVPages
-
-ROWS = 128  # of queries in a program
-BLOCK_TOKENS = 64
-NUM_WARPS, NUM_STAGES = 8, 3
 
 
 class Blocks(NamedTuple):
@@ -46,7 +49,6 @@ class Blocks(NamedTuple):
     position: Array
 
 
-@partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
 def ragged_paged_attention(
     queries: Float[Array, "num_tokens num_q_heads head_dim"],
     kv_pages: KVPages,
@@ -55,27 +57,51 @@ def ragged_paged_attention(
     query_starts: Int[Array, " max_seqs+1"],
     num_seqs: Int[Array, " 1"],
     *,
+    block_sizes: TritonRaggedBlocks | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "num_tokens num_q_heads head_dim"], Float[Array, "num_tokens num_q_heads"]]:
+    """As `vsurge.kernels.ragged_paged_attention`; output and log-sum-exp in float32."""
+    context = page_table.shape[1] * kv_pages.page_size
+    blocks = block_sizes or chosen_ragged_blocks(Key.of("ragged", queries, kv_pages), context)
+    blocks.check()
+    decode_blocks = chosen_decode_blocks(Key.of("decode", queries, kv_pages), context)
+    metadata = kv_lens, page_table, query_starts, num_seqs
+    sizes = {"blocks": blocks, "decode_blocks": decode_blocks}
+    return cast("tuple[Array, Array]", _attend(queries, kv_pages, *metadata, **sizes, **options))
+
+
+@partial(jax.jit, static_argnames=("blocks", "decode_blocks", "scale", "sliding_window", "soft_cap"))
+def _attend(
+    queries: Float[Array, "num_tokens num_q_heads head_dim"],
+    kv_pages: KVPages,
+    kv_lens: Int[Array, " max_seqs"],
+    page_table: Int[Array, "max_seqs pages_per_seq"],
+    query_starts: Int[Array, " max_seqs+1"],
+    num_seqs: Int[Array, " 1"],
+    *,
+    blocks: TritonRaggedBlocks,
+    decode_blocks: TritonDecodeBlocks,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " num_q_heads"] | None,
 ) -> tuple[Float[Array, "num_tokens num_q_heads head_dim"], Float[Array, "num_tokens num_q_heads"]]:
-    """As `vsurge.kernels.ragged_paged_attention`; output and log-sum-exp in float32."""
+    """`ragged_paged_attention` with given block sizes."""
     num_tokens, num_q_heads, _ = queries.shape
     group = num_q_heads // kv_pages.num_kv_heads
     in_use = jnp.arange(kv_lens.shape[0], dtype=jnp.int32) < num_seqs
     new_tokens = jnp.where(in_use, query_starts[1:] - query_starts[:-1], 0)
     decodes = new_tokens == 1
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
-    geometry = Geometry.of(queries, kv_pages, BLOCK_TOKENS, **options)
-    tokens = max(1, ROWS // group)
-    blocks = cut(jnp.where(decodes, 0, new_tokens), kv_lens, query_starts, tokens, num_tokens)
+    geometry = Geometry.of(queries, kv_pages, blocks.kv_tokens, **options)
+    tokens = max(1, blocks.rows // group)
+    cuts = cut(jnp.where(decodes, 0, new_tokens), kv_lens, query_starts, tokens, num_tokens)
     cache = flat_cache(kv_pages)
     of_heads = jnp.full(num_q_heads, -jnp.inf) if sinks is None else sinks
     output, log_sum_exp = call(
         partial(_attend_block, geometry=geometry, group=group, tokens=tokens, has_scales=len(cache) > 1),
         (
-            *blocks, page_table, of_heads.astype(jnp.float32), queries.astype(geometry.product_dtype),
+            *cuts, page_table, of_heads.astype(jnp.float32), queries.astype(geometry.product_dtype),
             jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:2], -jnp.inf, jnp.float32), *cache,
         ),
         (
@@ -83,19 +109,20 @@ def ragged_paged_attention(
             jax.ShapeDtypeStruct(queries.shape[:2], jnp.float32),
         ),
         name="ragged_paged_attention",
-        grid=(blocks.sequence.shape[0], kv_pages.num_kv_heads),
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        grid=(cuts.sequence.shape[0], kv_pages.num_kv_heads),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
         input_output_aliases={7: 0, 8: 1},  # what padding and decodes have before
     )  # fmt: skip
     row = jnp.minimum(query_starts[:-1], num_tokens - 1)
     decoded = cast(
         "tuple[Array, Array]",
-        paged_decode_attention(
+        attend_decodes(
             queries[row][:, None],
             kv_pages,
             jnp.where(decodes, kv_lens, 0),
             page_table,
+            blocks=decode_blocks,
             sinks=sinks,
             **options,
         ),

@@ -15,10 +15,10 @@ import numpy as np
 
 from ..append import append_kv
 from ..block_sizes import Key
-from ..block_sizes.table import TunedKernel
-from ..decode import DecodeBlocks, paged_decode_attention
+from ..block_sizes.table import Tuned, TunedKernel
+from ..decode import DecodeBlocks, TritonDecodeBlocks, paged_decode_attention
 from ..kv_pages import KVPages, bytes_per_token, empty_kv_pages, scale_tokens
-from ..ragged import RaggedBlocks, ragged_paged_attention
+from ..ragged import RaggedBlocks, TritonRaggedBlocks, ragged_paged_attention
 
 Kernel = Literal["decode", "ragged", "append", "jax_ragged"]
 
@@ -52,6 +52,7 @@ class Call:
         max_context: tokens of the longest sequence, by which the page table is as wide as it is.
         max_tokens: rows of queries, of "ragged", "jax_ragged" and "append".
         sliding_window: tokens that a query sees; None for all.
+        implementation: of this package's kernels.
         block_sizes: of the kernel; for "jax_ragged" (pages per block, queries per block). None for its own
             choice.
     """
@@ -67,7 +68,10 @@ class Call:
     max_context: int = 8192
     max_tokens: int = 2048
     sliding_window: int | None = None
-    block_sizes: DecodeBlocks | RaggedBlocks | tuple[int, int] | None = None
+    implementation: Tuned = "mosaic_tpu"
+    block_sizes: (
+        DecodeBlocks | RaggedBlocks | TritonDecodeBlocks | TritonRaggedBlocks | tuple[int, int] | None
+    ) = None
 
     @property
     def pages_per_seq(self) -> int:
@@ -98,7 +102,7 @@ class Call:
         """The function to compile, of `arguments`."""
         scale = self.head_dim**-0.5
         if self.kernel == "append":
-            return partial(append_kv, implementation="mosaic_tpu")
+            return partial(append_kv, implementation=self.implementation)
         if self.kernel == "jax_ragged":
             from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
                 ragged_paged_attention as theirs,
@@ -117,7 +121,7 @@ class Call:
         return partial(
             attend,
             scale=scale,
-            implementation="mosaic_tpu",
+            implementation=self.implementation,
             sliding_window=self.sliding_window,
             block_sizes=self.block_sizes,
         )
@@ -143,7 +147,7 @@ class Call:
         return queries, cache, shape(self.max_seqs), table, shape(self.max_seqs + 1), shape(1)
 
     def cache(self) -> KVPages:
-        """The cache, as a TPU stores it."""
+        """The cache, as the implementation's device stores it."""
         make = partial(
             empty_kv_pages,
             self.num_pages,
@@ -156,7 +160,7 @@ class Call:
         data: Any = jax.ShapeDtypeStruct(cache.data.shape, cache.dtype)
         scales: Any = None
         if cache.scales is not None:
-            places = scale_tokens(self.page_size, "tpu")
+            places = scale_tokens(self.page_size, "tpu" if self.implementation == "mosaic_tpu" else "gpu")
             scales = jax.ShapeDtypeStruct((*cache.scales.shape[:3], places), jnp.float32)
         return KVPages(data, scales, cache.dtype, cache.page_size)
 

@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (jax's signatures are only partly typed)
-"""Timing a kernel call on the TPU that is here. It has not run on one yet."""
+"""Timing a kernel call on the TPU or GPU that is here. It has not run on one yet."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ import numpy as np
 from jax import lax
 
 from .calls import Batch, Call
-
-
-def chip_here() -> str | None:
-    """The chip of jax's default device, by its name in `CHIPS`; None if that is no TPU."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    return str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else None
 
 
 def time_call(call: Call, batch: Batch, *, repeats: int = 9, calls: tuple[int, int] = (2, 12)) -> float:

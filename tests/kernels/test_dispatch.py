@@ -34,16 +34,15 @@ def test_a_cpu_gets_xla_without_a_word(caplog: pytest.LogCaptureFixture) -> None
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_another_device_falls_back_with_one_line_per_kernel(
-    platform: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     caplog.set_level(logging.INFO, "vsurge.kernels")
     for kernel in ("first", "first", "second"):
         assert choose_implementation(kernel, None, AVAILABLE) == "xla"
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["first", "second"]
-    assert platform in caplog.text
+    assert "'tpu'" in caplog.text
     assert "falling back to 'xla'" in caplog.text
 
 

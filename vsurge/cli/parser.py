@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantization(info)
     _add_cache(info)
 
-    tune = add("tune", "Choose block sizes of a model's attention kernels for a TPU, which need not be here.")
+    tune = add(
+        "tune", "Choose block sizes of a model's attention kernels for a TPU, here or not, or this GPU."
+    )
     _add_tuning(tune)
 
     plan = add("plan", "What a model takes of a slice of TPUs and would do there, without them.")
@@ -72,7 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_tuning(tune: argparse.ArgumentParser) -> None:
     add = tune.add_argument
-    add("--chip", required=True, metavar="CHIP", help="v4, v5e, v5p, v6e or 7x")
+    add(
+        "--chip",
+        required=True,
+        metavar="CHIP",
+        help="v4, v5e, v5p, v6e or 7x, or the GPU that is here, like nvidia-h200",
+    )
     add("--model", required=True, metavar="MODEL",
         help="folder, hub id or published name like 8B; only its shape is read")  # fmt: skip
     add("--revision", help="branch, tag or commit of a hub id")

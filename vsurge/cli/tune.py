@@ -1,4 +1,4 @@
-"""`vsurge tune`: block sizes of a model's attention kernels for a TPU; predicted, or timed if it is here."""
+"""`vsurge tune`: block sizes of a model's attention kernels; for a TPU predicted, or timed if it is here."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels import SUPPORTED_DTYPES
-from ..kernels.block_sizes import Entry, read_table, user_table_path, write_table
+from ..kernels.block_sizes import Entry, device_here, read_table, user_table_path, write_table
 from ..kernels.block_sizes.table import merged
 from ..kernels.tpu.shapes import SUBLANES
-from ..kernels.tuning import Assumptions, Call, Compilers, LoopRun, Prediction
-from ..kernels.tuning.chips import find_chip
+from ..kernels.tuning import CHIPS, Assumptions, Call, Compilers, LoopRun, Prediction
 from ..kernels.tuning.search import Search, Trial, start_search
-from ..kernels.tuning.timing import chip_here, time_call
+from ..kernels.tuning.timing import time_call
 from ..model.progress import progress_bar
+from . import tune_gpu
 from .info import find_config
 
 Found = tuple[Search, list[Trial], list[Entry]]
 
 
 def run(args: argparse.Namespace) -> None:
-    find_chip(args.chip)
     contexts = parse_contexts(args.contexts)
-    check_plot(args)
     calls = kernel_calls(args)
+    if args.chip not in CHIPS:
+        tune_gpu.run(args, calls, contexts)
+        return
+    check_plot(args)
     assumptions = parse_assumptions(args.assume or [], args.chip)
-    is_here = chip_here() == args.chip
+    is_here = device_here() == args.chip
     found = list[Found]()
     with Compilers() as compilers:
         searches = [

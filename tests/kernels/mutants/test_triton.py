@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vsurge.kernels import append, append_kv, decode, empty_kv_pages, ragged, read_kv
+from vsurge.kernels import append, append_kv, decode, empty_kv_pages, read_kv
 from vsurge.kernels.append import triton as append_triton
 from vsurge.kernels.decode import triton as decode_triton
 from vsurge.kernels.gpu import attend
@@ -210,15 +210,14 @@ FAULTS = [
 @pytest.fixture(autouse=True)
 def traced_anew(monkeypatch: Patch) -> None:
     """Calls the functions under their jit, which would answer with what it compiled before the fault."""
-    under: Any = decode_triton.paged_decode_attention
-    monkeypatch.setitem(decode.IMPLEMENTATIONS, "triton", under.__wrapped__)
-    monkeypatch.setattr(ragged_triton, "paged_decode_attention", under.__wrapped__)
-    for room, kernel in (
-        (ragged, ragged_triton.ragged_paged_attention),
-        (append, append_triton.append_kv),
+    for module, name in (
+        (decode_triton, "attend"),
+        (ragged_triton, "attend_decodes"),
+        (ragged_triton, "_attend"),
     ):
-        jitted: Any = kernel
-        monkeypatch.setitem(room.IMPLEMENTATIONS, "triton", jitted.__wrapped__)
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    jitted: Any = append_triton.append_kv
+    monkeypatch.setitem(append.IMPLEMENTATIONS, "triton", jitted.__wrapped__)
 
 
 @pytest.mark.parametrize(

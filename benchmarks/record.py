@@ -118,6 +118,7 @@ class Report:
         ceilings: of the device.
         rows, loads: what was measured.
         settings: what else the command was given.
+        took_s: seconds of each part of the run, with all that was built, compiled and tried out for it.
     """
 
     machine: Mapping[str, Any]
@@ -126,6 +127,7 @@ class Report:
     rows: tuple[Row, ...] = ()
     loads: tuple[LoadRow, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    took_s: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def write(self, path: Path) -> None:
         """As JSON, with every sample; folders are made."""

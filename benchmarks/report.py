@@ -36,12 +36,15 @@ def described(report: Report) -> list[str]:
     machine, ceilings = report.machine, report.ceilings
     versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
     driver = [f"driver {machine['driver']}"] if machine.get("driver") else []
+    took = ", ".join(f"{part} {seconds:,.0f} s" for part, seconds in report.took_s.items())
     lines = [
         f"commit {machine['commit']}; Python {machine['python']}, {', '.join([*versions, *driver])}",
         f"measured in the same run: {ceilings.bandwidth_gb_s:,.1f} GB/s of memory, "
         f"{ceilings.matrix_gflop_s:,.0f} GFLOP/s of a bfloat16 product; MBU and MFU are shares of these, the "
         "roofline is what they allow",
     ]
+    if took:
+        lines.append(f"the run took {sum(report.took_s.values()):,.0f} s: {took}")
     return lines if report.model is None else [report.model, *lines]
 
 

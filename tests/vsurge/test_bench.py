@@ -82,6 +82,10 @@ def test_all_writes_down_each_part(
     assert half.requests_per_s == pytest.approx(0.5 * 3 / at_once.seconds)
     assert most.requests_per_s == pytest.approx(0.9 * 3 / at_once.seconds)
     assert done.out.count("| not measured") == 1
+    assert list(report.took_s) == ["ceilings", "kernels", "steps", "engine", "load", "another"]
+    took = sum(report.took_s.values())
+    assert at_once.seconds <= report.took_s["engine"] < took
+    assert f"- the run took {took:,.0f} s: ceilings " in done.out
 
 
 @pytest.mark.parametrize(

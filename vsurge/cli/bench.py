@@ -43,11 +43,14 @@ def _all(args: argparse.Namespace) -> None:
     name = given(args.model, "0.6B" if on_cpu else "8B")
     check_has_no_experts(published_config(name))
     parts = [part for part in PARTS if args.only is None or part in args.only]
+    begin = time.perf_counter()
     report = _new_report(args, f"{name}, random bfloat16 weights" if parts != ["kernels"] else None)
+    took_s = {"ceilings": time.perf_counter() - begin}
     out = Path(args.out) if args.out else results_folder() / machine_slug(report.machine)
     work = measuring.FEWER if on_cpu else measuring.QUOTED
-    for grown in _measured(report, name, parts, work):
-        report = grown
+    for part, grown in _measured(report, name, parts, work):
+        took_s[part] = time.perf_counter() - begin - sum(took_s.values())
+        report = replace(grown, took_s={key: round(seconds, 1) for key, seconds in took_s.items()})
         report.write(out / "bench.json")  # so that nothing is lost if a later part fails
     _finish(report, out / "bench.json")
     ours = [row for row in report.rows if row.implementation.startswith("vSurge")]
@@ -56,8 +59,10 @@ def _all(args: argparse.Namespace) -> None:
         raise RuntimeError(f"{failed[0].name}, {failed[0].implementation}: {failed[0].not_measured}")
 
 
-def _measured(report: Report, name: str, parts: Sequence[str], work: RequestMix) -> Iterator[Report]:
-    """The report after each thing that was measured.
+def _measured(
+    report: Report, name: str, parts: Sequence[str], work: RequestMix
+) -> Iterator[tuple[str, Report]]:
+    """The report after each thing that was measured, and what that was.
 
     Args:
         report: to begin with.
@@ -68,13 +73,13 @@ def _measured(report: Report, name: str, parts: Sequence[str], work: RequestMix)
     if "kernels" in parts:
         rows = measuring.kernel_rows(published_config(name), show_progress=True)
         report = replace(report, rows=tuple(rows))
-        yield report
+        yield "kernels", report
         if len(parts) == 1:
             return
     model = random_model(name, seed=0)
     if "steps" in parts:
         report = replace(report, rows=(*report.rows, *measuring.step_rows(model, show_progress=True)))
-        yield report
+        yield "steps", report
         if parts[-1] == "steps":
             return
     requests = work.requests(model.config)
@@ -85,17 +90,17 @@ def _measured(report: Report, name: str, parts: Sequence[str], work: RequestMix)
             "vSurge", model.config, requests, work.at_once, (load.seconds,), Sizes.of(model)
         )
         report = replace(report, rows=(*report.rows, replace(row, case=work.case)), loads=(load,))
-        yield report
+        yield "engine", report
         if "load" in parts:
             rates = [share * load.num_requests / load.seconds for share in SHARES_OF_THROUGHPUT]
             loads = measuring.load_rows(surge, requests, rates, show_progress=True)
             report = replace(report, loads=(load, *loads))
-            yield report
+            yield "load", report
     if "engine" in parts:
         for peer in progress_bar(list(PEERS), "peers", show=True, unit="engine"):
             row = measuring.peer_row(peer, model.config, requests, work.at_once)
             report = replace(report, rows=(*report.rows, replace(row, case=work.case)))
-            yield report
+            yield peer, report
 
 
 def _throughput(args: argparse.Namespace) -> None:

@@ -47,12 +47,12 @@ def main() -> None:
         calls = [call for call in calls if call.page_size in (arguments.page_size or (call.page_size,))]
         with Compilers() as compilers:
             searches = [_start(call, chip, compilers) for call in calls]
-            found = [e for search in progress_bar(searches, chip, show=True) for e in _finish(search)]
-        old = read_table(path)
-        for line in changes(old, found):
-            print(f"{chip}: {line}")
-        write_table(path, merged(old, found))
-        print(f"{chip}: {len(found)} entries written to {path}", flush=True)
+            for search in progress_bar(searches, chip, show=True):
+                old, found = read_table(path), _finish(search)
+                for line in changes(old, found):
+                    print(f"{chip}: {line}")
+                write_table(path, merged(old, found))  # at once, so that nothing is lost if a later one fails
+                print(f"{chip}: {search.call.key}: {len(found)} entries written to {path}", flush=True)
 
 
 def all_heads() -> list[tuple[int, ...]]:

@@ -19,13 +19,11 @@ TUNED: dict[TunedKernel, tuple[str, ...]] = {
     "decode": ("v5e", "v5p", "v6e", "7x"),
     "ragged": ("v5e", "v5p", "v6e", "7x"),
 }
-# Query and KV heads of Qwen3-0.6B, 8B and 32B and of their shards; and of 14B, 30B-A3B and 235B-A22B.
-DENSE = {
+# Query and KV heads of every Qwen3 and of its shards.
+HEADS = {
     (16, 8), (8, 4), (4, 2), (2, 1), (32, 8), (16, 4), (8, 2), (4, 1), (64, 8), (32, 4), (16, 2), (8, 1),
+    (40, 8), (20, 4), (10, 2), (5, 1), (64, 4), (32, 2), (16, 1),
 }  # fmt: skip
-OTHERS = {(40, 8), (20, 4), (10, 2), (5, 1), (64, 4), (32, 2), (16, 1)}
-# Of prompts on 7x there are not all.
-ON_7X = DENSE | {(40, 8), (64, 4)}
 RANGES: dict[TunedKernel, list[tuple[int, int]]] = {
     "decode": [(0, 128), (128, 512), (512, 2048), (2048, 8192)],
     "ragged": [(0, 512), (512, 2048), (2048, 8192)],
@@ -65,10 +63,10 @@ def test_a_chips_table_holds_every_shard_and_every_context(
         if entry.key.kernel == kernel and entry.key.page_size == page_size and entry.key.head_dim == 128
         if entry.key.query_dtype == entry.key.kv_dtype == "bfloat16"
     ]
-    for heads in ON_7X if (chip, kernel) == ("7x", "ragged") else DENSE | OTHERS:
+    for heads in HEADS:
         own = [entry for entry in found if (entry.key.num_q_heads, entry.key.num_kv_heads) == heads]
         assert sorted((entry.more_than, entry.up_to) for entry in own) == RANGES[kernel], heads
-    assert set(tables.all_heads()) == DENSE | OTHERS
+    assert set(tables.all_heads()) == HEADS
 
 
 @pytest.mark.parametrize("chip", TUNED["decode"])

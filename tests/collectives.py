@@ -14,10 +14,14 @@ OPERATION = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{KINDS})(-start)?\(")
 SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
-# How XLA writes groups of devices: {{0,1},{2,3}}, or [2,2]<=[4], or mesh['axis_0'=2,'axis_1'=2] {'axis_1'}.
+# How XLA writes groups of devices: {{0,1},{2,3}}, or [2,2]<=[4], or mesh['axis_0'=2,'axis_1'=2] {'axis_1'}; of a
+# mesh whose devices are in another order, mesh[…], device_ids=([2,2]T(1,0)) {'axis_1'}.
 LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-ON_A_MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(['\w,]+)\}")
+ON_A_MESH = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>.*?)\](?:, device_ids=\(\[(?P<dims>[\d,]+)\]T\((?P<order>[\d,]+)\)\))?"
+    r" \{(?P<axes>['\w,]+)\}"
+)
 
 
 def groups(program: jax.stages.Compiled) -> set[frozenset[int]]:
@@ -38,9 +42,12 @@ def _groups_in(line: str) -> list[list[int]]:
         return devices.reshape(_numbers(counted[1])).tolist()
     on_a_mesh = ON_A_MESH.search(line)
     assert on_a_mesh is not None, line
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", on_a_mesh[1])}
-    along = [list(sizes).index(name) for name in re.findall(r"\w+", on_a_mesh[2])]
-    devices = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", on_a_mesh["sizes"])}
+    along = [list(sizes).index(name) for name in re.findall(r"\w+", on_a_mesh["axes"])]
+    devices = np.arange(math.prod(sizes.values()))
+    if on_a_mesh["dims"]:
+        devices = devices.reshape(_numbers(on_a_mesh["dims"])).transpose(_numbers(on_a_mesh["order"]))
+    devices = devices.reshape(*sizes.values())
     size = math.prod(devices.shape[axis] for axis in along)
     return np.moveaxis(devices, along, range(-len(along), 0)).reshape(-1, size).tolist()
 

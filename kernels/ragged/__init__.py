@@ -152,9 +152,9 @@ def ragged_paged_attention(
 
     Returns:
         The output [num_tokens, num_q_heads, head_dim] in the queries' dtype; with `return_lse` also the
-        log-sum-exp [num_tokens, num_q_heads] in float32; of bfloat16 queries and cache "mosaic_tpu" gives it
-        within 2^-9, as it sums rounded weights; with `new_kv` then the cache. Rows that belong to no sequence
-        are unspecified.
+        log-sum-exp [num_tokens, num_q_heads] in float32; of bfloat16 queries and a cache of at most 16 bits
+        "mosaic_tpu" gives it within 2^-9, as it sums rounded weights; with `new_kv` then the cache. Rows that
+        belong to no sequence are unspecified.
 
     Raises:
         ValueError: an argument's shape, dtype or value is not allowed, or there is no such implementation;

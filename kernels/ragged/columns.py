@@ -7,8 +7,9 @@ softmax runs down the columns, sums of weights come out of the matrix unit as on
 nothing has to be spread over the lanes of a register. While one head's weights are computed, the matrix unit
 already makes the next head's scores.
 
-Of a quantized cache the scales of a unit are transposed once, tokens down the sublanes. Then scores and
-weights are multiplied with a head's column of them, and the weights are summed before.
+Of a quantized cache the scales of a unit are transposed once, tokens down the sublanes. Scores are multiplied
+with a head's column of them. The values are multiplied themselves, and not the weights: hundreds of columns
+share them, and the ones below them sum the weights. That rounds them again, by less than quantization did.
 """
 
 from __future__ import annotations
@@ -116,19 +117,12 @@ def zero_behind(rows: Any, count: Any) -> Any:
     return jnp.where(held, rows, jnp.zeros_like(rows))
 
 
-def weighted_sums(values: Any, scales: Any, weights: Any) -> Any:
-    """Sums over tokens [head_dim + SUBLANES, columns]: weighted values, and below them the weights alone.
-
-    Args:
-        values: [head_dim, tokens] if there are scales, else [head_dim + SUBLANES, tokens], ones at the end.
-        scales: of the values, [tokens, 1] float32, or None.
-        weights: [tokens, columns] float32.
-    """
-    if scales is None:
-        return dot(values, weights.astype(values.dtype), contract=(1, 0))
-    total = jnp.sum(weights, axis=0, keepdims=True)
-    weighted = dot(values, (weights * scales).astype(values.dtype), contract=(1, 0))
-    return jnp.concatenate([weighted, jnp.broadcast_to(total, (SUBLANES, total.shape[1]))])
+def scales_of_unit(fetcher: Fetcher, slot: Any, start: Any, width: int, factor: float) -> tuple[Any, ...]:
+    """Scales [width, num_kv_heads] of a unit's keys, times a factor, and of its values; none without any."""
+    if fetcher.scales is None:
+        return ()
+    keys, values = (fetcher.scales_of(slot, 0, kind, width, start).T for kind in (KEYS, VALUES))
+    return keys * factor, values
 
 
 def attend(
@@ -158,14 +152,16 @@ def attend(
     """
     unit, block, heads = fetcher.units_in.at[slot, 0], fetcher.buffer.at[slot, 0], attention.heads
     lanes = heads.at_once
-    quantized = fetcher.scales is not None
-    scales = (
-        [fetcher.scales_of(slot, 0, kind, width, start).T for kind in (KEYS, VALUES)] if quantized else []
-    )
+    factor = attention.scale * LOG2_E if attention.soft_cap is None else attention.scale / attention.soft_cap
+    scales = scales_of_unit(fetcher, slot, start, width, factor)
 
     def loaded(kind: int, head: int, part: slice) -> Any:
+        """Keys without their scales, or values with them, [tokens, head_dim]."""
         place = pl.ds(start + part.start, part.stop - part.start)
-        return decode_bits(kv_pages, block[kind, head, place]).astype(attention.dtype)
+        rows = decode_bits(kv_pages, block[kind, head, place])
+        if scales and kind == VALUES:
+            rows = rows.astype(jnp.float32) * column_of(scales[VALUES][part], head)
+        return rows.astype(attention.dtype)
 
     def masked_from(part: slice) -> int:
         """The place in a part where tokens may be unseen."""
@@ -179,11 +175,8 @@ def attend(
     def products(item: Item, part: slice) -> Any:
         columns = heads.columns_of(item.head, item.columns, queries)
         found = dot(loaded(KEYS, item.head, part), columns.astype(attention.dtype), contract=(1, 1))
-        if quantized:
-            found *= column_of(scales[KEYS][part], item.head)
-        if attention.soft_cap is None:
-            return found * (attention.scale * LOG2_E)
-        return attention.soft_cap * LOG2_E * jnp.tanh(found * (attention.scale / attention.soft_cap))
+        found *= column_of(scales[KEYS][part], item.head) if scales else factor
+        return found if attention.soft_cap is None else attention.soft_cap * LOG2_E * jnp.tanh(found)
 
     def masked(item: Item, part: slice, found: Any) -> Any:
         if part.stop <= seen_by_all:
@@ -207,24 +200,22 @@ def attend(
         last = zero_behind(rows[first:], unit[TOKENS] - start - (part.start + first))
         return jnp.concatenate([rows[:first], last]) if first else last
 
-    def operands(head: int, part: slice) -> tuple[Any, Any]:
-        """The first two arguments of `weighted_sums`."""
+    def operand(head: int, part: slice) -> Any:
+        """Values [head_dim + SUBLANES, tokens], with ones at the end, by which a product sums the weights."""
         values = held(loaded(VALUES, head, part), part).T
-        if quantized:
-            return values, held(column_of(scales[VALUES][part], head), part)
-        return jnp.concatenate([values, jnp.ones((SUBLANES, values.shape[1]), values.dtype)]), None
+        return jnp.concatenate([values, jnp.ones((SUBLANES, values.shape[1]), values.dtype)])
 
-    values = list[tuple[Any, Any]]()  # of the head and the piece in use
+    values = list[Any]()  # of the head and the piece in use
 
     def add(item: Item, highests: list[Any], begin_later: Callable[[int], None]) -> None:
         if item.columns.start == 0:
-            values[:] = [operands(item.head, part) for part in item.parts]
+            values[:] = [operand(item.head, part) for part in item.parts]
         highest, keep = softmax.raise_to(item.head, item.columns, largest(highests))
         sums: Any = 0.0
         for i, part in enumerate(item.parts):
             begin_later(i)
-            operand, value_scales = values[i]
-            sums += weighted_sums(operand, value_scales, jnp.exp2(waiting[item.rows(part)] - highest))
+            weights = jnp.exp2(waiting[item.rows(part)] - highest).astype(attention.dtype)
+            sums += dot(values[i], weights, contract=(1, 0))
         softmax.add(item.head, item.columns, keep, sums)
 
     take_in_turn(width, items_of(width, heads.num_kv_heads, heads.columns, lanes), scores, add)

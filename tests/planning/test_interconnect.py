@@ -34,6 +34,7 @@ ENTRY %main.1 (a: f32[8]) -> f32[8] {
   %done = bf16[32,16]{1,0} all-gather-done(%three)
   %four = f32[2,16]{1,0} reduce-scatter(%x), replica_groups=[1,4]<=[4], to_apply=%add
   %five = f8e4m3fn[16]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %six = f32[384] all-reduce(%x), replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0'}
   %call = f32[8,128]{1,0} call(%z), to_apply=%called
   %loop = (s32[], f32[64]) while(%t), condition=%condition, body=%body
   ROOT %choice = f32[64] conditional(%i, %u, %v), branch_computations={%branch, %other}
@@ -49,12 +50,19 @@ def test_a_programs_collectives_are_read_with_bytes_and_groups() -> None:
         Collective("all-gather", 32 * 16 * 2, 4): 1,
         Collective("reduce-scatter", 4 * 2 * 16 * 4, 4): 1,
         Collective("collective-permute", 16, 2): 1,
+        Collective("all-reduce", 2 * 192 * 4, 8): 1,
         Collective("all-reduce", 8 * 128 * 4, 4): 1,
     }
     assert sent.sometimes == {
         Collective("all-reduce", 64 * 4, 4): 1,
         Collective("all-gather", 4 * 64 * 20 * 2, 4): 1,
     }
+
+
+def test_groups_in_an_unknown_form_are_not_guessed() -> None:
+    line = "  %a = f32[8]{0} all-reduce(%x), replica_groups=all, to_apply=%add"
+    with pytest.raises(ValueError, match="groups of devices in an unknown way: %a = f32"):
+        read_collectives(f"ENTRY %main (a: f32[8]) -> f32[8] {{\n{line}\n}}\n")
 
 
 def between(name: str, devices: int, hop_us: float = 0.0) -> Interconnect:

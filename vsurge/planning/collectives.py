@@ -16,9 +16,9 @@ _OPERATION = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?P<star
 _SHAPE = re.compile(r"(?P<dtype>pred|[a-z]+\d+)(?:e\w+)?\[(?P<sizes>[\d,]*)\]")
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\) -> .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")  # not: body, condition, branch_computations
-# groups of devices: numbered, by axes of a mesh, or listed
+# groups of devices: numbered, by axes of a mesh (whose devices may be told, too), or listed
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_AXES = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\] ?\{(?P<axes>[^}]*)\}")
+_AXES = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\([^ ]*\))? ?\{(?P<axes>[^}]*)\}")
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 # The die-to-die link between the two halves of a 7x chip has six times the bandwidth of a one-dimensional ICI
@@ -119,8 +119,11 @@ def _group_of(line: str) -> int:
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match["axes"]))
     if match := _IOTA.search(line):
         return int(match[1])
-    match = _LISTED.search(line)
-    return len(match[1].split(",")) if match else 2  # a permutation has pairs
+    if match := _LISTED.search(line):
+        return len(match[1].split(","))
+    if "source_target_pairs=" in line:
+        return 2
+    raise ValueError(f"the compiler writes groups of devices in an unknown way: {line.strip()}")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ OPERATION = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{KINDS})(-start)?\(")
 SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
-# How XLA writes groups of devices: {{0,1},{2,3}}, or [2,2]<=[4], or mesh['axis_0'=2,'axis_1'=2] {'axis_1'}; of a
-# mesh whose devices are in another order, mesh[…], device_ids=([2,2]T(1,0)) {'axis_1'}.
+# How XLA writes groups of devices: {{0,1},{2,3}}, or [2,2]<=[4], or mesh['axis_0'=2,'axis_1'=2] {'axis_1'};
+# of a mesh whose devices are in another order, mesh[…], device_ids=([2,2]T(1,0)) {'axis_1'}.
 LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 ON_A_MESH = re.compile(

@@ -34,7 +34,7 @@ ENTRY %main.1 (a: f32[8]) -> f32[8] {
   %done = bf16[32,16]{1,0} all-gather-done(%three)
   %four = f32[2,16]{1,0} reduce-scatter(%x), replica_groups=[1,4]<=[4], to_apply=%add
   %five = f8e4m3fn[16]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
-  %six = f32[384] all-reduce(%x), replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0'}
+  %six = f32[384] all-reduce(%x), replica_groups=mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}
   %call = f32[8,128]{1,0} call(%z), to_apply=%called
   %loop = (s32[], f32[64]) while(%t), condition=%condition, body=%body
   ROOT %choice = f32[64] conditional(%i, %u, %v), branch_computations={%branch, %other}

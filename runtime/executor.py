@@ -33,6 +33,7 @@ from .shaping import RowState
 from .step import StepOutput
 from .step_inputs import StepInputs
 from .step_plan import StepKind, StepPlan
+from .weights import placed_like
 
 logger = logging.getLogger("vsurge.runtime")
 
@@ -137,6 +138,14 @@ class Executor:
         del failure
         self.release()
         self.allocate()
+
+    def place(self, params: Any) -> Params:
+        """Copies weights to where the current ones lie, for `update`; may be called while steps run.
+
+        Raises:
+            TypeError, ValueError: they are not like the current ones.
+        """
+        return placed_like(params, self._model.params)
 
     def update(self, params: Params) -> None:
         """Other weights from the next step on, of the same shapes and in the same places."""

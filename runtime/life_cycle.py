@@ -13,7 +13,6 @@ from .checks import as_number
 from .engine import Engine
 from .executor import Executor
 from .metrics import EngineMetrics
-from .weights import placed_like
 
 AnyEngine = TypeVar("AnyEngine", bound="LifeCycle")  # beartype cannot check typing.Self in a decorated class
 
@@ -142,16 +141,20 @@ class LifeCycle:
         weights'. Works in every state of the engine. `model` is replaced, and other engines keep theirs.
         The first call compiles the copying, in the caller's thread.
 
+        Of several processes, process 0 has all of the weights and sends each of the others its parts, one
+        array after another, while steps go on. An engine that is built afterwards takes this `model`.
+
         Args:
-            params: a `Params` like `model.params`, of jax's or NumPy's arrays.
+            params: a `Params` like `model.params`, of jax's or NumPy's arrays. Of several processes: of
+                arrays that process 0 can read, none of which lies in parts on others' devices.
 
         Raises:
             ValueError, TypeError: another structure, shape or dtype; the message names the first array that
                 differs, with both. The engine goes on with the old weights.
-            NotImplementedError: the model lies on the devices of several processes.
+            EngineError: it failed on the way to other processes, which end, as this one's engine does.
         """
         with self._updating:
-            placed = placed_like(params, self.model.params)
+            placed = self._executor.place(params)
             self._engine.update(placed)
             self.model = replace(self.model, params=placed)
 

@@ -6,7 +6,8 @@ takes before it runs the step, and so with all else that its executor does.
 
 It does so over a plain TCP connection to each, of the standard library and authenticated with a key of this
 run. A message costs some tens of microseconds and no device, which a collective would keep; and a connection
-that closes says at once that its process has gone, which the key-value store of `jax.distributed` would not.
+that closes or falls silent (`line`) says that its process has gone or stalled, which the key-value store of
+`jax.distributed` would not.
 """
 # pyright: reportUnknownMemberType=false
 # (jax's signatures are only partly typed)
@@ -16,10 +17,12 @@ from __future__ import annotations
 import os
 import queue
 import secrets
-import socket
 import sys
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from types import TracebackType
@@ -29,24 +32,25 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ..model import Model
+from ..model import Model, Params
 from .checks import as_integer
 from .errors import EngineError
-from .executor import Executor
+from .following_executor import FollowingExecutor
+from .line import Line
 from .options import EngineOptions
 
 KEY_BYTES = 32
-# Where a machine vanishes its connections stay open: so many seconds without an answer mean that it has.
-SILENCE_S, PROBE_S, PROBES = 5, 5, 3
-HEARTBEAT_TIMEOUT_S = 20
+# jax ends a process whose peer is silent, too, and writes no line that explains it: the lines come first.
+HEARTBEAT_TIMEOUT_S = 60
+SHUTDOWN_TIMEOUT_S = 20
 
 
 class Processes:
     """The processes of one engine, as one of them sees them. Made by `join_processes`.
 
     Use it in a `with` block, in every process: where process 0 leaves it, the others are told to end. Where a
-    process is lost, the others write which one and exit with status 1, whatever they are doing, for a step
-    that waits for a lost process cannot be interrupted.
+    process is lost or stalls, the others write which one and exit with status 1, whatever they are doing, for
+    a step that waits for a lost process cannot be interrupted.
 
     Attributes:
         process_id: which one this is.
@@ -58,62 +62,63 @@ class Processes:
         self.process_id, self.num_processes = process_id, num_processes
         self.lock = threading.RLock()
         self._num_engines = 0
-        self._has_ended = False
+        self._ended: str | None = None  # why nothing more is sent
+        self._updated: weakref.ref[Params] | None = None  # what the others have in place of their model's
         self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._connections: dict[int, Connection] = {}
+        self._asking = threading.Lock()  # answers do not say to what
+        self._lines: dict[int, Line] = {}
         if process_id == 0:
             key = secrets.token_bytes(KEY_BYTES)
             with Listener((host, 0), backlog=num_processes, authkey=key) as listener:
                 address: Any = listener.address
                 _broadcast(address[1].to_bytes(2, "big") + key)
-                self._connections = _accept(listener, num_processes - 1)
+                connections = _accept(listener, num_processes - 1)
         else:
             sent = _broadcast(bytes(2 + KEY_BYTES))
             connection = Client((host, int.from_bytes(sent[:2], "big")), authkey=sent[2:])
             connection.send(process_id)
-            self._connections = {0: connection}
-        for peer, connection in self._connections.items():
-            _keep_alive(connection)
-            threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
+            connections = {0: connection}
+        for peer, connection in connections.items():
+            self._lines[peer] = Line(connection, on_message=self._take, on_loss=partial(self._lose, peer))
 
-    def _listen(self, peer: int, connection: Connection) -> None:
-        """Takes what a process sends, and ends this one when that one is lost."""
-        while True:
-            try:
-                message: tuple[Any, ...] = connection.recv()
-            except (EOFError, OSError):
-                if self._has_ended:
-                    return
-                self._give_up(f"process {peer} of {self.num_processes} was lost")
-            if message[1] == "failed":
-                self._give_up(message[2])
-            if message[1] == "stop":
-                self._has_ended = True
-            self._messages.put(message)
+    def _take(self, message: tuple[Any, ...]) -> None:
+        """What a process sends."""
+        if message[1] == "failed":
+            self._give_up(message[2])
+        if message[1] == "stop":
+            self._ended = "process 0 is done"
+        self._messages.put(message)
+
+    def _lose(self, peer: int, how: str) -> None:
+        """Ends this process when another one is lost before its time."""
+        if self._ended is None:
+            self._give_up(f"process {peer} of {self.num_processes} {how}")
+        self._messages.put((0, "ended"))  # for who waits for its answer
 
     def _give_up(self, reason: str) -> NoReturn:
         """Ends this process; process 0 tells the others why first."""
-        if self.process_id == 0:
-            self._send(0, "failed", reason, expected=False)
         print(f"vsurge: error: {reason}; process {self.process_id} ends too", file=sys.stderr, flush=True)
+        if self.process_id == 0:
+            self._end("failed", reason)
         os._exit(1)
 
-    def _send(self, *message: Any, expected: bool = True) -> None:
-        for connection in self._connections.values():
-            try:
-                connection.send(message)
-            except OSError:  # its own thread hears of it too
-                if expected:
-                    raise
+    def _end(self, *message: Any) -> None:
+        for line in list(self._lines.values()):  # they may be in the making
+            line.end((0, *message))
 
     def begin(self, model: Model, options: EngineOptions) -> int:
         """Has the others make an executor with process 0's options; its number.
 
         Raises:
-            ValueError: a process has no device of the model's mesh.
+            ValueError: a process has no device of the model's mesh, or other weights than the model.
         """
         self._check_mesh(model)
         with self.lock:
+            if self._updated is not None and self._updated() is not model.params:
+                raise ValueError(
+                    "model: after update_params the other processes have the new weights only; build with "
+                    "the `model` of the engine that was updated last"
+                )
             number = self._num_engines
             self._num_engines += 1
             self.tell(number, "begin", options)
@@ -123,23 +128,51 @@ class Processes:
         """Has the others' executors do something; hold the lock until it is done here as well.
 
         Raises:
-            EngineError: a process is lost, or the block has been left.
+            EngineError: a process is lost, or the others have been told to end.
         """
+        self._tell(dict.fromkeys(self._lines, (engine, what, *arguments)))
+
+    def ask(self, engine: int, what: str, for_each: Mapping[int, Any]) -> None:
+        """Has the others' executors do something that needs no order among steps; returns when it is done.
+
+        Args:
+            engine: its number.
+            what: to do.
+            for_each: what each process needs for it.
+
+        Raises:
+            EngineError: as `tell`.
+        """
+        with self._asking:
+            self._tell({peer: (engine, what, for_each[peer]) for peer in self._lines})
+            for _ in self._lines:
+                if self._messages.get()[1] == "ended":
+                    raise EngineError(f"the other processes have ended: {self._ended}")
+
+    def _tell(self, messages: Mapping[int, tuple[Any, ...]]) -> None:
+        if self._ended is not None:
+            raise EngineError(f"the other processes have ended: {self._ended}")
         try:
-            self._send(engine, what, *arguments)
+            for peer, message in messages.items():
+                self._lines[peer].send(message)
         except OSError as error:
             raise EngineError("the connection to another process of this engine is closed") from error
 
+    def has_updated(self, params: Params) -> None:
+        """Says which weights the others have from now on."""
+        self._updated = weakref.ref(params)
+
     def fail(self, reason: str) -> None:
         """Ends the other processes, which write why; this one goes on to its own end."""
-        self._has_ended = True
-        self._send(0, "failed", reason, expected=False)
+        self._ended = self._ended or reason
+        self._end("failed", reason)
 
     def follow(self, model: Model) -> None:
         """Does on this process's devices what process 0 does, until process 0 is done.
 
         Args:
-            model: the same as process 0's, loaded with the same arguments.
+            model: the same as process 0's, loaded with the same arguments. After `update_params` of process
+                0's engine its weights are given up here; whoever else holds them keeps them in memory.
 
         Raises:
             EngineError: this is process 0.
@@ -148,15 +181,19 @@ class Processes:
         if self.process_id == 0:
             raise EngineError("process 0 builds the engine, and follows none; the other processes do")
         self._check_mesh(model)
-        executors: dict[int, Executor] = {}
+        executors: dict[int, FollowingExecutor] = {}
         while True:
             engine, what, *arguments = self._messages.get()
             if what == "stop":
                 return
             if what == "begin":
-                executors[engine] = Executor(model, *arguments)
-            else:
-                _do(executors[engine], what, arguments)
+                executors[engine] = FollowingExecutor(model, *arguments)
+                continue
+            executors[engine].do(what, arguments)
+            if what == "place":
+                self._lines[0].send((engine, "done"))
+            elif what == "update":  # and the old ones go
+                model = replace(model, params=executors[engine].params)
 
     def _check_mesh(self, model: Model) -> None:
         has_devices = {device.process_index for device in model.mesh.devices.flat}
@@ -176,8 +213,8 @@ class Processes:
         if kind is not None:
             self.fail(f"process {self.process_id} of {self.num_processes} failed: {kind.__name__}: {error}")
         elif self.process_id == 0:
-            self._has_ended = True
-            self._send(0, "stop", expected=False)
+            self._ended = "the block of join_processes was left"
+            self._end("stop")
         if kind is None:
             jax.distributed.shutdown()
 
@@ -194,7 +231,7 @@ def join_processes(coordinator: str, *, process_id: int, num_processes: int) -> 
         num_processes: how many there are, at least 2.
 
     Raises:
-        ValueError, TypeError: an argument out of range.
+        ValueError, TypeError: an argument out of range, or not the number that jax has for this process.
         RuntimeError: jax has used a device already, or not all processes came within five minutes.
     """
     num_processes = as_integer("num_processes", num_processes, 2)
@@ -210,23 +247,13 @@ def join_processes(coordinator: str, *, process_id: int, num_processes: int) -> 
         num_processes,
         process_id,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
-        shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
     )
+    if jax.process_index() != process_id:  # a TPU numbers its machines itself
+        raise ValueError(
+            f"process_id={process_id}: jax numbers this process {jax.process_index()}; give that"
+        )
     return Processes(host.strip("[]"), process_id=process_id, num_processes=num_processes)
-
-
-def _do(executor: Executor, what: str, arguments: Sequence[Any]) -> None:
-    match what:
-        case "compile":
-            executor.compile(show_progress=False)
-        case "allocate":
-            executor.allocate()
-        case "release":
-            executor.release()
-        case "dispatch":
-            executor.dispatch(*arguments)
-        case _:
-            raise ValueError(f"process 0 says {what!r}, which this version does not know")
 
 
 def _broadcast(data: bytes) -> bytes:
@@ -245,12 +272,3 @@ def _accept(listener: Listener, count: int) -> dict[int, Connection]:
             continue
         connections[connection.recv()] = connection
     return connections
-
-
-def _keep_alive(connection: Connection) -> None:
-    with socket.socket(fileno=os.dup(connection.fileno())) as stream:
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S)
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_S)
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)

@@ -8,13 +8,17 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+import numpy.typing as npt
+from jax.sharding import Sharding
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
 from ..model import Params
 
+Parts = dict[int, npt.NDArray[Any]]  # what lies on each device of a process, by its id
+
 
 def placed_like(params: Any, current: Params) -> Params:
-    """Weights copied to where the current ones lie.
+    """Weights copied to where the current ones lie, on devices of this process.
 
     Always copied, also where they lie there already: whoever trains them may donate or delete the arrays.
     Old and new ones are in memory together until the engine lets go of the old.
@@ -24,12 +28,26 @@ def placed_like(params: Any, current: Params) -> Params:
         current: what it has to be like.
 
     Raises:
-        TypeError: a leaf is no array.
-        ValueError: another structure, shape or dtype, or an array that was deleted; it names the first one.
-        NotImplementedError: there are several processes, which would all need them.
+        TypeError, ValueError: as `checked_leaves`.
     """
-    if jax.process_count() > 1:
-        raise NotImplementedError("params: other weights are not supported over several processes")
+    leaves = checked_leaves(params, current)
+    structure: Any = jax.tree.structure(current)
+    copies = [
+        jax.device_put(leaf, old.sharding, may_alias=False)
+        for leaf, old in zip(leaves, jax.tree.leaves(current), strict=True)
+    ]
+    jax.block_until_ready(copies)  # what fails, fails here
+    return tree_unflatten(structure, copies)
+
+
+def checked_leaves(params: Any, current: Params) -> list[Any]:
+    """The arrays of weights that may take the current ones' place.
+
+    Raises:
+        TypeError: a leaf is no array.
+        ValueError: another structure, shape or dtype, or an array that was deleted, or that cannot be read in
+            this process; it names the first one.
+    """
     given, given_tree = _flattened(params)
     wanted, wanted_tree = _flattened(current)
     for (path, leaf), (wanted_path, wanted_leaf) in zip(given, wanted, strict=False):
@@ -46,12 +64,38 @@ def placed_like(params: Any, current: Params) -> Params:
         )
     if given_tree != wanted_tree:
         raise ValueError(f"params: the tree is {given_tree}, the engine's weights are {wanted_tree}")
-    copies = [
-        jax.device_put(leaf, old.sharding, may_alias=False)
-        for (_, leaf), (_, old) in zip(given, wanted, strict=True)
-    ]
-    jax.block_until_ready(copies)  # what fails, fails here
-    return tree_unflatten(wanted_tree, copies)
+    return [leaf for _, leaf in given]
+
+
+def on_host(leaf: Any) -> npt.NDArray[Any]:
+    """An array's content in this process's memory, and nowhere but in what is returned.
+
+    Args:
+        leaf: of jax's or NumPy's, one that `checked_leaves` has let pass.
+    """
+    if isinstance(leaf, np.ndarray):
+        return np.asarray(cast("Any", leaf))  # without what subclasses add
+    here: jax.Array = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    # An array keeps what was read of it for as long as it lives; a copy does not live long.
+    return np.asarray(jax.device_put(here, here.sharding, may_alias=False))
+
+
+def parts_of(array: npt.NDArray[Any], sharding: Sharding) -> dict[int, Parts]:
+    """What each process holds of an array; devices with the same part have the same object."""
+    parts: dict[int, Parts] = {}
+    distinct: dict[str, npt.NDArray[Any]] = {}
+    indices: Any = sharding.devices_indices_map(array.shape)
+    for device, index in indices.items():
+        part = distinct.setdefault(str(index), np.asarray(array[index]))
+        parts.setdefault(device.process_index, {})[device.id] = part
+    return parts
+
+
+def assembled(parts: Parts, like: jax.Array) -> jax.Array:
+    """The array whose parts these are, copied to this process's devices; of the others it has theirs."""
+    devices: Any = like.sharding.addressable_devices_indices_map(like.shape)
+    copies = [jax.device_put(parts[device.id], device, may_alias=False) for device in devices]
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, copies)
 
 
 def _flattened(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -66,5 +110,12 @@ def _check_leaf(name: str, leaf: Any, wanted: jax.Array) -> None:
         raise ValueError(
             f"{name}: is {leaf.dtype}{list(leaf.shape)}, must be {wanted.dtype}{list(wanted.shape)}"  # pyright: ignore[reportUnknownArgumentType]
         )
-    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+    if not isinstance(leaf, jax.Array):
+        return
+    if leaf.is_deleted():
         raise ValueError(f"{name}: was deleted, or donated to a computation; pass the array that replaced it")
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        raise ValueError(
+            f"{name}: other processes hold parts of it; gather it in process 0, with "
+            "jax.experimental.multihost_utils.process_allgather for one"
+        )

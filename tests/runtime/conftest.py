@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from transformers import AutoTokenizer
 import vsurge.model.demo
 from vsurge.model import Model, load_model
 from vsurge.runtime import vSurge
-from vsurge.runtime.options import EngineOptions
 
 from ..devices import TP
-from .scripted import Scripted, ScriptedExecutor, pool_of
+from .scripted import Scripted, ScriptedExecutor, options_of, pool_of
 
 
 @pytest.fixture(scope="session")
@@ -77,22 +77,11 @@ def make_scripted(model: Model, tokenizer: Any) -> Iterator[Callable[..., Script
     def make(
         *, num_pages: int = 24, max_queued_requests: int = 1024, rows: int = 4, processor: Any = tokenizer
     ) -> Scripted:
-        options = EngineOptions(
+        options = replace(
+            options_of(model),
             max_concurrent_decodes=rows,
-            max_concurrent_prefill=2,
-            max_prefill_length=32,
-            max_batched_tokens=32,
-            prefill_lengths=None,
-            decode_steps=1,
-            prefix_caching=True,
-            max_length=160,
-            page_size=16,
             num_pages=num_pages,
             max_queued_requests=max_queued_requests,
-            eos_token_ids=model.eos_token_ids,
-            seed=0,
-            vsurge_name="scripted",
-            verbose=False,
         )
         executor = ScriptedExecutor()
         surge = vSurge(model, processor, options, executor)

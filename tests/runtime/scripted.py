@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 
+from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.executor import Executor
+from vsurge.runtime.options import EngineOptions
 from vsurge.runtime.page_pool import PagePool
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
@@ -63,6 +65,9 @@ class ScriptedExecutor(Executor):
     def compile(self, *, show_progress: bool) -> int:  # noqa: ARG002
         return 0
 
+    def place(self, params: Any) -> Any:
+        return params
+
     def update(self, params: Any) -> None:
         self.weights.append(params)
 
@@ -113,6 +118,27 @@ class Unreadable:
 def counting_script(prompt_ids: list[int], index: int) -> int:
     """Some token, different for each prompt and index; none of them special."""
     return (sum(prompt_ids) * 31 + index * 7) % 1000 + 50
+
+
+def options_of(model: Model) -> EngineOptions:
+    """Of a small engine."""
+    return EngineOptions(
+        max_concurrent_decodes=4,
+        max_concurrent_prefill=2,
+        max_prefill_length=32,
+        max_batched_tokens=32,
+        prefill_lengths=None,
+        decode_steps=1,
+        prefix_caching=True,
+        max_length=160,
+        page_size=16,
+        num_pages=24,
+        max_queued_requests=1024,
+        eos_token_ids=model.eos_token_ids,
+        seed=0,
+        vsurge_name="scripted",
+        verbose=False,
+    )
 
 
 @dataclass

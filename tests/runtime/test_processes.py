@@ -19,8 +19,9 @@ import pytest
 import vsurge
 from vsurge.runtime import vSurge
 
-from .greedy import CAPITAL, GREEDY, STORY
+from .greedy import CAPITAL, GREEDY, STORY, one
 from .many_devices import SAMPLED
+from .two_processes import others
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 30.0
@@ -74,12 +75,30 @@ def assert_alike(found: dict[str, Any], surge: vSurge) -> None:
     assert found["sampled"] == [list(sample.token_ids) for sample in sampled]
 
 
-def test_two_processes_answer_as_one_does_and_end_with_each_other(surge: vSurge) -> None:
+def with_other_weights(surge: vSurge, prompt: str) -> str:
+    old = surge.model.params
+    surge.update_params(others())
+    try:
+        return one(surge, prompt).text
+    finally:
+        surge.update_params(old)
+
+
+def test_two_processes_answer_as_one_does_with_other_weights_too_and_end_with_each_other(
+    surge: vSurge,
+) -> None:
     """A process that is killed takes the other one with it, which says so, in the middle of a step or not."""
-    with demo("1,1,1,4,1", "go on") as (leader, follower):
+    with demo("1,1,1,4,1", "update") as (leader, follower):
         found = first_json(leader)
         assert found["cache"] == [[16, 2, 1, 16, 64]] * 2
         assert_alike(found, surge)
+        updated = first_json(leader)
+        shape, parts, built = updated["refused"]
+        assert shape == "params.final_norm: is float32[191], must be float32[192]"
+        assert parts.startswith("params.embedding: other processes hold parts of it; gather it in process 0")
+        assert built.startswith("model: after update_params the other processes have the new weights only")
+        assert updated["under_way"] == 60
+        assert updated["after"] == with_other_weights(surge, STORY) != found["greedy"][1]
         assert leader.poll() is follower.poll() is None
         follower.send_signal(signal.SIGKILL)
         killed = time.monotonic()
@@ -99,6 +118,26 @@ def test_replicas_may_lie_in_different_processes_and_who_leads_may_be_lost(surge
         assert follower.wait(WITHIN_S) == 1
         assert follower.stderr is not None
         assert "vsurge: error: process 0 of 2 was lost; process 1 ends too" in follower.stderr.read()
+
+
+@pytest.mark.slow  # a silence has to be waited for
+@pytest.mark.parametrize(
+    ("who", "how", "why"),
+    [
+        (1, signal.SIGKILL, "was lost"),
+        (1, signal.SIGSTOP, "has not been heard of for 20 s"),
+        (0, signal.SIGSTOP, "has not been heard of for 20 s"),
+    ],
+)
+def test_a_process_that_dies_or_stalls_ends_an_idle_one(who: int, how: signal.Signals, why: str) -> None:
+    with demo("1,1,1,4,1", "idle") as pair:
+        first_json(pair[0])
+        pair[who].send_signal(how)
+        other = pair[1 - who]
+        assert other.wait(WITHIN_S) == 1
+        assert other.stderr is not None
+        message = f"vsurge: error: process {who} of 2 {why}; process {1 - who} ends too"
+        assert message in other.stderr.read()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os.path
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -195,7 +196,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     shard_of = _read_index(folder / INDEX)
     stored: dict[str, StoredTensor] = {}
     for shard in sorted(set(shard_of.values())):
-        if not (folder / shard).exists():
+        if not os.path.exists(folder / shard):  # unlike Path's, also of a name that no file can have
             wanted = sorted(name for name, s in shard_of.items() if s == shard)
             raise CheckpointError(
                 f"{folder / shard}: missing shard; {INDEX} expects {len(wanted)} tensors in it, among them "

@@ -17,6 +17,7 @@ from ..kernels import Implementation
 
 BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
 COMPUTE_DTYPES = (BFLOAT16, FLOAT32)
+MAX_SIZE = 2**31 - 1  # tokens and positions are int32
 
 
 class ConfigError(ValueError):
@@ -47,9 +48,10 @@ class Yarn:
         if not 1 <= self.factor < math.inf:
             raise ConfigError(f"factor={self.factor!r} of YaRN: must be a finite number of at least 1")
         length = self.original_max_position_embeddings
-        if type(length) is not int or length < 1:
+        if type(length) is not int or not 1 <= length <= MAX_SIZE / self.factor:
             raise ConfigError(
-                f"original_max_position_embeddings={length!r} of YaRN: must be a positive integer"
+                f"original_max_position_embeddings={length!r} of YaRN: must be a positive integer, and times "
+                f"factor={self.factor!r} at most {MAX_SIZE}"
             )
         if not self.beta_fast >= self.beta_slow > 0:
             raise ConfigError(
@@ -79,8 +81,10 @@ class Experts:
     def __post_init__(self) -> None:
         for name in ("num_experts", "experts_per_token", "intermediate_size"):
             size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                raise ConfigError(f"{name}={size!r} of the experts: must be a positive integer")
+            if type(size) is not int or not 1 <= size <= MAX_SIZE:
+                raise ConfigError(
+                    f"{name}={size!r} of the experts: must be a positive integer, at most {MAX_SIZE}"
+                )
         if self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"experts_per_token={self.experts_per_token}: must be at most num_experts={self.num_experts}"
@@ -143,8 +147,8 @@ class Qwen3Config:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads",
                      "num_kv_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
             size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                raise ConfigError(f"{name}={size!r}: must be a positive integer")
+            if type(size) is not int or not 1 <= size <= MAX_SIZE:
+                raise ConfigError(f"{name}={size!r}: must be a positive integer, at most {MAX_SIZE}")
         if self.num_q_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_q_heads={self.num_q_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}"

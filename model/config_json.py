@@ -91,6 +91,7 @@ def config_from_json(raw: Mapping[str, Any], *, source: str = "config.json") -> 
             values[field.name] = _typed(raw[name], field.type, f"{source}: {name}")
     values.setdefault("num_kv_heads", values.get("num_q_heads"))  # null: as many as query heads
     theta, yarn = _read_rope(raw, source)
+    eos_token_ids = eos_ids(raw.get("eos_token_id"), source)
     experts = None
     if architecture == SPARSE:
         experts = _read_experts(raw, values["num_layers"], source)
@@ -102,7 +103,7 @@ def config_from_json(raw: Mapping[str, Any], *, source: str = "config.json") -> 
             rope_theta=theta,
             yarn=yarn,
             experts=experts,
-            eos_token_ids=eos_ids(raw.get("eos_token_id"), source),
+            eos_token_ids=eos_token_ids,
         )
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -210,13 +211,12 @@ def _check_fields(raw: Mapping[str, Any], architecture: str, source: str) -> Non
     layer_types = raw.get("layer_types")
     if layer_types is None:
         return
-    expected = ["full_attention"] * _typed(
-        raw.get("num_hidden_layers", 0), int, f"{source}: num_hidden_layers"
-    )
-    if layer_types != expected:
+    count = _typed(raw.get("num_hidden_layers", 0), int, f"{source}: num_hidden_layers")
+    layers = _typed(layer_types, list, f"{source}: layer_types")
+    if len(layers) != count or any(kind != "full_attention" for kind in layers):
         raise ConfigError(
             f"{source}: layer_types={layer_types!r}: supported is 'full_attention' for each of the "
-            f"{len(expected)} layers"
+            f"{count} layers"
         )
 
 
@@ -239,7 +239,9 @@ def _read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, Yarn | None]
         raise ConfigError(f"{where}: rope_theta is given twice, as {sorted(thetas)}")
     theta = thetas.pop() if thetas else DEFAULT_ROPE_THETA
 
-    kinds = {rope.pop("rope_type", None), rope.pop("type", None)} - {None} or {"default"}
+    kinds = {
+        _typed(rope.pop(name), str, f"{where}: {name}") for name in ("rope_type", "type") if name in rope
+    } or {"default"}
     if kinds not in ({"default"}, {"yarn"}):
         raise ConfigError(f"{where}: rope_type={sorted(kinds)}: supported is one of 'default' and 'yarn'")
     if kinds == {"yarn"}:
@@ -303,7 +305,10 @@ def eos_ids(eos: Any, source: str) -> tuple[int, ...]:
 def _typed(value: Any, expected: type, name: str) -> Any:
     """The value, which must have this type; an integer may stand for a float, but a bool for neither."""
     if expected is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{name}={value}: is beyond the range of float") from None
     if type(value) is not expected:
         raise ConfigError(f"{name}={value!r}: must be of type {expected.__name__}")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class _Field:
     def allows(self, value: float | int) -> bool:
         """Whether a number lies in the range; none that is not finite does."""
         above = self.low < value if self.low_open else self.low <= value
-        return above and value <= self.high and value < math.inf
+        return above and value <= self.high and (self.type is int or value <= sys.float_info.max)
 
     @property
     def range(self) -> str:

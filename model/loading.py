@@ -6,6 +6,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def load_model(
         ConfigError: a configuration that is not supported.
         CheckpointError: files that do not hold the model that config.json describes.
         FileNotFoundError: no such folder, and not a hub id.
-        ValueError, TypeError: a revision of a local folder, a mesh that cannot be or that the model cannot be
-            split over, no partition axis, no quantization method or another one than the checkpoint's.
+        ValueError, TypeError: no path or hub id, a revision of a local folder, a mesh that cannot be or that
+            the model cannot be split over, no partition axis, no quantization method or another one than the
+            checkpoint's.
     """
     asked = _asked_quantization(quantization_method)
     mesh = make_mesh(sharding_axis_dims, axis_names)
@@ -172,7 +174,14 @@ def find_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
         ValueError: a revision of a local folder.
+        TypeError: neither a path nor a hub id, or no name of a revision.
     """
+    if not isinstance(path_or_hub_id, str | PathLike):
+        raise TypeError(
+            f"path_or_hub_id={path_or_hub_id!r}: must be a folder, or a hub id like 'Qwen/Qwen3-0.6B'"
+        )
+    if revision is not None and not isinstance(revision, str):
+        raise TypeError(f"revision={revision!r}: must be a branch, tag or commit, or None")
     if path_or_hub_id == "":  # as a path it would be the current folder
         raise FileNotFoundError("'': must be a folder, or a hub id like 'Qwen/Qwen3-0.6B'")
     folder = Path(path_or_hub_id).expanduser()

@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,13 @@ def save_model(model: Model, folder: str | Path) -> Path:
 
     Raises:
         FileExistsError: the folder holds a checkpoint.
+        TypeError: no model, or no folder.
         ValueError: some of the weights are another process's, or are quantized in more than one form.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"model={model!r}: must be a Model, from load_model or random_model")
+    if not isinstance(folder, str | PathLike):
+        raise TypeError(f"folder={folder!r}: must be the path of a folder")
     folder = Path(folder).expanduser()
     if any((folder / name).exists() for name in ("config.json", SINGLE, INDEX)):
         raise FileExistsError(f"{folder}: holds a checkpoint already; give another folder")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -232,8 +233,10 @@ def make_mesh(
 
     Raises:
         ValueError: the dimensions or names are malformed, or there are not that many devices.
+        TypeError: the dimensions are no integers, or the names no strings.
     """
-    dims, names = tuple(sharding_axis_dims), tuple(axis_names)
+    dims = _listed("sharding_axis_dims", sharding_axis_dims, Integral, "integers")
+    names = _listed("axis_names", axis_names, str, "strings")
     if len(dims) != len(AXIS_NAMES):
         raise ValueError(f"sharding_axis_dims={dims}: must have {len(AXIS_NAMES)} entries, {AXIS_NAMES}")
     if len(names) != len(AXIS_NAMES) or len(set(names)) != len(names):
@@ -251,3 +254,10 @@ def make_mesh(
     elif given > len(available):
         raise ValueError(f"sharding_axis_dims={dims}: needs {given} devices, there are {len(available)}")
     return Mesh(np.array(available[: math.prod(dims)]).reshape(dims), names)
+
+
+def _listed(name: str, values: Any, kind: type, what: str) -> tuple[Any, ...]:
+    listed = isinstance(values, Iterable) and not isinstance(values, str)
+    if not listed or not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
+        raise TypeError(f"{name}={values!r}: must be a sequence of {what}")
+    return tuple(values)

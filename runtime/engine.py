@@ -169,6 +169,11 @@ class Engine:
         if thread is not threading.current_thread():
             update.is_done.wait()
 
+    def check_queue(self, count: int) -> None:
+        """Refuses so many requests before they are made, if `submit` would; raises as `Inbox.check_room`."""
+        with self._inbox.lock:
+            self._inbox.check_room(count)
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests, all or none; raises as `Inbox.submit`."""
         self._inbox.submit(requests)

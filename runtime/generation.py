@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from .channel import Channel, ReturnSample
+from .checks import as_number
 
 
 class Generation:
@@ -54,7 +56,7 @@ class Generation:
         """One per prompt, in their order, for `vSurge.abort`."""
         return self._channel.request_ids
 
-    def result(self, timeout_s: float | None = None) -> list[ReturnSample]:
+    def result(self, timeout_s: float | int | None = None) -> list[ReturnSample]:
         """Blocks until every prompt has ended.
 
         Args:
@@ -63,7 +65,10 @@ class Generation:
         Raises:
             TimeoutError: not ended in time; generation goes on, and `result` may be called again.
             EngineFailed: the engine failed.
+            ValueError, TypeError: timeout_s is no number of at least 0.
         """
+        if timeout_s is not None:
+            timeout_s = as_number("timeout_s", timeout_s, 0.0, math.inf)
         if not self._channel.wait(0, until_finished=True, timeout_s=timeout_s):
             raise TimeoutError(f"timeout_s={timeout_s}: the generation has not ended yet")
         return self._latest()

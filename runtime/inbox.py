@@ -96,6 +96,22 @@ class Inbox:
         if self.state not in SERVING:
             raise EngineStopped(f"the engine is {self.state.value}: call start() first")
 
+    def check_room(self, count: int) -> None:
+        """Call it with the lock.
+
+        Raises:
+            QueueFull: with so many requests more, too many would wait.
+        """
+        queued = self.num_queued + self.num_submitted
+        if queued + count > self._max_queued_requests:
+            later = count <= self._max_queued_requests
+            raise QueueFull(
+                f"{queued} requests are waiting and {count} more came: "
+                f"max_queued_requests={self._max_queued_requests}; "
+                + ("try again later" if later else "pass fewer prompts at a time")
+                + " or build the engine with a larger one"
+            )
+
     def enter(self, state: State) -> None:
         """Changes the state and wakes the thread; call it with the lock."""
         self.state, self.is_at_rest = state, False
@@ -107,19 +123,11 @@ class Inbox:
 
         Raises:
             EngineStopped, EngineFailed: see `check_serves`.
-            QueueFull: too many requests are waiting.
+            QueueFull: see `check_room`.
         """
         with self.lock:
             self.check_serves()
-            queued = self.num_queued + self.num_submitted
-            if queued + len(requests) > self._max_queued_requests:
-                later = len(requests) <= self._max_queued_requests
-                raise QueueFull(
-                    f"{queued} requests are waiting and {len(requests)} more came: "
-                    f"max_queued_requests={self._max_queued_requests}; "
-                    + ("try again later" if later else "pass fewer prompts at a time")
-                    + " or build the engine with a larger one"
-                )
+            self.check_room(len(requests))
             for request in requests:
                 request.channel.publisher = self.thread
                 self._under_way.setdefault(request.request_id, []).append(request)

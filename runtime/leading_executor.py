@@ -110,6 +110,7 @@ def executor_of(model: Model, options: EngineOptions, processes: Processes | Non
     Raises:
         ValueError: the model lies on several processes, and `processes` is None; or one has no part of it, or
             other weights.
+        TypeError: `processes` is something else.
         EngineError: this is not process 0.
     """
     if processes is None:
@@ -119,6 +120,8 @@ def executor_of(model: Model, options: EngineOptions, processes: Processes | Non
                 "returned"
             )
         return Executor(model, options)
+    if not isinstance(processes, Processes):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"processes={processes!r}: must be what join_processes returned, or None")
     if processes.process_id:
         raise EngineError(
             f"this is process {processes.process_id}, and process 0 builds the engine; call follow(model) of "

@@ -238,6 +238,8 @@ def join_processes(coordinator: str, *, process_id: int, num_processes: int) -> 
     process_id = as_integer("process_id", process_id, 0)
     if process_id >= num_processes:
         raise ValueError(f"process_id={process_id}: must be less than num_processes={num_processes}")
+    if not isinstance(coordinator, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"coordinator={coordinator!r}: must be a string, HOST:PORT")
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdecimal()):
         raise ValueError(f"coordinator={coordinator!r}: must be HOST:PORT, like 10.0.0.1:8476")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from .checks import is_integer
+from .checks import as_flag, is_integer
 
 BYTES = (bytes, bytearray, memoryview)  # sequences of integers, which are no token ids
 ChatMessage = Mapping[str, Any]
@@ -18,6 +19,9 @@ NOT_TEMPLATE_OPTIONS = (
     "conversation", "conversations", "messages", "tokenize", "tokenizer_kwargs", "sanitize_control_tokens",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
 )  # fmt: skip
+# And those that are options of apply_chat_template, whatever the template mentions.
+FLAGS = ("add_generation_prompt", "continue_final_message")
+NOT_IN_TEMPLATE = (*FLAGS, "chat_template")
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -44,8 +48,8 @@ def check_template_options(options: Mapping[str, Any] | None, prompts: Sequence[
     """Refuses what is no option of the chat template, and any options where no prompt is a chat.
 
     Raises:
-        TypeError: not a mapping.
-        ValueError: such an option, or no chat.
+        TypeError: not a mapping, or a flag that is none.
+        ValueError: such an option, two that exclude each other, or no chat.
     """
     if options is None:
         return
@@ -57,6 +61,12 @@ def check_template_options(options: Mapping[str, Any] | None, prompts: Sequence[
                 f"chat_template_kwargs: {name}={options[name]!r} is no option of the template; the prompt "
                 "gives the messages, and the engine tokenizes them"
             )
+    flags = [as_flag(f"chat_template_kwargs: {name}", options[name]) for name in FLAGS if name in options]
+    if flags == [True, True]:
+        raise ValueError(
+            "chat_template_kwargs: add_generation_prompt=True and continue_final_message=True exclude each "
+            "other; a message is either answered or continued"
+        )
     if options and not any(_is_chat(prompt) for prompt in prompts):
         raise ValueError(f"chat_template_kwargs={dict(options)}: no prompt is a list of chat messages")
 
@@ -83,7 +93,8 @@ def token_ids_of(prompt: Prompt, processor: Any, chat_template_kwargs: Mapping[s
 
     Raises:
         TypeError: none of the forms.
-        ValueError: no processor, no chat template, or a message that the template refuses.
+        ValueError: no processor, no chat template, an option that it does not mention, or a message that it
+            refuses.
     """
     if isinstance(prompt, str):
         return list(_need(processor, "a string").encode(valid_text("prompt", prompt)))
@@ -144,6 +155,12 @@ def _text_of(part: Any) -> str:
 def _apply_chat_template(processor: Any, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> str:
     import jinja2  # transformers needs it for chat templates
 
+    for name in [name for name in options if name not in NOT_IN_TEMPLATE]:
+        template = processor.get_chat_template(options.get("chat_template"), options.get("tools"))
+        if not re.search(rf"\b{re.escape(str(name))}\b", template):
+            raise ValueError(
+                f"chat_template_kwargs: {name}={options[name]!r}: the chat template has no such option"
+            )
     options = {"add_generation_prompt": not options.get("continue_final_message"), **options}
     try:
         return processor.apply_chat_template(list(messages), tokenize=False, **options)

@@ -189,7 +189,8 @@ class vSurge(LifeCycle):
                 has and finish_reason "timeout", wherever it stands: it may wait, run or be paused. Its pages
                 are free one step later. None for any time.
             chat_template_kwargs: options of the chat template, `{"enable_thinking": False}` for one;
-                `{"continue_final_message": True}` has the last message continued instead of answered.
+                `{"continue_final_message": True}` has the last message continued instead of answered. One
+                that the template does not mention is refused.
 
         Returns:
             A `Generation`: await it, iterate over it (with or without `async`), or call its `result()`.
@@ -205,6 +206,7 @@ class vSurge(LifeCycle):
         params = params_of(sampling_params, len(listed), self.default_sampling_params)
         priorities = priorities_of(priority, len(listed))
         timeouts = timeouts_of(timeout_s, len(listed))
+        self._engine.check_queue(sum(one.num_completions for one in params))
         channel, requests = self._requests.build(listed, params, priorities, chat_template_kwargs)
         for request in requests:
             timeout = timeouts[request.index]

@@ -161,6 +161,10 @@ SHARD_DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: edit_index(f, lambda m: m.update({Q_PROJ: 7})),
         [INDEX, Q_PROJ, "7", "file name"],
     ),
+    "index with a name that no file can have": (
+        lambda f: edit_index(f, lambda m: m.update({Q_PROJ: "a" * 5000})),
+        ["aaa: missing shard", INDEX, Q_PROJ],
+    ),
     "index without a map": (lambda f: (f / INDEX).write_text("{}"), [INDEX, "weight_map"]),
     "index with a list for a map": (
         lambda f: (f / INDEX).write_text('{"weight_map": ["a"]}'),

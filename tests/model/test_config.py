@@ -208,6 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         ["rope_scaling", "'linear'", "'yarn'"],
     ),
+    "a rope type that is no name": ({"rope_scaling": {"rope_type": ["yarn"]}}, ["rope_type=['yarn']", "str"]),
     "two rope types": (
         {"rope_scaling": {"rope_type": "yarn", "type": "default", "factor": 2.0}},
         ["rope_type"],
@@ -235,6 +236,14 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an epsilon of zero": ({"rms_norm_eps": 0}, ["rms_norm_eps=0"]),
     "a theta without end": ({"rope_theta": math.inf}, ["rope_theta=inf", "finite"]),
     "YaRN without end": ({"rope_scaling": YARN | {"factor": math.inf}}, ["factor=inf", "finite"]),
+    "YaRN beyond float": (
+        {"rope_scaling": YARN | {"factor": 10**400}},
+        ["rope_scaling: factor=1000", "float"],
+    ),
+    "YaRN beyond int32": ({"rope_scaling": YARN | {"factor": 1e30}}, ["factor=1e+30", "2147483647"]),
+    "a theta beyond float": ({"rope_theta": 10**400}, ["rope_theta=1000", "float"]),
+    "a size beyond int32": ({"max_position_embeddings": 2**31}, ["max_position_embeddings=2147483648"]),
+    "layer types of no list": ({"layer_types": 36}, ["layer_types=36", "list"]),
     "heads that do not divide": ({"num_key_value_heads": 5}, ["32", "5"]),
     "odd head_dim": ({"head_dim": 127}, ["head_dim=127"]),
     "eos as text": ({"eos_token_id": "</s>"}, ["eos_token_id='</s>'"]),
@@ -248,6 +257,7 @@ def test_what_is_not_supported_is_named(case):
     with pytest.raises(ConfigError) as caught:
         config_from_json(FOUR | changes, source="some/config.json")
     assert caught.match("some/config.json")
+    assert str(caught.value).count("some/config.json") == 1
     for part in parts:
         assert part in str(caught.value)
 

@@ -85,7 +85,9 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_named(raw, message):
         generation_defaults_from_json(raw, source="x.json")
 
 
-NUMBERS = (-2, -1, -1e-9, 0, 0.0, 1e-9, 0.5, 1, 1.0, 1 + 1e-9, 2, 10**12, math.inf, -math.inf, math.nan)
+NUMBERS = (
+    -2, -1, -1e-9, 0, 0.0, 1e-9, 0.5, 1, 1.0, 1 + 1e-9, 2, 10**12, 10**400, math.inf, -math.inf, math.nan,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("value", NUMBERS)

@@ -89,6 +89,19 @@ def test_an_empty_name_is_not_the_current_folder(monkeypatch):
         find_checkpoint("")
 
 
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        (None, None, "path_or_hub_id=None: must be a folder, or a hub id like 'Qwen/Qwen3-0.6B'"),
+        (b"a/b", None, "path_or_hub_id=b'a/b': must be"),
+        ("a/b", 2, "revision=2: must be a branch, tag or commit, or None"),
+    ],
+)
+def test_what_is_no_name_is_refused(name, revision, message, no_type_checker):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        load_model(name, revision=revision)
+
+
 def test_a_folder_has_no_revisions(tmp_path):
     with pytest.raises(ValueError, match=r"revision='main'.*local folder"):
         find_checkpoint(tmp_path, revision="main")

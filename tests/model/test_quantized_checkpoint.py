@@ -114,6 +114,15 @@ def test_a_model_that_is_not_quantized_is_saved_as_the_published_ones_are(
     assert load_model(folder).config == plain.config
 
 
+@pytest.mark.usefixtures("no_type_checker")
+@pytest.mark.parametrize(("name", "value"), [("model", "Qwen/Qwen3-0.6B"), ("folder", None), ("folder", 5)])
+def test_what_is_no_model_or_no_folder_is_refused_by_name(
+    name: str, value: Any, plain: Model, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=f"^{name}={value!r}: must be "):
+        save_model(**{"model": plain, "folder": tmp_path, name: value})
+
+
 @pytest.mark.parametrize("eos", [(), (3, 5)])
 def test_a_shape_comes_back_from_its_config_json(eos: tuple[int, ...]) -> None:
     config = Qwen3Config(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -117,6 +120,24 @@ def test_without_a_minus_one_a_machine_of_four_devices_lends_one():
 def test_dimensions_that_make_no_sense_are_refused(dims, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(dims, devices=FOUR)
+
+
+@pytest.mark.parametrize("dims", [None, 1, "11111", ("1",) * 5, (1, 1, 1, 1.0, 1), (1, 1, 1, True, 1)])
+def test_dimensions_are_integers(dims, no_type_checker):
+    with pytest.raises(
+        TypeError, match=f"^{re.escape(f'sharding_axis_dims={dims!r}')}: must be a sequence of"
+    ):
+        make_mesh(dims, devices=ONE)
+    numpys: Any = (np.int64(1),) * 5
+    assert make_mesh(numpys, devices=ONE).size == 1
+
+
+@pytest.mark.parametrize("names", [None, "abcde", (1, 2, 3, 4, 5)])
+def test_names_are_strings(names, no_type_checker):
+    with pytest.raises(
+        TypeError, match=f"^{re.escape(f'axis_names={names!r}')}: must be a sequence of strings"
+    ):
+        make_mesh(axis_names=names, devices=ONE)
 
 
 @pytest.mark.parametrize("names", [("dp", "tp"), ("dp", "dp", "ep", "tp", "sp")])

@@ -50,6 +50,30 @@ def test_what_is_no_option_of_a_template_is_refused_by_name(take: Callable[..., 
         take(CHAT, chat_template_kwargs={name: None})
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"thinking": False}, ValueError, "thinking=False: the chat template has no such option"),
+        ({"tools": []}, ValueError, r"tools=\[\]: the chat template has no such option"),
+        ({5: 1}, ValueError, "5=1: the chat template has no such option"),
+        ({"continue_final_message": "yes"}, TypeError, "continue_final_message='yes': must be True or False"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True}, ValueError,
+            "add_generation_prompt=True and continue_final_message=True exclude each other",
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_would_have_no_effect_are_refused_by_name(
+    take: Callable[..., Any], options: dict[Any, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^chat_template_kwargs: {message}"):
+        take(CHAT, chat_template_kwargs=options)
+
+
+def test_an_option_of_a_template_that_comes_with_it_is_taken(text_of: Callable[..., str]) -> None:
+    assert text_of(CHAT, chat_template="{{ greeting }}", greeting="Hello") == "Hello"
+
+
 def test_options_must_be_a_mapping(take: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=r"chat_template_kwargs=\['enable_thinking'\]: must be a dict"):
         take(CHAT, chat_template_kwargs=["enable_thinking"])
@@ -70,8 +94,6 @@ def test_the_template_begins_an_answer_unless_told_otherwise(text_of: Callable[.
 def test_the_final_message_can_be_continued(text_of: Callable[..., str]) -> None:
     assert text_of(OPEN_ANSWER, continue_final_message=True).endswith(BEGIN_ANSWER + "Hello, my name")
     assert text_of(OPEN_ANSWER).endswith("Hello, my name<|im_end|>\n" + BEGIN_ANSWER)
-    with pytest.raises(ValueError, match="continue_final_message and add_generation_prompt"):
-        text_of(OPEN_ANSWER, continue_final_message=True, add_generation_prompt=True)
 
 
 def test_the_text_parts_of_a_message_are_joined_by_newlines(text_of: Callable[..., str]) -> None:

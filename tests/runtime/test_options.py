@@ -90,6 +90,7 @@ MAY_BE_NONE = {
         ({"model": "Qwen/Qwen3-0.6B"}, TypeError, r"model='Qwen/Qwen3-0.6B': .*load_model\("),
         ({"model": Path("there")}, TypeError, r"model='there': .*load_model\("),
         ({"model": 5}, TypeError, "model=5: must be a Model"),
+        ({"processes": 2}, TypeError, "processes=2: must be what join_processes returned, or None"),
     ],
 )  # fmt: skip
 def test_an_option_that_cannot_work_is_refused_by_name(

@@ -194,10 +194,11 @@ def texts(written: str) -> list[str]:
         ({"process_id": -1}, "process_id=-1: must be at least 0"),
         ({"coordinator": "localhost"}, "coordinator='localhost': must be HOST:PORT"),
         ({"coordinator": ":80"}, "coordinator=':80': must be HOST:PORT"),
+        ({"coordinator": 80}, "coordinator=80: must be a string, HOST:PORT"),
     ],
 )
 def test_what_makes_no_processes_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         vsurge.join_processes(
             **{"coordinator": "localhost:1", "process_id": 0, "num_processes": 2} | arguments
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from vsurge.runtime import QueueFull, SamplingParams
+from vsurge.runtime.request_builder import RequestBuilder
 
 from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, tokens_of
 
@@ -61,6 +62,18 @@ def test_all_prompts_of_a_call_begin_in_the_queue_though_places_are_free(
     with pytest.raises(QueueFull, match=message):
         scripted.surge.generate([[1], [2], [3]], SHORT)
     assert len(scripted.surge.generate([[1], [2]], SHORT).result(TIMEOUT_S)) == 2
+    check_it_serves(scripted)
+
+
+def test_completions_that_the_queue_has_no_room_for_are_not_even_made(
+    make_scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted = make_scripted(max_queued_requests=4)
+    scripted.surge.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestBuilder, "build", None)
+        with pytest.raises(QueueFull, match="0 requests are waiting and 6 more came"):
+            scripted.surge.generate([[1], [2]], SamplingParams(n=2, best_of=3))
     check_it_serves(scripted)
 
 

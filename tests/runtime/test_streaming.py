@@ -7,6 +7,7 @@ import itertools
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vsurge.runtime import EngineError, Generation, ReturnSample, SamplingParams
@@ -132,6 +133,15 @@ def test_result_can_be_asked_again_after_its_timeout(scripted: Scripted) -> None
         generation.result(0.01)
     scripted.executor.let(None)
     assert generation.result(TIMEOUT_S)[0].token_ids == tokens_of(PROMPT, 3)
+
+
+@pytest.mark.parametrize("timeout_s", ["1", True, -1, float("nan"), float("inf")])
+def test_a_timeout_of_a_result_is_a_number(scripted: Scripted, timeout_s: Any) -> None:
+    generation = scripted.surge.generate(PROMPT, SamplingParams(max_tokens=3))
+    with pytest.raises((ValueError, TypeError), match=f"^timeout_s={timeout_s!r}: must "):
+        generation.result(timeout_s)
+    numpys: Any = np.float32(TIMEOUT_S)
+    assert generation.result(numpys)[0].token_ids == tokens_of(PROMPT, 3)
 
 
 def test_the_engines_thread_cannot_wait_for_itself(scripted: Scripted) -> None:

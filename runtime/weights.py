@@ -24,7 +24,7 @@ def placed_like(params: Any, current: Params) -> Params:
         current: what it has to be like.
 
     Raises:
-        TypeError: a leaf is no array.
+        TypeError: no tree, or a leaf is no array.
         ValueError: another structure, shape or dtype, or an array that was deleted; it names the first one.
         NotImplementedError: there are several processes, which would all need them.
     """
@@ -32,6 +32,8 @@ def placed_like(params: Any, current: Params) -> Params:
         raise NotImplementedError("params: other weights are not supported over several processes")
     given, given_tree = _flattened(params)
     wanted, wanted_tree = _flattened(current)
+    if given and not given[0][0]:
+        raise TypeError(f"params: is a {type(params).__name__}, must be a Params like model.params")
     for (path, leaf), (wanted_path, wanted_leaf) in zip(given, wanted, strict=False):
         if path != wanted_path:
             raise ValueError(

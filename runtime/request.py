@@ -14,7 +14,11 @@ from .sampling_params import SamplingParams
 from .token_logprobs import Logprob, TokenLogprobs
 from .token_mask import MaskError, TokenMask
 
-NO_TOKEN = -1  # what a step gives where no token was allowed
+NO_TOKEN, NOT_FINITE = -1, -2  # what a step gives where no token was allowed, or a logit was NaN or infinite
+
+
+class LogitsError(RuntimeError):
+    """A model has computed no distribution to choose a token from."""
 
 
 @dataclass(eq=False)
@@ -83,7 +87,7 @@ class Request:
     last_token_at: float | None = None
     ended_at: float | None = None
     finish_reason: FinishReason | None = None
-    failure: MaskError | None = None
+    failure: MaskError | LogitsError | None = None
     output_ids: list[int] = field(default_factory=list[int])
     logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
@@ -163,9 +167,16 @@ class Request:
 
     def accept(self, token_id: int, logprobs: TokenLogprobs | None, at: float) -> None:
         """Takes a generated token, read at that moment, and finds out whether it is the last; none at all
-        ends it as well."""
+        ends it as well, and so do logits that are no numbers."""
         if token_id == NO_TOKEN:
             self.finish("stop")
+            return
+        if token_id == NOT_FINITE:
+            self.failure = LogitsError(
+                f"the model's logits after {self.num_known} tokens hold NaN or infinity: its weights do, or "
+                "numbers overflow on the way"
+            )
+            self.finish("abort")
             return
         self.last_token_at = at
         if self.first_token_at is None:

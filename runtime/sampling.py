@@ -62,7 +62,8 @@ class SamplingInputs:
 def sample(
     logits: Float[Array, "rows part"], inputs: SamplingInputs, part: VocabularyPart = WHOLE
 ) -> Int[Array, " rows"]:
-    """The next token of each row, int32; -1 where no token is allowed (all logits are -inf).
+    """The next token of each row, int32; -1 where no token is allowed (all logits are -inf), -2 where a logit
+    is NaN or infinite.
 
     A row's token depends on its own logits and inputs only. `min_p` cuts first, then `top_k`, then `top_p`,
     of what the ones before have left, at the given temperature; ties at a threshold are kept.
@@ -75,6 +76,7 @@ def sample(
     rows, size = logits.shape
     allowed = (inputs.banned < 0) | (inputs.position >= inputs.banned_before)[:, None]
     banned = part.places(jnp.where(allowed, -1, inputs.banned), size)
+    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # for a maximum passes NaN over
     logits = logits.at[jnp.arange(rows)[:, None], banned].set(-jnp.inf, mode="drop")
     blocks = in_blocks(logits)
     maxima = blocks.max(-1)
@@ -94,7 +96,7 @@ def sample(
         ),
     )
     tokens = jnp.where(inputs.temperature > 0, drawn, likeliest)
-    return jnp.where(peak > -jnp.inf, tokens, -1)
+    return jnp.where(jnp.isfinite(peak), tokens, jnp.where(peak > 0, -2, -1))
 
 
 def _draw_token(

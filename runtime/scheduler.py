@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from .channel import FinishReason
 from .page_pool import PagePool
 from .replica import Prompts, Replica, insert
-from .request import NO_TOKEN, Request
+from .request import Request
 from .step_plan import Chunk, StepPlan, StepResults
 
 
@@ -192,7 +192,7 @@ class Scheduler:
             for j, token_id in enumerate(tokens[: chunk.num_outputs]):
                 if request.finish_reason is None:
                     request.accept(token_id, None if logprobs is None else logprobs[j], now)
-                    self.num_generated_tokens += token_id != NO_TOKEN
+                    self.num_generated_tokens += token_id >= 0
             changed.append(request)
             if request.row >= 0:
                 self._replicas[request.replica].register(request)

@@ -36,7 +36,7 @@ class StepOutput:
 
     Attributes:
         tokens: [steps, n] int32, the tokens chosen; of a chunk the first `num_outputs` count. -1: none was
-            allowed.
+            allowed; -2: a logit was NaN or infinite.
         logprobs: of these tokens, [steps, n]; zeros if nobody wanted them.
         scores: of the tokens that follow `StepInputs.scored`; None in a decode step.
     """

@@ -46,7 +46,8 @@ class StepResults:
     """What came of a step, chunk by chunk.
 
     Attributes:
-        token_ids: the tokens chosen, of which the first `num_outputs` count; -1 where none was allowed.
+        token_ids: the tokens chosen, of which the first `num_outputs` count; -1 where none was allowed,
+            -2 where a logit was NaN or infinite.
         logprobs: of these, where the request wants them; None if none does.
         scores: log-probabilities of `Chunk.tokens_to_score`; None if there are none.
     """

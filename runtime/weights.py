@@ -44,12 +44,14 @@ def checked_leaves(params: Any, current: Params) -> list[Any]:
     """The arrays of weights that may take the current ones' place.
 
     Raises:
-        TypeError: a leaf is no array.
+        TypeError: no tree, or a leaf is no array.
         ValueError: another structure, shape or dtype, or an array that was deleted, or that cannot be read in
             this process; it names the first one.
     """
     given, given_tree = _flattened(params)
     wanted, wanted_tree = _flattened(current)
+    if given and not given[0][0]:
+        raise TypeError(f"params: is a {type(params).__name__}, must be a Params like model.params")
     for (path, leaf), (wanted_path, wanted_leaf) in zip(given, wanted, strict=False):
         if path != wanted_path:
             raise ValueError(

@@ -13,8 +13,9 @@ import pytest
 
 from vsurge.runtime import EngineFailed, EngineStopped, OutOfMemory, SamplingParams, StepFailed, vSurge
 from vsurge.runtime.detokenizer import Detokenizer
+from vsurge.runtime.request import NOT_FINITE, LogitsError
 
-from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, tokens_of
+from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, counting_script, tokens_of
 
 
 def all_ways_to_wait(scripted: Scripted, pool: ThreadPoolExecutor) -> list[Future[Any]]:
@@ -113,6 +114,24 @@ def test_one_request_of_a_call_fails_the_whole_call(make_scripted: Callable[...,
         scripted.surge.generate([[1], [2], [3]], SHORT).result(TIMEOUT_S)
     check_it_serves(scripted)
     assert scripted.executor.num_steps == 2 + 3
+
+
+def test_logits_that_are_no_numbers_fail_their_own_request_only(scripted: Scripted) -> None:
+    executor = scripted.executor
+    executor.script = lambda ids, index: (
+        NOT_FINITE if (ids, index) == ([1], 2) else counting_script(ids, index)
+    )
+    executor.hold()
+    victim, other = scripted.surge.generate([1], LONG), scripted.surge.generate([2], SHORT)
+    executor.let(None)
+    message = r"LogitsError\(.the model's logits after 3 tokens hold NaN or infinity"
+    with pytest.raises(StepFailed, match=message) as raised:
+        victim.result(TIMEOUT_S)
+    assert isinstance(raised.value.__cause__, LogitsError)
+    assert other.result(TIMEOUT_S)[0].token_ids == tokens_of([2], 3)
+    assert executor.num_allocations == 1
+    assert scripted.surge.metrics.num_failed == 1
+    check_it_serves(scripted)
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])

@@ -149,6 +149,18 @@ def test_a_banned_token_is_not_chosen_even_if_greedy() -> None:
     assert set(np.asarray(draw(np.tile(logits, (NUM_DRAWS, 1)), inputs))) == {best[MAX_BANNED]}
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.9, "min_p": 0.1}])
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_row_that_holds_no_numbers_gives_no_token_and_spoils_no_other(
+    broken: float, settings: dict[str, Any]
+) -> None:
+    logits = np.tile(make_logits("normal", 1000), (5, 1))
+    inputs = make_inputs(5, **settings)
+    expected = np.asarray(draw(logits, inputs))
+    logits[0, 17], logits[2], logits[3] = broken, broken, -np.inf
+    assert np.asarray(draw(logits, inputs)).tolist() == [-2, expected[1], -2, -1, expected[4]]
+
+
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(scale=3, size=(len(SETTINGS) + 1, 1000)).astype(np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vsurge.model import Model
-from vsurge.runtime import SamplingParams, vSurge
+from vsurge.runtime import SamplingParams, StepFailed, vSurge
 
 from .greedy import STORY, one
 from .scripted import LONG, TIMEOUT_S, Scripted, pool_of
@@ -100,6 +100,20 @@ def test_swapping_weights_at_any_moment_loses_and_doubles_no_token(own: vSurge, 
     assert all(len(g.result(TIMEOUT_S)[0].token_ids) == 100 for g in mixed)
 
 
+@pytest.mark.parametrize("spoiled", [{"final_norm"}, {"layers"}])
+def test_weights_that_are_no_numbers_fail_requests_and_leave_nothing_in_the_cache(
+    own: vSurge, spoiled: set[str]
+) -> None:
+    params = own.model.params
+    before = one(own, STORY, GREEDY).token_ids
+    broken = jax.tree.map(lambda array: array * jnp.nan, {name: getattr(params, name) for name in spoiled})
+    own.update_params(replace(params, **broken))
+    with pytest.raises(StepFailed, match=r"the model's logits after \d+ tokens hold NaN or infinity"):
+        one(own, STORY, GREEDY)
+    own.update_params(params)
+    assert one(own, STORY, GREEDY).token_ids == before
+
+
 def test_the_callers_arrays_are_not_the_engines(own: vSurge, others: Any) -> None:
     mine = jax.tree.map(jnp.copy, others)
     own.update_params(mine)
@@ -161,6 +175,7 @@ def test_weights_that_do_not_fit_are_refused_by_the_first_array_that_differs(own
         (replace(params, final_norm=None), ValueError, r"^params: lacks \.final_norm; \d+ arrays"),
         (changed(params, input_norm=2.0), TypeError, r"input_norm: is a float, must be an array"),
         (list(jax.tree.leaves(params)), ValueError, r"^params: has \[0\] where .* \.embedding$"),
+        (own.model, TypeError, r"^params: is a Model, must be a Params like model\.params$"),
         ({}, ValueError, r"^params: lacks \.embedding; 0 arrays"),
     ]
     before = one(own, STORY, GREEDY).token_ids

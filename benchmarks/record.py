@@ -145,14 +145,14 @@ def read_report(path: Path) -> Report:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = document.pop("format")
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        if found == FORMAT:
+            document["ceilings"] = Ceilings(**document["ceilings"])
+            document["rows"] = tuple(Row(**_with_tuples(row)) for row in document["rows"])
+            document["loads"] = tuple(LoadRow(**_with_tuples(row)) for row in document["loads"])
+            return Report(**document)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
         raise ValueError(f"{path}: is no report of `vsurge bench`") from error
-    if found != FORMAT:
-        raise ValueError(f"{path}: is a report of format {found}, this version reads {FORMAT}")
-    document["ceilings"] = Ceilings(**document["ceilings"])
-    document["rows"] = tuple(Row(**_with_tuples(row)) for row in document["rows"])
-    document["loads"] = tuple(LoadRow(**_with_tuples(row)) for row in document["loads"])
-    return Report(**document)
+    raise ValueError(f"{path}: is a report of format {found}, this version reads {FORMAT}")
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

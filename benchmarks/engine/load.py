@@ -75,7 +75,7 @@ def read_requests(path: Path, vocab_size: int, *, seed: int = 0) -> list[LoadReq
     """
     requests = list[LoadRequest]()
     rng = np.random.default_rng(seed)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:

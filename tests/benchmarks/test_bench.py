@@ -68,9 +68,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path, model: Model) -> Non
     (tmp_path / "other.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"other\.json: is a report of format 99, this version reads 1"):
         read_report(tmp_path / "other.json")
-    (tmp_path / "other.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"other\.json: is no report of `vsurge bench`"):
-        read_report(tmp_path / "other.json")
+    for content in (b"[1]", b'{"format": 1}', b"\xff"):
+        (tmp_path / "other.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"other\.json: is no report of `vsurge bench`"):
+            read_report(tmp_path / "other.json")
 
 
 def test_machines_have_names_for_files() -> None:

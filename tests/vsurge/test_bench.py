@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,11 @@ def test_all_writes_down_each_part(
             ("throughput", "--requests", "f", "--num-requests", "3"),
             "3: has no effect beside --requests f",
         ),
+        (("serve", "--rate", "1", "--seed", "-1"), "--seed -1: must be at least 0"),
+        (
+            ("throughput", "--requests", sys.executable),
+            ':1: must be like {"input_tokens": 100, "output_tokens"',
+        ),
         (("throughput", "--requests", "no/such"), "No such file or directory"),
         (("latency", "--batch", "0"), "--batch 0: must be at least 1"),
         (
@@ -108,6 +114,7 @@ def test_all_writes_down_each_part(
         (("all", "--model", "30B-A3B"), "a model with experts cannot be measured"),
         (("throughput", "--random-weights", "30B-A3B"), "a model with experts cannot be measured"),
         (("latency", "--random-weights", "235B-A22B"), "a model with experts cannot be measured"),
+        (("report", sys.executable), ": is no report of `vsurge bench`"),
         (("report", "no/such.json"), "No such file or directory"),
     ],
 )

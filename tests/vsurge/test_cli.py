@@ -119,6 +119,7 @@ def test_every_sampling_option_sets_its_parameter() -> None:
     options = {
         "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_p": 0.8, "top_k": 7, "min_p": 0.1,
         "repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.25, "seed": 4,
+        "truncate_prompt_tokens": 30,
     }  # fmt: skip
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     args = build_parser().parse_args(["generate", "x", *argv, "--stop", "a", "--stop", "b", "--ignore-eos"])

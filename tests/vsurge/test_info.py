@@ -192,6 +192,7 @@ def test_of_a_hub_id_only_the_config_is_downloaded(
         (("no-one/nothing",), "no-one/nothing: no such folder, and not to be had from the hub"),
         (("0.6B", "--memory", "lots"), "--memory 'lots': must be a size like 80GB"),
         (("0.6B", "--memory", "0GB"), "--memory '0GB': must be"),
+        (("0.6B", "--memory", "9" * 400 + "GB"), "--memory '99"),
         (("0.6B", "--memory-utilization", "1.5"), "--memory-utilization 1.5: must lie in (0, 1]"),
         (("0.6B", "--memory-utilization", "0.5"), "--memory-utilization 0.5: has no effect on a CPU, where"),
         (("0.6B", "--revision", "v2"), "--revision v2: 0.6B is short for a hub id; give the id in full"),

@@ -139,6 +139,8 @@ def test_what_does_not_fit_is_an_answer_before_anything_is_compiled(command: Cal
         ((), "give --chip v6e:2x4, or --compare"),
         (("--chip", "v6e:2x5"), "slice 'v6e:2x5': must be one of v6e:1x1"),
         (("--chip", "v6e:2x2", "--batch", "a"), "--batch 'a': must be positive numbers with commas between"),
+        (("--chip", "v6e:2x2", "--batch", "1" + "0" * 30), "0': must be positive numbers with commas"),
+        (("--chip", "v6e:2x2", "--tp", "0"), "--tp 0: must be at least 1"),
         (
             ("--chip", "v6e:2x2", "--context", "50000"),
             "must lie between 2 and the 40,960 tokens of the model",

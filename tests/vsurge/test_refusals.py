@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -184,3 +185,6 @@ def test_a_prompt_that_is_too_long_is_an_error_of_one_line(command: Callable) ->
     assert (done.code, done.out) == (1, "")
     assert "tokens, must be fewer than max_length=64" in done.err
     assert done.err.count("\n") == 1
+    [(name, tokens)] = re.findall(r"(truncate_prompt_tokens)=(\d+) would keep", done.err)
+    advised = (f"--{name.replace('_', '-')}", tokens, "--max-tokens", "1")
+    assert command("generate", "word " * 100, *SMALL, *advised).code == 0

@@ -108,7 +108,12 @@ def test_mbu_and_mfu_are_of_the_measured_time_where_there_is_one() -> None:
             ("--model", "14B", "--tp", "5"),
             "--tp 5: must divide the 8 key/value heads of 14B, or be a multiple",
         ),
-        (("--contexts", "128,many"), "--contexts '128,many': must be numbers of tokens"),
+        (("--contexts", "128,many"), "--contexts '128,many': must be positive numbers with commas"),
+        (
+            ("--contexts", "1" + "0" * 30),
+            "0': must be positive numbers with commas between, like 512,2048, each",
+        ),
+        (("--contexts", "9" * 5000), "9': must be positive numbers with commas between"),
         (("--page-size", "0"), "--page-size 0: must be a positive multiple of 8 tokens"),
         (("--page-size", "12"), "--page-size 12: must be a positive multiple of 8 tokens"),
         (("--kv-dtype", "int9"), "--kv-dtype int9: must be one of bfloat16, float32, int8, float8_e4m3fn"),

@@ -173,6 +173,8 @@ def _engine_and_requests(args: argparse.Namespace) -> tuple[vSurge, list[LoadReq
     count, (inputs, outputs) = given(args.num_requests, NUM_REQUESTS), _lengths(args)
     if count < 1:
         raise ValueError(f"--num-requests {count}: must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be at least 0")
     folder = _dense_model(args)
     model = build_model(args, folder)
     vocab_size = model.config.vocab_size

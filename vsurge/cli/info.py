@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -197,6 +198,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else {u.lower(): n for u, n in UNITS.items()}.get(match[2].lower())
-    if match is None or unit is None or float(match[1]) == 0:
+    size = 0.0 if match is None or unit is None else float(match[1]) * unit
+    if not 0 < size < math.inf:
         raise ValueError(f"--memory {text!r}: must be a size like 80GB (10^9 bytes) or 16GiB (2^30)")
-    return int(float(match[1]) * unit)
+    return int(size)

@@ -40,12 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="text to complete; - for stdin; token ids like 1,2,3 if there is no tokenizer")  # fmt: skip
     generate.add_argument("--chat", action="store_true", help="put each prompt into the chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    generate.add_argument("--truncate-prompt-tokens", type=int, metavar="N",
+        help="keep the last N tokens of a longer prompt")  # fmt: skip
     generate.set_defaults(default_max_tokens=DEFAULT_MAX_TOKENS)
 
     chat = add("chat", "Talk to a model. Ctrl-C stops an answer; /reset forgets; Ctrl-D or /exit leaves.",
         _model(), _engine(), _sampling())  # fmt: skip
     chat.add_argument("--system", metavar="TEXT", help="system message to begin with")
-    chat.set_defaults(default_max_tokens=None)
+    chat.set_defaults(default_max_tokens=None, truncate_prompt_tokens=None)
 
     info = add("info", "Size of a model and of its cache; no weights are read.")
     info.add_argument("model", nargs="?", metavar="MODEL",

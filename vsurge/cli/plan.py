@@ -18,6 +18,7 @@ from ..planning.assumptions import ALWAYS, explain, parse_plan_assumptions
 from ..planning.collectives import Collective
 from .info import find_config, find_quantization
 from .plan_json import as_json
+from .setup import parse_numbers
 
 LABEL = 26  # columns of a table's labels
 
@@ -68,6 +69,8 @@ def parse_question(args: argparse.Namespace) -> Question:
         raise ValueError(f"--page-size {args.page_size}: must be at least 1")
     if not 0 < args.memory_utilization <= 1:
         raise ValueError(f"--memory-utilization {args.memory_utilization}: must be above 0 and at most 1")
+    if args.tp is not None and args.tp < 1:
+        raise ValueError(f"--tp {args.tp}: must be at least 1")
     config, folder = find_config(args.model, args.revision)
     if args.kv_dtype is not None:
         kv_dtype = parse_dtype(args.kv_dtype, "--kv-dtype", SUPPORTED_DTYPES)
@@ -90,18 +93,6 @@ def parse_question(args: argparse.Namespace) -> Question:
         utilization=args.memory_utilization,
         assumed=parse_plan_assumptions(args.assume or []),
     )
-
-
-def parse_numbers(name: str, text: str) -> tuple[int, ...]:
-    """Ascending numbers from "1,64".
-
-    Raises:
-        ValueError: they are none.
-    """
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise ValueError(f"{name} {text!r}: must be positive numbers with commas between, like 1,64")
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def describe(model: str, question: Question, plan: SlicePlan) -> list[str]:

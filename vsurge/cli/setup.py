@@ -19,7 +19,7 @@ from .. import demo_model_path
 from ..home import keep_compiled_programs
 from ..kernels import SUPPORTED_DTYPES
 from ..model import Model, load_model, random_model
-from ..model.config import parse_dtype
+from ..model.config import MAX_SIZE, parse_dtype
 from ..model.loading import find_checkpoint, read_config
 from ..runtime import Processes, SamplingParams, join_processes, vSurge
 from ..runtime.cache_size import CPU_CACHE_BYTES
@@ -29,7 +29,7 @@ from .parser import DEFAULT_MEMORY_UTILIZATION
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 SAMPLING = (
     "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "seed", "stop", "ignore_eos",
+    "frequency_penalty", "seed", "stop", "ignore_eos", "truncate_prompt_tokens",
 )  # fmt: skip
 NARROWING = ("top_p", "top_k", "min_p")  # of a choice among several tokens
 
@@ -225,6 +225,24 @@ def _load(args: argparse.Namespace, folder: Path | None, dims: tuple[int, ...]) 
         quantization_method=args.quantization,
         sharding_axis_dims=dims,
     )
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Ascending numbers from "1,64".
+
+    Raises:
+        ValueError: they are none, or too large for a number of tokens.
+    """
+    try:
+        numbers = {int(part) for part in text.split(",")}
+    except ValueError:  # one of thousands of digits, too
+        numbers = {0}
+    if not all(0 < number <= MAX_SIZE for number in numbers):
+        raise ValueError(
+            f"{option} {text!r}: must be positive numbers with commas between, like 512,2048, each at most "
+            f"{MAX_SIZE}"
+        )
+    return tuple(sorted(numbers))
 
 
 def given(value: Any, default: Any) -> Any:

@@ -21,12 +21,13 @@ from ..kernels.tuning.timing import time_call
 from ..model.progress import progress_bar
 from . import tune_gpu
 from .info import find_config
+from .setup import parse_numbers
 
 Found = tuple[Search, list[Trial], list[Entry]]
 
 
 def run(args: argparse.Namespace) -> None:
-    contexts = parse_contexts(args.contexts)
+    contexts = parse_numbers("--contexts", args.contexts)
     calls = kernel_calls(args)
     if args.chip not in CHIPS:
         tune_gpu.run(args, calls, contexts)
@@ -59,18 +60,6 @@ def run(args: argparse.Namespace) -> None:
     for search, tried, entries in found:
         print("\n".join(describe(search, tried, entries)) + "\n")
     print("written to " + " and ".join(map(str, written)))
-
-
-def parse_contexts(text: str) -> list[int]:
-    """Numbers of tokens from "128,512".
-
-    Raises:
-        ValueError: they are none.
-    """
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--contexts {text!r}: must be numbers of tokens with commas between, like 512,2048")
-    return sorted({int(part) for part in parts})
 
 
 def parse_assumptions(texts: Sequence[str], chip: str) -> Assumptions:

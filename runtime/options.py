@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..model import Model, Qwen3Config
 from .cache_size import choose_num_pages
-from .checks import as_flag, as_integer, as_integers, as_number, as_optional_integer, check_vocabulary
+from .checks import (
+    as_flag,
+    as_integer,
+    as_integers,
+    as_number,
+    as_optional_integer,
+    check_vocabulary,
+    is_integer,
+)
 
 DEFAULT_PREFILL_LENGTH = 1024  # tokens
 MAX_TOKENS = 2**31 - 1  # of a cache, whose places are int32
@@ -191,12 +199,10 @@ def _folder(name: str, value: Any) -> Path | None:
 
 
 def _length(wanted: int | None, config: Qwen3Config) -> int:
-    length = as_optional_integer("max_length", wanted, 1)
-    if length is None:
-        return config.max_length
-    if not 2 <= length <= config.max_length:
-        raise ValueError(f"max_length={length}: must lie between 2 and the model's {config.max_length}")
-    return length
+    if is_integer(wanted) and not 2 <= cast("int", wanted) <= config.max_length:
+        raise ValueError(f"max_length={wanted}: must lie between 2 and the model's {config.max_length}")
+    length = as_optional_integer("max_length", wanted, 2)
+    return config.max_length if length is None else length
 
 
 def _prefill_length(wanted: int | None, lengths: tuple[int, ...] | None, max_length: int) -> int:
@@ -207,6 +213,10 @@ def _prefill_length(wanted: int | None, lengths: tuple[int, ...] | None, max_len
         if wanted is not None and max(lengths) != wanted:
             raise ValueError(
                 f"prefill_lengths={list(lengths)}: the largest must be max_prefill_length={wanted}"
+            )
+        if max(lengths) > max_length:
+            raise ValueError(
+                f"prefill_lengths={list(lengths)}: must lie between 1 and max_length={max_length}"
             )
         wanted = max(lengths)
     if wanted is None:

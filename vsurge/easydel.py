@@ -25,6 +25,7 @@ from .model.quantization import Method
 from .model.sharding import AXIS_NAMES, TRIVIAL_DIMS
 from .runtime import ReturnSample, SamplingParams
 from .runtime import vSurge as Engine
+from .runtime.checks import is_integer
 
 __all__ = [
     "AttentionMechanisms",
@@ -327,9 +328,9 @@ def _max_length(options: dict[str, Any], longest: int) -> int | None:
         length = options.get(name)
         if length is None:
             continue
-        if not isinstance(length, int) or length < 2:
+        if not is_integer(length) or length < 2:
             raise ValueError(f"{name}={length!r}: must be a number of tokens, at least 2")
         if length > longest:
             raise ValueError(f"{name}={length}: this model's position embedding reaches {longest} tokens")
-        lengths.append(length)
+        lengths.append(int(length))
     return min(lengths, default=None)

@@ -52,6 +52,7 @@ MAY_BE_NONE = {
         ({"num_pages": 0}, ValueError, "num_pages=0"),
         ({"max_queued_requests": 0}, ValueError, "max_queued_requests=0"),
         ({"seed": -1}, ValueError, "seed=-1: must be at least 0"),
+        ({"max_length": 0}, ValueError, r"max_length=0: must lie between 2 and the model's \d+$"),
         ({"max_length": 1}, ValueError, r"max_length=1: must lie between 2 and the model's \d+$"),
         ({"max_length": 10**6}, ValueError, r"max_length=1000000: must lie between 2 and the model's \d+$"),
         (
@@ -74,7 +75,10 @@ MAY_BE_NONE = {
             {"prefill_lengths": [8], "max_prefill_length": 9}, ValueError,
             "largest must be max_prefill_length=9",
         ),
-        ({"prefill_lengths": [8, 200], "max_length": 100}, ValueError, "max_prefill_length=200"),
+        (
+            {"prefill_lengths": [8, 200], "max_length": 100}, ValueError,
+            r"^prefill_lengths=\[8, 200\]: must lie between 1 and max_length=100",
+        ),
         ({"memory_utilization": 0.0}, ValueError, r"memory_utilization=0.0: must lie in \(0, 1\]"),
         ({"memory_utilization": 1.1}, ValueError, "memory_utilization=1.1"),
         ({"memory_utilization": "0.9"}, TypeError, "memory_utilization='0.9': must be a number"),

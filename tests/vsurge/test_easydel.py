@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import vsurge
@@ -85,12 +86,12 @@ def test_kvdtype_is_that_of_the_cache(dtype: Any) -> None:
     [
         ({"freq_max_position_embeddings": 512, "mask_max_position_embeddings": 256}, 256),
         ({"freq_max_position_embeddings": 128, "mask_max_position_embeddings": 256}, 128),
-        ({"mask_max_position_embeddings": 64}, 64),
+        ({"mask_max_position_embeddings": np.int64(64)}, 64),
         ({}, LONGEST),
     ],
 )
 def test_the_smaller_position_limit_is_the_engines_default_length(
-    limits: dict[str, int], max_length: int
+    limits: dict[str, Any], max_length: int
 ) -> None:
     model = load_with(**limits)
     for build in (ed.vSurge.from_model, ed.vSurge.create_odriver):

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ..kernels.quantization import FLOAT8, INT8, LARGEST, SMALLEST_SCALE
@@ -205,18 +204,6 @@ def quantizer(
         return (quantize_stack if stacked else quantize)(matrix, method)
 
     return jax.jit(quantize_matrix, out_shardings=shardings)
-
-
-def dequantize(matrix: QuantizedMatrix, dtype: DTypeLike) -> Float[Array, "*rest out_dim in_dim"]:
-    """The matrix that a quantized one stands for, in bfloat16 or float32."""
-    if matrix.method == "a8bit":
-        return (matrix.data.astype(jnp.float32) * matrix.scales[..., None]).astype(dtype)
-    if matrix.method == "fp8":
-        return fp8_values(matrix).astype(dtype)
-    *rest, rows, columns = matrix.shape
-    halves = [half.reshape(*rest, -1, NF4_BLOCK // 2, rows) for half in nf4_halves(matrix)]
-    whole = jnp.concatenate(halves, axis=-2).reshape(*rest, columns, rows)
-    return jnp.swapaxes(whole, -1, -2).astype(dtype)
 
 
 def fp8_values(matrix: QuantizedMatrix) -> Float[Array, "*rest out_dim in_dim"]:

@@ -37,12 +37,6 @@ class Engine:
         self._inbox = Inbox(max_queued_requests)
         self._loop = Loop(scheduler, executor, self._inbox)
 
-    @property
-    def is_running(self) -> bool:
-        """Whether it takes requests."""
-        with self._inbox.lock:
-            return self._inbox.state in SERVING
-
     def check_room(self) -> None:
         """What `start` would find of the device's memory.
 

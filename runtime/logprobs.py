@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -50,9 +49,6 @@ class LogprobArrays:
             tuple(host.ids[index].tolist()),
             tuple(host.values[index].tolist()),
         )
-
-    def on_host(self) -> LogprobArrays:
-        return cast(LogprobArrays, jax.tree.map(np.asarray, self))
 
 
 def no_logprobs(*positions: int) -> LogprobArrays:

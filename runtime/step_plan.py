@@ -23,11 +23,6 @@ class Chunk(NamedTuple):
     num_outputs: int
 
     @property
-    def output_index(self) -> int:
-        """Which of the request's generated tokens is the first to come out of this chunk, if any does."""
-        return self.start + self.length - self.num_outputs + 1 - len(self.request.prompt_ids)
-
-    @property
     def is_decode(self) -> bool:
         """Whether its first token is one that was generated, and may be known to the device alone."""
         return self.start >= self.request.num_to_prefill

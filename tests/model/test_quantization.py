@@ -15,8 +15,10 @@ import pytest
 from vsurge.model import Quantization, QuantizedMatrix, Qwen3Config
 from vsurge.model.linear import _fp8_scaled_rows, linear
 from vsurge.model.params import TensorSpec, param_specs
-from vsurge.model.quantization import NF4_LEVELS, Method, dequantize, quantize
+from vsurge.model.quantization import NF4_LEVELS, Method, quantize
 from vsurge.model.quantized_specs import parts_of, quantized_specs, weight_bytes
+
+from .dequantized import dequantize
 
 METHODS: tuple[Method, ...] = ("a8bit", "nf4", "fp8")
 CONFIG = Qwen3Config(40, 128, 192, 1, 2, 1, 64)

@@ -33,10 +33,11 @@ from vsurge.model import (
 )
 from vsurge.model.config_json import config_from_json, config_to_json
 from vsurge.model.params import param_specs
-from vsurge.model.quantization import Method, dequantize, quantize
+from vsurge.model.quantization import Method, quantize
 from vsurge.model.quantized_specs import weight_bytes
 
 from .checkpoints import CONFIG, Q_PROJ, SHAPE, SINGLE, random_tensors, write_single
+from .dequantized import dequantize
 
 METHODS: tuple[Method, ...] = ("a8bit", "nf4", "fp8")
 make = jax.jit(quantize, static_argnums=1)

@@ -30,10 +30,11 @@ from vsurge.model import (
 from vsurge.model.config_json import config_from_json, config_to_json
 from vsurge.model.moe import _by_ragged_dot, _by_tiles, experts_mlp
 from vsurge.model.params import param_specs
-from vsurge.model.quantization import METHODS, Method, dequantize, quantize, untransposed
+from vsurge.model.quantization import METHODS, Method, quantize, untransposed
 from vsurge.model.quantized_specs import quantized_specs, weight_bytes
 
 from .checkpoints import SINGLE
+from .dequantized import dequantize
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
 EXPERTS = Experts(4, 2, 192, normalize_weights=True, dense_layers=(0,))

@@ -18,6 +18,8 @@ from vsurge.runtime.page_pool import PagePool
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
 
+from .chunks import output_index
+
 TIMEOUT_S = 30.0
 PROMPT = [5, 6, 7]
 SHORT, LONG = SamplingParams(max_tokens=3), SamplingParams(max_tokens=100)
@@ -98,7 +100,7 @@ class ScriptedExecutor(Executor):
         if self.num_steps in self.unreadable:
             return StepOutput(cast(Any, Unreadable(self.unreadable[self.num_steps])))
         self.prompts += [c.request.prompt_ids for c in plan.chunks if not c.start]
-        tokens = [self.script(c.request.prompt_ids, max(c.output_index, 0)) for c in plan.chunks]
+        tokens = [self.script(c.request.prompt_ids, max(output_index(c), 0)) for c in plan.chunks]
         return StepOutput(jnp.asarray([tokens], jnp.int32))
 
 

@@ -16,6 +16,7 @@ from vsurge.runtime import SamplingParams, vSurge
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
 
+from .chunks import output_index
 from .compilations import heard
 from .greedy import CAPITAL, GREEDY, STORY, one
 from .scripted import TIMEOUT_S, pool_of
@@ -134,7 +135,7 @@ def test_requests_join_and_leave_between_steps(surge: vSurge, monkeypatch: pytes
     run, leaving, has_left = surge._executor.run, surge.processor.encode(PROMPTS[1]), threading.Event()
 
     def run_but_not_to_its_end(plan: StepPlan) -> StepOutput:
-        if any(chunk.request.prompt_ids == leaving and chunk.output_index == 30 for chunk in plan.chunks):
+        if any(chunk.request.prompt_ids == leaving and output_index(chunk) == 30 for chunk in plan.chunks):
             assert has_left.wait(TIMEOUT_S)
         return run(plan)
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vsurge.runtime import EngineError, EngineStopped, QueueFull, SamplingParams
+from vsurge.runtime.inbox import SERVING
 
 from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves
 
@@ -123,7 +124,7 @@ def test_a_with_block_drains_and_one_that_fails_aborts(
 
     def go_on_when_it_stops() -> None:
         deadline = time.monotonic() + TIMEOUT_S
-        while scripted.surge._engine.is_running and time.monotonic() < deadline:
+        while scripted.surge._engine._inbox.state in SERVING and time.monotonic() < deadline:
             time.sleep(0.001)
         scripted.executor.let(None)
 

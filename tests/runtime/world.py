@@ -14,14 +14,16 @@ from vsurge.runtime.step_plan import Chunk, StepKind, StepPlan, StepResults
 from vsurge.runtime.token_logprobs import TokenLogprobs
 from vsurge.runtime.token_mask import Words
 
+from .chunks import output_index
+
 PAGE_SIZE = 4
 STOP_TOKEN = 999
 
 
-def token_of(request: Request, output_index: int) -> int:
+def token_of(request: Request, index: int) -> int:
     """The script: what it is given depends on its prompt alone, and its seed says after how many it stops."""
-    stops = output_index + 1 == request.seed
-    return STOP_TOKEN if stops else (sum(request.prompt_ids) * 13 + output_index) % 900
+    stops = index + 1 == request.seed
+    return STOP_TOKEN if stops else (sum(request.prompt_ids) * 13 + index) % 900
 
 
 def tokens_of(request: Request) -> list[int]:
@@ -164,7 +166,7 @@ class World:
             self.run(plan)
             tokens = [
                 [
-                    token_of(c.request, c.output_index + i) if i < c.num_outputs else -1
+                    token_of(c.request, output_index(c) + i) if i < c.num_outputs else -1
                     for i in range(c.length)
                 ]
                 for c in plan.chunks

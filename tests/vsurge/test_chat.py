@@ -101,7 +101,7 @@ def interrupt_and_tell(self, *signal_and_frame):
 def run_some_tokens(self, plan):
     if plan.kind == "mixed":
         interrupted.clear()
-    elif any(chunk.output_index == 40 for chunk in plan.chunks):
+    elif any(chunk.start + 1 == len(chunk.request.prompt_ids) + 40 for chunk in plan.chunks):
         assert interrupted.wait(120)
     return run(self, plan)
 

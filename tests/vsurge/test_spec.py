@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from vsurge import demo_model_path
+from vsurge.runtime.inbox import SERVING
 
 CODE = Path(__file__).with_name("spec_script.py").read_text(encoding="utf-8")
 # All that may differ from the page.
@@ -50,7 +51,7 @@ def script() -> dict[str, Any]:
     for name, part in (("second", until_stream), ("third", awaiting)):
         exec(compile(part, "spec_script.py", "exec"), names)
         names[name] = printed(lambda: asyncio.run(names["run_streaming"]()))
-    assert names["surge"]._engine.is_running
+    assert names["surge"]._engine._inbox.state in SERVING
     exec(compile(rest, "spec_script.py", "exec"), names)
     return names
 
@@ -60,7 +61,7 @@ def test_the_engine_is_as_large_as_the_page_says_and_stopped_at_the_end(script: 
     assert surge.max_length == script["max_length"] == 8192
     assert max(surge._executor.mixed_buckets) == script["prefill_length"] == 4096
     assert max(surge._executor.decode_buckets) == script["max_concurrent_decodes"] == 64
-    assert not surge._engine.is_running
+    assert surge._engine._inbox.state not in SERVING
 
 
 def test_final_results_answer_the_questions_and_tell_their_speed(script: dict[str, Any]) -> None:

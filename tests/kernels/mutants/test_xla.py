@@ -124,6 +124,12 @@ def sinks_ignored(patch: Patch) -> None:
     changed_option(patch, "sinks", lambda _: None)
 
 
+def rows_beyond_the_end_written(patch: Patch) -> None:
+    changed(
+        patch, ragged_xla, "_put", lambda f, result, rows, start, _: f(result, rows, start, rows.shape[0])
+    )
+
+
 def last_block_dropped(patch: Patch) -> None:
     lax = SimpleNamespace(**vars(jax.lax))
     lax.fori_loop = lambda lower, upper, body, start: jax.lax.fori_loop(lower, upper - 1, body, start)
@@ -238,6 +244,7 @@ FAULTS = [  # both attention kernels walk the same blocks, so that half of the f
         for name, fault in SCALE_FAULTS.items()
     ),
     (check_quantized_append, numbers_of_another_scale),
+    (check_ragged_kernel, rows_beyond_the_end_written),
 ]
 
 

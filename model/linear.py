@@ -85,14 +85,6 @@ def _product(
     dtype: np.dtype[Any] = FLOAT32,
 ) -> Float[Array, "rows out_dim"]:
     """The sum of products over a dimension of the weights, rounded to a dtype, in float32."""
-    if config.dtype == BFLOAT16 and x.shape[0] >= 64 and weight.size <= 2**26:
-        return jax.lax.dot_general(
-            x.astype(config.dtype).astype(FLOAT32),
-            weight.astype(config.dtype).astype(FLOAT32),
-            (((1,), (dim,)), ((), ())),
-            precision=precision(config),
-            preferred_element_type=dtype,
-        ).astype(jnp.float32)
     return jax.lax.dot_general(
         x.astype(config.dtype),
         weight.astype(config.dtype),

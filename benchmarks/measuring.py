@@ -57,7 +57,7 @@ class RequestMix:
 # What small engines quote: nano-vllm's bench.py has 256 sequences of 100 to 1,024 tokens in and out.
 QUOTED = RequestMix(num_requests=256, input_tokens=(100, 1024), output_tokens=(100, 1024), at_once=256)
 # A CPU with two cores would take hours for it; a slow one answers these in a quarter of a minute.
-FEWER = RequestMix(num_requests=16, input_tokens=(16, 64), output_tokens=(8, 24), at_once=16)
+FEWER = RequestMix(num_requests=8, input_tokens=(16, 64), output_tokens=(8, 24), at_once=8)
 
 
 def platform() -> str:

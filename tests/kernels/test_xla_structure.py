@@ -98,9 +98,13 @@ def test_prefill_visits_the_blocks_up_to_each_query_block(reads: Reads, width: i
             queries, cache, kv_lens, own_pages(2, width), starts, 2 * one, scale=1.0
         )
 
-    # Query blocks of 128 of the first sequence end at 128, 256, 300; the second is decoding.
+    # Query blocks of the first sequence have 128 tokens; up to 64 that are left take blocks of 32, and more
+    # another one of 128. The second is decoding.
     for kv_lens, starts, visits in [
-        ([299, 1], [0, 299, 300], 1 + 2 + 3 + 1),
+        ([299, 1], [0, 299, 300], 1 + 2 + (3 + 3) + 1),
+        ([288, 1], [0, 288, 289], 1 + 2 + 3 + 1),
+        ([192, 1], [0, 192, 193], 1 + (2 + 2) + 1),
+        ([193, 1], [0, 193, 194], 1 + 2 + 1),
         ([20, 500], [0, 20, 21], 1 + 4),
     ]:
         reads.clear()

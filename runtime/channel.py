@@ -1,7 +1,9 @@
 """Between the engine's thread and whoever waits for its output, in asyncio or not.
 
-What the engine publishes is cumulative; a reader always gets the latest state. So a reader that falls behind
-skips intermediate states instead of making them pile up, and the engine never waits for a reader.
+A reader always gets the latest state, and takes it from the requests themselves. So a reader that falls
+behind skips intermediate states instead of making them pile up, and the engine does nothing for output that
+nobody reads but to say that there is more. One lock per engine lies between the two: the engine's thread
+holds it while output changes, a reader while it looks how far that has come.
 
 The garbage collector may end an abandoned coroutine in any thread and at any allocation, so also in a thread
 that holds a channel's lock. Nothing here that may run in that way takes a lock: a coroutine that is cancelled
@@ -14,9 +16,9 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from .errors import EngineError, EngineFailed, StepFailed
 from .metrics import RequestMetrics
@@ -88,7 +90,7 @@ class ReturnSample:
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiter:
+class Waiter:
     """A coroutine that waits, and for what."""
 
     loop: asyncio.AbstractEventLoop
@@ -97,68 +99,104 @@ class _Waiter:
     until_finished: bool
 
 
-@runtime_checkable
 class Snapshot(Protocol):
-    """A sample that is made when it is read."""
-
-    @property
-    def is_finished(self) -> bool: ...
+    """What there was at a moment, of which a sample can be made later."""
 
     def sample(self) -> ReturnSample: ...
+
+
+class Source(Protocol):
+    """What a prompt has come to, which may grow while the lock is not held."""
+
+    def progress(self) -> Snapshot: ...
 
 
 class Channel:
     """Carries the samples of one `generate` call from the engine to its readers; safe between threads.
 
+    Args:
+        request_ids: of the prompts, in their order.
+        sources: where their output is.
+        lock: held by whoever changes that.
+
     Attributes:
         publisher: the engine's thread, which must not wait for itself.
-        request_ids: of the prompts, in their order.
+        request_ids: as above.
     """
 
-    def __init__(self, initial: list[ReturnSample]) -> None:
-        self.request_ids = tuple(sample.request_id for sample in initial)
+    __slots__ = (
+        "_changed",
+        "_failed_as",
+        "_failure",
+        "_latest",
+        "_lock",
+        "_num_unfinished",
+        "_num_waiting",
+        "_sources",
+        "_version",
+        "_waiters",
+        "publisher",
+        "request_ids",
+    )
+
+    def __init__(self, request_ids: Sequence[str], sources: Sequence[Source], lock: threading.RLock) -> None:
+        self.request_ids = tuple(request_ids)
         self.publisher: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards everything below
-        self._changed = threading.Condition(self._lock)
-        self._latest: list[ReturnSample | Snapshot] = [*initial]
-        self._unfinished = set(range(len(initial)))
+        self._lock = lock  # guards everything below
+        self._changed = threading.Condition(lock)
+        self._sources: list[Source | None] = [*sources]  # None where all has come
+        # What stands for each as it is: what came last, or a sample that was made since the last change.
+        self._latest: list[Snapshot | ReturnSample | None] = [None] * len(sources)
+        self._num_unfinished = len(sources)
         self._version = 0
         self._failure: BaseException | None = None
         self._failed_as: tuple[type[EngineError], str] = (EngineError, "")
-        self._waiters: list[_Waiter] = []
+        self._waiters: tuple[Waiter, ...] = ()
         self._num_waiting = 0  # threads
 
-    def replace(self, changed: Mapping[int, Snapshot]) -> tuple[bool, list[_Waiter]]:
-        """Replaces some prompts' samples, for `publish`: whether all have ended, and which coroutines are to
-        be woken."""
-        with self._lock:
-            latest = list(self._latest)
-            for index, snapshot in changed.items():
-                latest[index] = snapshot
-                if snapshot.is_finished:
-                    self._unfinished.discard(index)
-            self._latest = latest
-            self._version += 1
-            return self._ended(), self._notify()
+    def change(self, index: int) -> None:
+        """A prompt has more output. For the engine, which holds the lock, as in what follows."""
+        self._latest[index] = None
+        self._version += 1
+
+    def end(self, index: int, last: Snapshot) -> None:
+        """All of a prompt's output has come."""
+        self._latest[index] = last
+        self._sources[index] = None  # it has this channel, and neither would be freed before the other
+        self._num_unfinished -= 1
 
     def fail(self, failure: BaseException, *, in_a_step: bool) -> None:
-        """Gives the readers an exception, if they have not got everything already. For the engine.
+        """Gives the readers an exception, if they have not got everything already.
 
         Args:
             failure: its cause.
             in_a_step: whether only a step failed, and not the engine.
         """
-        with self._lock:
-            if not self._unfinished:
-                return
+        if self._num_unfinished:
             self._failure = failure
             self._failed_as = (
                 (StepFailed, "a step of the request failed")
                 if in_a_step
                 else (EngineFailed, "the engine's thread failed")
             )
-            woken = self._notify()
-        _wake(woken)
+            self._sources.clear()
+
+    def notify(self) -> Sequence[Waiter]:
+        """Wakes the threads that wait for what has changed; the coroutines that `wake` is to wake."""
+        if self._num_waiting:
+            self._changed.notify_all()
+        if not self._waiters:
+            return ()
+        woken: list[Waiter] = []
+        waiting: list[Waiter] = []
+        has_ended, version = self.has_ended, self._version
+        for waiter in self._waiters:
+            if has_ended or not (waiter.until_finished or version == waiter.seen):
+                woken.append(waiter)
+            elif not (waiter.future.done() or waiter.loop.is_closed()):
+                waiting.append(waiter)
+        self._waiters = tuple(waiting)
+        return woken
 
     def read(self, seen: int) -> tuple[int, list[ReturnSample]] | None:
         """The current version and samples if newer than version `seen`; None if not.
@@ -168,7 +206,8 @@ class Channel:
         """
         with self._lock:
             failure, (kind, message) = self._failure, self._failed_as
-            version, latest = self._version, self._latest
+            version = self._version
+            latest = [] if failure is not None or version == seen else self._states()
         if failure is not None:  # an exception of its own for every reader: raising one changes it
             raise kind(f"{message}: {failure!r}") from failure
         if version == seen:
@@ -182,7 +221,7 @@ class Channel:
     def is_over(self) -> bool:
         """Whether the requests have ended, well or with an exception. What comes last may be unread yet."""
         with self._lock:
-            return self._ended()
+            return self.has_ended
 
     def wait(self, seen: int, *, until_finished: bool, timeout_s: float | None = None) -> bool:
         """Blocks until all has ended or, unless `until_finished`, there is something newer than `seen`.
@@ -211,52 +250,37 @@ class Channel:
     async def wait_async(self, seen: int, *, until_finished: bool) -> None:
         """`wait` for a coroutine, in any event loop."""
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(loop, loop.create_future(), seen, until_finished)
+        waiter = Waiter(loop, loop.create_future(), seen, until_finished)
         with self._lock:
             if self._ready(seen, until_finished):
                 return
-            self._waiters.append(waiter)
+            self._waiters += (waiter,)
         await waiter.future
 
-    def _ended(self) -> bool:
-        return self._failure is not None or not self._unfinished
+    def _states(self) -> list[Snapshot | ReturnSample]:
+        """How far each prompt has come now."""
+        states: list[Snapshot | ReturnSample] = []
+        for source, state in zip(self._sources, self._latest, strict=True):
+            if state is None:
+                assert source is not None  # otherwise there is what came last
+                state = source.progress()  # noqa: PLW2901
+            states.append(state)
+        return states
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the requests have, well or with an exception; with the lock."""
+        return self._failure is not None or not self._num_unfinished
 
     def _ready(self, seen: int, until_finished: bool) -> bool:
-        return self._ended() or (not until_finished and self._version != seen)
-
-    def _notify(self) -> list[_Waiter]:
-        """Wakes the threads that wait; the coroutines that are to be woken."""
-        if self._num_waiting:
-            self._changed.notify_all()
-        if not self._waiters:
-            return []
-        woken: list[_Waiter] = []
-        waiting: list[_Waiter] = []
-        has_ended, version = self._ended(), self._version
-        for waiter in self._waiters:
-            if has_ended or not (waiter.until_finished or version == waiter.seen):
-                woken.append(waiter)
-            elif not (waiter.future.done() or waiter.loop.is_closed()):
-                waiting.append(waiter)
-        self._waiters = waiting
-        return woken
+        return self.has_ended or (not until_finished and self._version != seen)
 
 
-def publish(changed: Mapping[Channel, Mapping[int, Snapshot]]) -> list[Channel]:
-    """Replaces samples and wakes the readers; the channels of which all has ended. For the engine."""
-    over: list[Channel] = []
-    woken: list[_Waiter] = []
-    for channel, snapshots in changed.items():
-        has_ended, waiters = channel.replace(snapshots)
-        woken += waiters
-        if has_ended:
-            over.append(channel)
-    _wake(woken)
-    return over
+def wake(waiters: Iterable[Waiter]) -> None:
+    """Wakes coroutines; not while the lock is held.
 
-
-def _wake(waiters: Sequence[_Waiter]) -> None:
-    """Wakes coroutines, each event loop once: that is a system call, during which other threads go ahead."""
+    Each event loop is told once: that is a system call, during which other threads go ahead.
+    """
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for waiter in waiters:
         by_loop.setdefault(waiter.loop, []).append(waiter.future)

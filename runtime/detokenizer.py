@@ -118,6 +118,18 @@ class Detokenizer:
         num_characters: of `text`.
     """
 
+    __slots__ = (
+        "_held",
+        "_include_stop",
+        "_is_cut",
+        "_stop",
+        "_text",
+        "_texts",
+        "_token_bytes",
+        "_utf8",
+        "num_characters",
+    )
+
     def __init__(
         self, token_bytes: TokenBytes, *, skip_special_tokens: bool, stop: Sequence[str], include_stop: bool
     ) -> None:

@@ -25,17 +25,24 @@ class Engine:
 
     Args:
         scheduler, executor: what to run.
+        output_lock: see `Channel`.
         max_queued_requests: see `Inbox`.
         name: of the thread.
     """
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, *, max_queued_requests: int, name: str
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        output_lock: threading.RLock,
+        max_queued_requests: int,
+        name: str,
     ) -> None:
         self._executor = executor
         self._name = name
         self._inbox = Inbox(max_queued_requests)
-        self._loop = Loop(scheduler, executor, self._inbox)
+        self._loop = Loop(scheduler, executor, self._inbox, output_lock)
 
     def check_room(self) -> None:
         """What `start` would find of the device's memory.

@@ -206,7 +206,7 @@ class Executor:
         return lowered.compile(CPU_COMPILER_OPTIONS if self._device.platform == "cpu" else None)
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """Dispatches a step; what comes out of it is on the device."""
+        """Dispatches a step; what is wanted of its output, which is on the device."""
         if self._row_state is None:
             raise RuntimeError("the executor has no cache: allocate() first")
         bucket = self._blueprint.bucket_of(plan)
@@ -214,9 +214,7 @@ class Executor:
             inputs = self._blueprint.inputs(plan, bucket, self._rows)
             call = StepCall(plan.kind, bucket, inputs, self._masks(plan), self._row_contents())
         with TraceAnnotation("vsurge.dispatch"):
-            output = self.dispatch(call)
-            start_reading(plan, output)
-        return output
+            return start_reading(inputs, self.dispatch(call))
 
     def dispatch(self, call: StepCall) -> StepOutput:
         """Begins a step of which only what the device needs is known."""
@@ -252,7 +250,7 @@ class Executor:
     def _masks(self, plan: StepPlan) -> npt.NDArray[np.uint32] | None:
         """What each row's next token may be; None for any. The tokens before it are known where there is a
         mask."""
-        masked = [c.request for c in plan.chunks if c.num_outputs and c.request.masks]
+        masked = [request for request, _, _, outputs in plan.chunks if outputs and request.masks]
         if not masked:
             return None
         masks = self._blueprint.masks_without_any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
@@ -10,13 +11,12 @@ from typing import Any, cast
 
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
-from .channel import Channel, FinishReason, publish
+from .channel import Channel, FinishReason, Waiter, wake
 from .deadlines import Deadlines
 from .executor import Executor
 from .inbox import SERVING, Inbox, Message, State, Update
 from .meter import Meter
 from .metrics import EngineMetrics
-from .progress import GroupProgress, Progress
 from .request import Request
 from .results import read_results
 from .scheduler import Scheduler
@@ -50,15 +50,20 @@ class Loop:
     Args:
         scheduler, executor: what to run.
         inbox: what callers want.
+        output_lock: held while requests change in what their callers see of them (see `Channel`). Whoever
+            wants that of the inbox as well takes it second.
 
     Attributes:
         metrics: the latest; replaced, never changed.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, inbox: Inbox) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, inbox: Inbox, output_lock: threading.RLock
+    ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._inbox = inbox
+        self._output_lock = output_lock
         self._meter = Meter(scheduler)
         self._deadlines = Deadlines()
         self._open: dict[Channel, None] = {}  # what still waits for output
@@ -141,58 +146,66 @@ class Loop:
             with TraceAnnotation("vsurge.read", step_num=flight.number):
                 results = read_results(plan, flight.output)
             self._meter.look(is_busy=True)  # this one was, up to now or nearly
-            with TraceAnnotation("vsurge.commit", step_num=flight.number):
-                changed = self._scheduler.commit(plan, results)
-            self._look(following)
-            with TraceAnnotation("vsurge.publish", step_num=flight.number):
-                self._publish(changed)
+            with self._output_lock:
+                with TraceAnnotation("vsurge.commit", step_num=flight.number):
+                    changed = self._scheduler.commit(plan, results)
+                self._look(following)
+                with TraceAnnotation("vsurge.publish", step_num=flight.number):
+                    woken = self._publish(changed)
+            wake(woken)
             self._look(following)
         except Exception as failure:  # noqa: BLE001  (as above)
             return failure
         return None
 
-    def _publish(self, changed: Sequence[Request]) -> None:
-        """Hands what changed requests have come to to their channels, one message per channel."""
+    def _publish(self, changed: Sequence[Request]) -> list[Waiter]:
+        """Shows callers what changed requests have come to, with the output lock; whom to wake without it."""
+        woken: list[Waiter] = []
         failures = {request.channel: request.failure for request in changed if request.failure is not None}
         for channel, failure in failures.items():
             logger.error("a request failed: %s", failure)
-            self._drop({channel})
-            self._tell({channel}, failure)
+            woken += self._fail({channel}, failure)
         if failures:
             changed = [request for request in changed if request.channel not in failures]
-        by_channel: dict[Channel, dict[int, Progress | GroupProgress]] = {}
-        now = time.perf_counter()
+        channels: dict[Channel, None] = {}
         for group, request in {request.group: request for request in changed}.items():
             if group.is_due:
-                by_channel.setdefault(request.channel, {})[request.index] = group.progress(now)
+                channel = request.channel
+                channels[channel] = None
+                channel.change(request.index)
+                if request.finish_reason is not None and group.is_finished:
+                    channel.end(request.index, group.progress())
+                    if channel.has_ended:
+                        del self._open[channel]
         self._forget([request for request in changed if request.finish_reason is not None])
         self._measure()
-        for channel in publish(by_channel):
-            del self._open[channel]
+        for channel in channels:
+            woken += channel.notify()
+        return woken
 
     def _recover(self, plan: StepPlan, failure: Exception) -> None:
         """Fails the requests of a step, and lets the others begin anew: the cache may be lost."""
         logger.error("a step failed, and with it %d requests", len(plan.chunks), exc_info=failure)
-        channels = {chunk.request.channel for chunk in plan.chunks}
-        self._drop(channels)
-        self._scheduler.recompute()
-        self._tell(channels, failure)
+        with self._output_lock:
+            woken = self._fail({chunk.request.channel for chunk in plan.chunks}, failure)
+            self._scheduler.recompute()
+        wake(woken)
         self._executor.recover(failure)
 
-    def _drop(self, channels: Set[Channel]) -> None:
-        """Ends all requests of some channels."""
+    def _fail(self, channels: Set[Channel], failure: Exception) -> list[Waiter]:
+        """Ends all requests of some channels and tells their callers why; locks as for `_publish`."""
         for request in self._scheduler.unfinished():
             if request.channel in channels:
                 self._scheduler.drop(request)
         # Those too that ended in the step, if their samples were not handed out.
         self._forget([request for request in self._live if request.channel in channels], failed=True)
-
-    def _tell(self, channels: Set[Channel], failure: Exception) -> None:
-        """Gives the callers of some channels the reason why their requests have ended."""
         self._measure()
+        woken: list[Waiter] = []
         for channel in channels & self._open.keys():
             channel.fail(failure, in_a_step=True)
+            woken += channel.notify()
             del self._open[channel]
+        return woken
 
     def _attend(self, flight: _Flight | None) -> bool:
         """Takes what callers left, and waits for it if there is no work; False when the thread is to end."""
@@ -248,11 +261,14 @@ class Loop:
 
     def _finish(self, requests: Sequence[Request], reason: FinishReason) -> None:
         """Ends requests early, those that have not ended."""
-        ended = [request for request in requests if self._scheduler.abort(request, reason)]
-        if ended:
+        if not requests:
+            return
+        with self._output_lock:
+            ended = [request for request in requests if self._scheduler.abort(request, reason)]
             # Counted before their callers hear of it, and submit others in their place.
             self._inbox.count(self._scheduler.num_queued)
-            self._publish(ended)
+            woken = self._publish(ended)
+        wake(woken)
 
     def _cut(self) -> None:
         unfinished = self._scheduler.unfinished()
@@ -285,29 +301,33 @@ class Loop:
         """Leaves everything as it was before the start; who still waits gets the failure."""
         unfinished = self._scheduler.clear()
         self._executor.release()
-        with self._inbox.lock:
-            for message in self._inbox.close(failure):
-                if message.kind == "submit":
-                    unfinished.extend(message.requests)
-                    self._live.update(message.requests)
-                    self._meter.taken(len(message.requests))
-                    self._open.update(dict.fromkeys(request.channel for request in message.requests))
-                elif message.update is not None:
-                    self._updates.append(message.update)
-            for request in unfinished:
-                request.finish_reason = "abort"  # nothing comes of aborting it later
-            self._inbox.has_cut |= bool(self._live)
-            for request in self._live:
-                self._meter.ended(request, failed=True)
-            self._live.clear()
-            self._deadlines.clear()
-            self._meter.rest()
-            self._measure()
-            for update in self._updates:  # whoever starts next finds them
-                self._executor.update(update.params)
-                update.is_done.set()
-            self._updates.clear()
-            unanswered, self._open = self._open, {}  # the next thread may have one of its own already
-        if failure is not None:  # otherwise everything has ended
-            for channel in unanswered:
-                channel.fail(failure, in_a_step=False)
+        woken: list[Waiter] = []
+        with self._output_lock:
+            with self._inbox.lock:
+                for message in self._inbox.close(failure):
+                    if message.kind == "submit":
+                        unfinished.extend(message.requests)
+                        self._live.update(message.requests)
+                        self._meter.taken(len(message.requests))
+                        self._open.update(dict.fromkeys(request.channel for request in message.requests))
+                    elif message.update is not None:
+                        self._updates.append(message.update)
+                for request in unfinished:
+                    request.finish_reason = "abort"  # nothing comes of aborting it later
+                self._inbox.has_cut |= bool(self._live)
+                for request in self._live:
+                    self._meter.ended(request, failed=True)
+                self._live.clear()
+                self._deadlines.clear()
+                self._meter.rest()
+                self._measure()
+                for update in self._updates:  # whoever starts next finds them
+                    self._executor.update(update.params)
+                    update.is_done.set()
+                self._updates.clear()
+                unanswered, self._open = self._open, {}  # the next thread may have one of its own already
+            if failure is not None:  # otherwise everything has ended
+                for channel in unanswered:
+                    channel.fail(failure, in_a_step=False)
+                    woken += channel.notify()
+        wake(woken)

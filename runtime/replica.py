@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 
 from .page_pool import PagePool
 from .request import Request
@@ -23,6 +24,7 @@ class Replica:
 
     Attributes:
         running: the requests on its rows, in the order of their turns.
+        masked: those of them whose next token depends on all before it.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Replica:
     ) -> None:
         self.pool = pool
         self.running: list[Request] = []
+        self.masked: list[Request] = []
         self._index = index
         self._num_rows = num_rows
         self._decode_steps = decode_steps
@@ -38,38 +41,44 @@ class Replica:
 
     def decodes(self) -> tuple[list[Chunk], list[Request]]:
         """A token of each request that decodes, and the requests that lost their pages for that."""
-        chunks, preempted = list[Chunk](), list[Request]()
+        chunks, preempted, page_size = list[Chunk](), list[Request](), self.pool.page_size
         for request in tuple(self.running):
-            if request.row < 0 or not request.can_decode:
+            start = request.num_computed
+            if not request.num_to_prefill <= start < request.max_tokens_in_cache or request.row < 0:
                 continue
             if request.masks and request.num_pending:  # what its next token may be is not known yet
                 continue
-            while not self._grow(request, request.num_computed + 1):
+            while start >= len(request.pages) * page_size and not self._grow(request, start + 1):
                 victim = self.running[-1]
                 self.preempt(victim)
                 preempted.append(victim)
                 if victim is request:
                     break
             else:
-                chunks.append(Chunk(request, request.num_computed, 1, 1))
+                chunks.append(Chunk(request, start, 1, 1))
         return chunks, preempted
 
-    def extended(self, chunk: Chunk) -> Chunk:
-        """More tokens of a decode, up to `decode_steps`: as many as may come, and have pages."""
+    def extended(self, chunks: list[Chunk]) -> list[Chunk]:
+        """More tokens of each decode, up to `decode_steps`: as many as may come, and have pages."""
         if self._decode_steps == 1:
-            return chunk
+            return chunks
+        return [chunk._replace(length=n, num_outputs=n) for chunk in chunks for n in [self._steps_of(chunk)]]
+
+    def _steps_of(self, chunk: Chunk) -> int:
+        """How many tokens of a decode may come in one step, and have pages from now on."""
         request = chunk.request
         most = 1 if request.masks else request.max_tokens_in_cache - chunk.start
         length = max(1, min(self._decode_steps, most))
         while length > 1 and not self._grow(request, chunk.start + length):
             length -= 1
-        return chunk._replace(length=length, num_outputs=length)
+        return length
 
-    def count(self, chunk: Chunk) -> None:
-        """From now on a chunk's tokens are computed."""
-        chunk.request.num_computed += chunk.length
-        chunk.request.num_pending += chunk.num_outputs
-        self.register(chunk.request)
+    def count(self, chunks: Iterable[Chunk]) -> None:
+        """From now on the tokens of some chunks are computed."""
+        for request, _, length, num_outputs in chunks:
+            request.num_computed += length
+            request.num_pending += num_outputs
+            self.register(request)
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Gives it pages for so many tokens; False if there are not as many."""
@@ -102,13 +111,15 @@ class Replica:
             pool.release(shared)
             return False
         request.pages = shared + pool.allocate(missing)
-        request.num_registered = len(shared)
+        self._registered(request, len(shared))
         request.num_found = len(shared) * pool.page_size
         # At least one token must be computed, for the next one to come out of it.
         request.num_computed = min(request.num_found, known - 1)
         request.num_to_prefill = known
         request.replica, request.row = self._index, self._free_rows.pop()
         insert(self.running, request)
+        if request.masks:
+            self.masked.append(request)
         return True
 
     def _prefix_of(self, request: Request) -> list[bytes]:
@@ -122,23 +133,32 @@ class Replica:
 
     def register(self, request: Request) -> None:
         """Lets others share the pages that are full of known tokens."""
-        unregistered = (request.num_registered + 1) * self.pool.page_size
-        if self._prefix_caching and request.num_computed >= unregistered <= request.num_known:
+        if request.num_computed < request.full_at or not self._prefix_caching:  # nearly always
+            return
+        if request.num_known >= request.full_at:
             keys = self._keys(request, min(request.num_computed, request.num_known))
             for page in range(request.num_registered, len(keys)):
                 self.pool.register(request.pages[page], keys[page])
-            request.num_registered = len(keys)
+            self._registered(request, len(keys))
+
+    def _registered(self, request: Request, num_pages: int) -> None:
+        """The pool knows so many of its pages by their keys."""
+        request.num_registered = num_pages
+        request.full_at = (num_pages + 1) * self.pool.page_size
 
     def remove(self, request: Request) -> None:
         """Takes back its pages and its row."""
         self.running.remove(request)
+        if request.masks:
+            self.masked.remove(request)
         self.pool.release(request.pages)
         self._free_rows.append(request.row)
-        request.pages, request.row, request.num_computed, request.num_registered = [], -1, 0, 0
+        request.pages, request.row, request.num_computed = [], -1, 0
 
     def clear(self) -> None:
         """Forgets everything, whatever state an exception left it in."""
         self.running.clear()
+        self.masked.clear()
         self.pool.clear()
         self._free_rows = list(range(self._num_rows))[::-1]
 
@@ -162,7 +182,7 @@ class Prompts:
         self.chunks: list[Chunk] = []
         self.num_tokens = 0
         self._budget, self._most, self._admits = budget, most, admits
-        self._prefilling = [request for request in replica.running if not request.is_prefilled]
+        self._prefilling = [r for r in replica.running if r.num_computed < r.num_to_prefill]
 
     @property
     def _has_room(self) -> bool:
@@ -186,7 +206,7 @@ class Prompts:
         rest = request.num_to_prefill - request.num_computed
         length = min(self._budget - self.num_tokens, rest)
         chunk = Chunk(request, request.num_computed, length, int(length == rest))
-        self.replica.count(chunk)  # at once, for the next one may begin alike
+        self.replica.count([chunk])  # at once, for the next one may begin alike
         self.chunks.append(chunk)
         self.num_tokens += length
 

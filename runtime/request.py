@@ -21,7 +21,7 @@ class LogitsError(RuntimeError):
     """A model has computed no distribution to choose a token from."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One completion of a prompt, and where it stands. Owned by the engine's thread.
 
@@ -58,6 +58,7 @@ class Request:
         pages: its pages of that replica's cache, in order.
         page_keys: see `keys_of_full_pages`.
         num_registered: pages that the pool knows by their keys.
+        full_at: with how many tokens in the cache the next of its pages is full.
         max_tokens_in_cache: the most tokens of it that the cache will ever hold: the last one is never fed
             back.
         wants_logprobs: whether those of its tokens are wanted; the best of several completions are found by
@@ -103,9 +104,11 @@ class Request:
     pages: list[int] = field(default_factory=list[int])
     page_keys: list[bytes] = field(default_factory=list[bytes])
     num_registered: int = 0
+    full_at: int = 0
     max_tokens_in_cache: int = field(init=False)
     wants_logprobs: bool = field(init=False)
     waits_for_the_end: bool = field(init=False)
+    _output: Output = field(init=False)
 
     def __post_init__(self) -> None:
         self.group.requests.append(self)
@@ -168,15 +171,8 @@ class Request:
     def accept(self, token_id: int, logprobs: TokenLogprobs | None, at: float) -> None:
         """Takes a generated token, read at that moment, and finds out whether it is the last; none at all
         ends it as well, and so do logits that are no numbers."""
-        if token_id == NO_TOKEN:
-            self.finish("stop")
-            return
-        if token_id == NOT_FINITE:
-            self.failure = LogitsError(
-                f"the model's logits after {self.num_known} tokens hold NaN or infinity: its weights do, or "
-                "numbers overflow on the way"
-            )
-            self.finish("abort")
+        if token_id < 0:
+            self._end_without(token_id)
             return
         self.last_token_at = at
         if self.first_token_at is None:
@@ -187,20 +183,15 @@ class Request:
             self.cumulative_logprob += logprobs.chosen
             if self.params.logprobs is not None:
                 self.logprobs.append(logprobs.of(token_id, self.params.logprobs, self.decode))
-        try:
-            for mask in self.masks:
-                mask.advance(token_id)
-        except MaskError as failure:
-            self.failure = failure
-            self.finish("abort")
+        if self.masks and not self._advance_masks(token_id):
             return
-        detokenizer, params = self.detokenizer, self.params
+        detokenizer = self.detokenizer
         if token_id in self.stop_token_ids:
-            if params.include_stop_str_in_output and detokenizer is not None:
+            if self.params.include_stop_str_in_output and detokenizer is not None:
                 detokenizer.add(token_id, may_stop=False)
             self.finish("stop")
         elif detokenizer is not None and detokenizer.add(
-            token_id, may_stop=num_generated > params.min_tokens
+            token_id, may_stop=num_generated > self.params.min_tokens
         ):
             self.finish_reason = "stop"
         elif self.masks and any(mask.is_complete for mask in self.masks):
@@ -208,18 +199,39 @@ class Request:
         elif num_generated >= self.max_new_tokens:
             self.finish("length")
 
+    def _advance_masks(self, token_id: int) -> bool:
+        """Whether they allow what comes after the token; if not, that has ended it."""
+        try:
+            for mask in self.masks:
+                mask.advance(token_id)
+        except MaskError as failure:
+            self.failure = failure
+            self.finish("abort")
+            return False
+        return True
+
+    def _end_without(self, token_id: int) -> None:
+        """Ends it where a step gave `NO_TOKEN` or `NOT_FINITE`."""
+        if token_id == NO_TOKEN:
+            self.finish("stop")
+            return
+        self.failure = LogitsError(
+            f"the model's logits after {self.num_known} tokens hold NaN or infinity: its weights do, or "
+            "numbers overflow on the way"
+        )
+        self.finish("abort")
+
     def finish(self, reason: FinishReason) -> None:
         """Ends it, with all the text it has."""
         self.finish_reason = reason
         if self.detokenizer is not None:
             self.detokenizer.finish()
 
-    def progress(self, at: float) -> Progress:
-        """How far it has come now, which is `at`."""
+    def progress(self) -> Progress:
+        """How far it has come now."""
         detokenizer = self.detokenizer
         return Progress(
             self._output,
-            at,
             len(self.output_ids),
             0 if detokenizer is None else detokenizer.num_characters,
             len(self.prompt_logprobs),
@@ -233,8 +245,12 @@ class Request:
             self.cumulative_logprob if self.wants_logprobs else None,
         )
 
+    def nothing(self) -> Progress:
+        """What `progress` was before anything had come."""
+        return Progress(self._output, 0, 0, 0, None, None, None, None, None, 0, 0, None)
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class Group:
     """The completions of one prompt, `n` or `best_of` of them.
 
@@ -247,16 +263,20 @@ class Group:
     @property
     def is_due(self) -> bool:
         """Whether what there is may be handed out."""
-        requests = self.requests
-        return not requests[0].waits_for_the_end or all(r.finish_reason is not None for r in requests)
+        return not self.requests[0].waits_for_the_end or self.is_finished
 
-    def progress(self, at: float) -> Progress | GroupProgress:
-        """How far the prompt has come now, which is `at`; with several completions, the likeliest ones."""
-        requests = self.requests
-        if len(requests) == 1:
-            return requests[0].progress(at)
-        n = requests[0].params.n
-        if len(requests) > n:
-            requests = sorted(requests, key=lambda request: request.cumulative_logprob, reverse=True)[:n]
-        completions = tuple(request.progress(at) for request in requests)
+    @property
+    def is_finished(self) -> bool:
+        return all(request.finish_reason is not None for request in self.requests)
+
+    def progress(self) -> Progress | GroupProgress:
+        """How far the prompt has come for its callers; of several completions, the likeliest ones."""
+        requests, n = self.requests, self.requests[0].params.n
+        if not self.is_due:
+            completions = tuple(request.nothing() for request in requests[:n])
+        elif len(requests) > n:
+            likeliest = sorted(requests, key=lambda request: request.cumulative_logprob, reverse=True)
+            completions = tuple(request.progress() for request in likeliest[:n])
+        else:
+            completions = tuple(request.progress() for request in requests)
         return completions[0] if n == 1 else GroupProgress(completions)

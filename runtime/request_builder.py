@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .channel import Channel, ReturnSample
+from .channel import Channel
 from .checks import check_vocabulary
 from .detokenizer import Detokenizer, TokenBytes
 from .guided import Grammars
-from .metrics import RequestMetrics
 from .options import EngineOptions
-from .progress import combined
 from .prompts import Prompt, token_ids_of, valid_text
 from .request import Group, Request
 from .sampling import MAX_BANNED
@@ -31,15 +30,19 @@ class RequestBuilder:
         processor: the tokenizer; None if prompts and output are token ids.
         options: the engine's.
         vocab_size: the model's.
+        lock: of the engine's output (see `Channel`).
 
     Raises:
         TypeError: a tokenizer of another kind.
     """
 
-    def __init__(self, processor: Any, options: EngineOptions, vocab_size: int) -> None:
+    def __init__(
+        self, processor: Any, options: EngineOptions, vocab_size: int, lock: threading.RLock
+    ) -> None:
         self._processor = processor
         self._options = options
         self._vocab_size = vocab_size
+        self._lock = lock
         self._token_bytes = None if processor is None else TokenBytes(processor)
         self._count = itertools.count()
         self._grammars = Grammars(processor, vocab_size, options.eos_token_ids)
@@ -60,11 +63,12 @@ class RequestBuilder:
             self._prompt_ids(i, prompt, p, chat_template_kwargs)
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
-        channel = Channel([_before_the_first_token(ids, p) for ids, p in zip(token_ids, params, strict=True)])
+        groups = [Group() for _ in token_ids]
+        channel = Channel([uuid.uuid4().hex for _ in groups], groups, self._lock)
         return channel, [
             request
             for i, (ids, p, priority) in enumerate(zip(token_ids, params, priorities, strict=True))
-            for request in self._completions(i, ids, p, priority, channel)
+            for request in self._completions(i, ids, p, priority, channel, groups[i])
         ]
 
     def _prompt_ids(
@@ -96,7 +100,13 @@ class RequestBuilder:
         return f"truncate_prompt_tokens={keep} would keep the last {keep} and leave room for {room} of output"
 
     def _completions(
-        self, index: int, ids: list[int], params: SamplingParams, priority: int, channel: Channel
+        self,
+        index: int,
+        ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        channel: Channel,
+        group: Group,
     ) -> list[Request]:
         """The requests of one prompt."""
         stop_token_ids = self._stop_token_ids(params)
@@ -104,7 +114,7 @@ class RequestBuilder:
         banned = self._bad_words(params)
         bias = self._bias(params, banned)
         several = [sequence for sequence in banned if len(sequence) > 1]
-        seed, group = params.seed, Group()
+        seed = params.seed
 
         def masks() -> list[TokenMask]:  # each of its own, for they follow the tokens
             grammar = params.guided_decoding
@@ -208,18 +218,3 @@ class RequestBuilder:
         entropy = [self._options.seed, next(self._count)]
         high, low = np.random.SeedSequence(entropy).generate_state(2).tolist()
         return high << 32 | low
-
-
-def _before_the_first_token(ids: Sequence[int], params: SamplingParams) -> ReturnSample:
-    one = ReturnSample(
-        text="",
-        token_ids=(),
-        num_generated_tokens=0,
-        tokens_per_second=0.0,
-        time_to_first_token_s=None,
-        finish_reason=None,
-        num_prompt_tokens=len(ids),
-        request_id=uuid.uuid4().hex,
-        metrics=RequestMetrics(num_prompt_tokens=len(ids)),
-    )
-    return one if params.n == 1 else combined([one] * params.n)

@@ -9,20 +9,28 @@ import numpy as np
 
 from .logprobs import LogprobArrays
 from .step import StepOutput
+from .step_inputs import StepInputs
 from .step_plan import Chunk, StepPlan, StepResults
 from .token_logprobs import TokenLogprobs
 
 
-def start_reading(plan: StepPlan, output: StepOutput) -> None:
-    """Has the device send what will be read, as soon as it is there."""
-    arrays: list[jax.Array] = jax.tree.leaves(_wanted(plan, output))
+def start_reading(inputs: StepInputs, output: StepOutput) -> StepOutput:
+    """A step's output without what nobody asked for; has the device send that as soon as it is there."""
+    scores_any = inputs.num_scored is not None and np.any(inputs.num_scored)
+    wanted = StepOutput(
+        output.tokens,
+        output.logprobs if np.any(inputs.wants_logprobs) else None,
+        output.scores if scores_any else None,
+    )
+    arrays: list[jax.Array] = jax.tree.leaves(wanted)
     for array in arrays:
         array.copy_to_host_async()
+    return wanted
 
 
 def read_results(plan: StepPlan, output: StepOutput) -> StepResults:
-    """Waits for a step, and reads what is wanted of it."""
-    output = jax.tree.map(np.asarray, _wanted(plan, output))
+    """Waits for a step, and reads its output."""
+    output = jax.tree.map(np.asarray, output)
     tokens: Any = output.tokens
     # What is of a replica takes an equal part of each array, and begins with what is of its chunks.
     size = tokens.shape[1] // plan.num_replicas
@@ -42,17 +50,6 @@ def read_results(plan: StepPlan, output: StepOutput) -> StepResults:
                 scores.append([output.scores.at(start + i) for i in range(count)])
                 start += count
     return StepResults(tokens[:, places].T.tolist(), logprobs, scores)
-
-
-def _wanted(plan: StepPlan, output: StepOutput) -> StepOutput:
-    """The step's output without what nobody asked for."""
-    wants_logprobs = any(chunk.num_outputs and chunk.request.wants_logprobs for chunk in plan.chunks)
-    wants_scores = any(chunk.tokens_to_score for chunk in plan.chunks)
-    return StepOutput(
-        output.tokens,
-        output.logprobs if wants_logprobs else None,
-        output.scores if wants_scores else None,
-    )
 
 
 def _logprobs(arrays: LogprobArrays, index: int, chunk: Chunk) -> list[TokenLogprobs] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,8 @@ class Rows:
         self._padding = num_rows
         count = num_rows + 1
         self._page_table = np.zeros((count, pages_per_seq), np.int32)
-        self._num_pages = [0] * count
-        self._holds: list[tuple[Request, int] | None] = [None] * count
+        # Who has the row, how often it had lost its pages by then, and how many of them stand in its table.
+        self._holds: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * count
         self._temperature = np.zeros(count, np.float32)
         self._top_k = np.zeros(count, np.int32)
         self._top_p = np.ones(count, np.float32)
@@ -43,6 +44,7 @@ class Rows:
         self._masked = np.zeros(count, np.bool_)
         self._wants_logprobs = np.zeros(count, np.bool_)
         self._taken: list[Request] = []
+        self._collected: tuple[bytes, SamplingInputs, ShapingInputs, npt.NDArray[np.bool_]] | None = None
 
     def taken(self) -> list[Request]:
         """The requests that have come to a row since this was asked last."""
@@ -52,40 +54,51 @@ class Rows:
     def of(self, chunks: Sequence[Chunk], n: int) -> npt.NDArray[np.int32]:
         """The rows [n] of a step's chunks, brought up to date; behind them the one for padding."""
         rows = np.full(n, self._padding, np.int32)
-        for i, chunk in enumerate(chunks):
-            request = chunk.request
-            row = rows[i] = request.row
-            holds = request, request.num_preemptions  # it may come back to its row, with other pages
-            if self._holds[row] != holds:
-                self._holds[row] = holds
-                self._num_pages[row] = 0
+        taken: list[int] = []
+        for request, *_ in chunks:
+            row = request.row
+            taken.append(row)
+            held, num_preemptions, start = self._holds[row]
+            # It may come back to its row, with other pages.
+            if held is not request or num_preemptions != request.num_preemptions:
+                start = 0
                 self._set(row, request)
                 self._taken.append(request)
-            start, end = self._num_pages[row], len(request.pages)
+            end = len(request.pages)
             if end > start:
                 self._page_table[row, start:end] = request.pages[start:]
-                self._num_pages[row] = end
+                self._holds[row] = request, request.num_preemptions, end
+        rows[: len(chunks)] = taken
         return rows
 
     def page_table(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """[n, pages_per_seq]; behind a request's pages stand any valid ones."""
         return self._page_table[rows]
 
-    def sampling(self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> SamplingInputs:
-        """How the tokens at these positions are sampled."""
+    def settings(
+        self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
+    ) -> tuple[SamplingInputs, ShapingInputs, npt.NDArray[np.bool_]]:
+        """How the tokens at these positions are sampled, what is done to their logits before, and whether
+        their log-probabilities are wanted: arrays that stay the same while the requests on the rows do."""
+        key = rows.tobytes()
+        if self._collected is None or self._collected[0] != key:
+            self._collected = key, self._sampling(rows), self._shaping(rows), self._wants_logprobs[rows]
+        _, sampling, shaping, wants_logprobs = self._collected
+        return replace(sampling, position=positions), shaping, wants_logprobs
+
+    def _sampling(self, rows: npt.NDArray[np.int32]) -> SamplingInputs:
         return SamplingInputs(  # pyright: ignore[reportCallIssue]
             self._temperature[rows],  # pyright: ignore[reportArgumentType]
             self._top_k[rows],  # pyright: ignore[reportArgumentType]
             self._top_p[rows],  # pyright: ignore[reportArgumentType]
             self._min_p[rows],  # pyright: ignore[reportArgumentType]
             self._seed[rows],  # pyright: ignore[reportArgumentType]
-            positions,  # pyright: ignore[reportArgumentType]
+            rows,  # pyright: ignore[reportArgumentType]  (positions come later)
             self._banned[rows],  # pyright: ignore[reportArgumentType]
             self._banned_before[rows],  # pyright: ignore[reportArgumentType]
         )
 
-    def shaping(self, rows: npt.NDArray[np.int32]) -> ShapingInputs:
-        """What is done to their logits before."""
+    def _shaping(self, rows: npt.NDArray[np.int32]) -> ShapingInputs:
         return ShapingInputs(  # pyright: ignore[reportCallIssue]
             self._presence[rows],  # pyright: ignore[reportArgumentType]
             self._frequency[rows],  # pyright: ignore[reportArgumentType]
@@ -94,12 +107,9 @@ class Rows:
             self._masked[rows],  # pyright: ignore[reportArgumentType]
         )
 
-    def wants_logprobs(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Whether the log-probabilities of their tokens are wanted."""
-        return self._wants_logprobs[rows]
-
     def _set(self, row: int, request: Request) -> None:
         """Values beyond the range of float32 or int32, which mean nothing more there, become its largest."""
+        self._collected = None
         params = request.params
         self._temperature[row] = min(params.temperature, LARGEST_FLOAT)
         self._top_k[row] = min(max(params.top_k, 0), LARGEST_INT)

@@ -124,9 +124,10 @@ class Scheduler:
         is_mixed = any(part.chunks for part in prompts)
         planned: list[Chunk] = []
         for replica, chunks, part in zip(self._replicas, decodes, prompts, strict=True):
-            for chunk in chunks if is_mixed else map(replica.extended, chunks):
-                replica.count(chunk)
-                planned.append(chunk)
+            if not is_mixed:
+                chunks = replica.extended(chunks)  # noqa: PLW2901
+            replica.count(chunks)
+            planned += chunks
             planned += part.chunks
             self.num_computed_prompt_tokens += part.num_tokens
         if not planned:
@@ -171,25 +172,24 @@ class Scheduler:
     @property
     def needs_tokens(self) -> bool:
         """Whether a request runs that can only go on when all of its tokens are known."""
-        return any(
-            request.masks and request.num_pending for replica in self._replicas for request in replica.running
-        )
+        return any(request.num_pending for replica in self._replicas for request in replica.masked)
 
     def commit(self, plan: StepPlan, results: StepResults) -> list[Request]:
         """Takes the results of a step, in the order of the plans; the requests that got a token."""
         changed: list[Request] = []
         now = time.perf_counter()
-        for i, (chunk, tokens) in enumerate(zip(plan.chunks, results.token_ids, strict=True)):
-            request = chunk.request
-            request.num_pending -= chunk.num_outputs
+        for i, ((request, start, _, num_outputs), tokens) in enumerate(
+            zip(plan.chunks, results.token_ids, strict=True)
+        ):
+            request.num_pending -= num_outputs
             if request.finish_reason is not None:
                 continue
             if results.scores is not None:
-                request.take_scores(chunk.start, results.scores[i])
-            if not chunk.num_outputs:
+                request.take_scores(start, results.scores[i])
+            if not num_outputs:
                 continue
             logprobs = None if results.logprobs is None else results.logprobs[i]
-            for j, token_id in enumerate(tokens[: chunk.num_outputs]):
+            for j, token_id in enumerate(tokens[:num_outputs]):
                 if request.finish_reason is None:
                     request.accept(token_id, None if logprobs is None else logprobs[j], now)
                     self.num_generated_tokens += token_id >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -38,7 +39,8 @@ class vSurge(LifeCycle):
         self.max_length = options.max_length
         self.num_pages, self.page_size = options.num_pages, options.page_size
         self.eos_token_ids = options.eos_token_ids
-        self._requests = RequestBuilder(processor, options, model.config.vocab_size)
+        output_lock = threading.RLock()
+        self._requests = RequestBuilder(processor, options, model.config.vocab_size, output_lock)
         pools = [PagePool(options.pages_per_replica, options.page_size) for _ in range(options.num_replicas)]
         scheduler = Scheduler(
             *pools,
@@ -53,6 +55,7 @@ class vSurge(LifeCycle):
         engine = Engine(
             scheduler,
             executor,
+            output_lock=output_lock,
             max_queued_requests=options.max_queued_requests,
             name=options.vsurge_name,
         )

@@ -15,6 +15,7 @@ import numpy as np
 from ...model import Model
 from ...model.progress import progress_bar
 from ...runtime import Generation, SamplingParams, vSurge
+from ...runtime import loop as engine_loop
 from .requests import greedy
 
 SOAK_AFTER = 1_000  # requests, from when on memory should not grow
@@ -46,7 +47,7 @@ def _phases_of(surge: vSurge, *, reads: bool, steps: int) -> tuple[dict[str, flo
     loop: Any = surge._engine._loop
     phases: dict[str, tuple[Any, str]] = {
         "plan": (loop._scheduler, "plan"), "inputs": (surge._executor._blueprint, "inputs"),
-        "commit": (loop._scheduler, "commit"), "publish": (loop, "_publish"),
+        "commit": (loop._scheduler, "commit"), "publish": (loop, "_publish"), "wake": (engine_loop, "wake"),
     }  # fmt: skip
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in phases}
 
@@ -75,7 +76,7 @@ def _phases_of(surge: vSurge, *, reads: bool, steps: int) -> tuple[dict[str, flo
 @contextmanager
 def _timed(owner: Any, name: str, seconds: list[tuple[float, float]]) -> Any:
     """Notes what each call of a method takes, by the wall's clock and the thread's."""
-    method = getattr(owner, name)
+    method, is_its_own = getattr(owner, name), name in vars(owner)
 
     def measured(*args: Any) -> Any:
         start, own = time.perf_counter(), time.thread_time()
@@ -88,7 +89,10 @@ def _timed(owner: Any, name: str, seconds: list[tuple[float, float]]) -> Any:
     try:
         yield
     finally:
-        delattr(owner, name)
+        if is_its_own:
+            setattr(owner, name, method)
+        else:
+            delattr(owner, name)
 
 
 def soak(model: Model, requests: int) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_the_garbage_collector_may_drop_a_generation_while_its_thread_holds_the_
     channel = held[0]._channel
 
     def collect() -> None:
-        with scripted.surge._engine._inbox.lock, channel._lock:
+        with channel._lock, scripted.surge._engine._inbox.lock:
             held.clear()
 
     in_a_thread(collect)
@@ -196,7 +196,7 @@ def test_the_garbage_collector_may_end_a_coroutine_while_its_thread_holds_the_lo
         coroutine.send(None)
 
         def collect() -> None:
-            with scripted.surge._engine._inbox.lock, generation._channel._lock:
+            with generation._channel._lock, scripted.surge._engine._inbox.lock:
                 coroutine.close()
 
         in_a_thread(collect)

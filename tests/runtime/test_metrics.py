@@ -238,5 +238,5 @@ def test_a_request_that_was_never_admitted_has_no_queue_time() -> None:
     waits = world.submit([1, 2, 3], 4)
     world.step()
     assert isinstance(waits, Request)
-    assert world.requests[0].group.progress(0.0).sample().metrics.queue_time_s is not None
-    assert waits.group.progress(0.0).sample().metrics.queue_time_s is None
+    assert world.requests[0].group.progress().sample().metrics.queue_time_s is not None
+    assert waits.group.progress().sample().metrics.queue_time_s is None

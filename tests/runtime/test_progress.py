@@ -27,7 +27,7 @@ def request_of(tokenizer: Any, params: SamplingParams, group: Group | None = Non
         stop_token_ids=frozenset(),
         max_new_tokens=9,
         seed=0,
-        channel=Channel([]),
+        channel=Channel([], [], threading.RLock()),
         index=0,
         detokenizer=detokenizer,
         group=group or Group(),
@@ -39,13 +39,12 @@ def test_a_sample_is_of_its_moment_however_late_it_is_made(tokenizer: Any) -> No
     request = request_of(tokenizer, SamplingParams(logprobs=0, prompt_logprobs=0))
     ids = tokenizer.encode("one two three four five six seven eight nine")[:9]
     at_once: list[ReturnSample] = []
-    now = request.submitted_at + 20.0
-    progress = [request.group.progress(now)]
+    progress = [request.group.progress()]
     at_once.append(progress[0].sample())
     for i, token_id in enumerate(ids):
         request.take_scores(i, [SCORE] if i < len(PROMPT) - 1 else [])
         request.accept(token_id, SCORE, request.submitted_at + i)
-        progress.append(request.group.progress(now))
+        progress.append(request.group.progress())
         at_once.append(progress[-1].sample())
     assert [each.sample() for each in progress] == at_once
     for i, sample in enumerate(at_once):
@@ -59,6 +58,7 @@ def test_a_sample_is_of_its_moment_however_late_it_is_made(tokenizer: Any) -> No
         assert sample.prompt_logprobs is not None
         assert (len(sample.logprobs), len(sample.prompt_logprobs)) == (i, min(i + 1, len(PROMPT)))
         assert sample.cumulative_logprob == -0.5 * i
+        assert sample.tokens_per_second == pytest.approx(i / max(i - 1, 1e-9))  # up to its latest token
         assert sample.metrics.time_between_tokens_s == (None if i < 2 else pytest.approx(1.0))
 
 
@@ -66,14 +66,15 @@ def test_completions_of_one_prompt_are_of_one_moment(tokenizer: Any) -> None:
     params, group = SamplingParams(n=2), Group()
     first, second = request_of(tokenizer, params, group), request_of(tokenizer, params, group)
     first.accept(50, None, first.submitted_at)
-    now = first.submitted_at + 1.0
-    before = group.progress(now)
+    before = group.progress()
     second.accept(60, None, first.submitted_at)
     first.finish("abort")
     sample: Any = before.sample()
-    assert (sample.token_ids, sample.finish_reason, before.is_finished) == ([(50,), ()], [None, None], False)
+    assert (sample.token_ids, sample.finish_reason) == ([(50,), ()], [None, None])
+    assert not group.is_finished
     second.finish("abort")
-    assert group.progress(now).is_finished
+    assert group.is_finished
+    assert group.progress().sample().is_finished
 
 
 def test_nobody_makes_what_nobody_reads(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vsurge.runtime import EngineError, Generation, ReturnSample, SamplingParams
-from vsurge.runtime.channel import Channel, publish
+from vsurge.runtime.channel import Channel, wake
 
 from .scripted import PROMPT, TIMEOUT_S, Scripted, counting_script, run, tokens_of
 
@@ -82,28 +82,33 @@ def test_a_reader_that_comes_late_gets_the_latest_state_once(scripted: Scripted)
 
 
 def test_what_comes_last_is_not_lost_when_it_comes_between_looking_and_waiting() -> None:
-    empty = ReturnSample("", (), 0, 0.0, None, None, 1)
     last = ReturnSample("x", (1,), 1, 1.0, 0.1, "stop", 1)
+    lock = threading.RLock()
 
     class AsRead:
-        is_finished = True
+        def progress(self) -> AsRead:
+            return self
 
         def sample(self) -> ReturnSample:
             return last
 
-    def make() -> Generation:
-        channel = Channel([empty])
-        read, published = channel.read, []
+    class EndsOnceRead(Channel):
+        """Its output comes just after a reader has looked for the first time."""
 
-        def read_just_before_the_end(seen: int) -> Any:
-            news = read(seen)
-            if not published:
-                published.append(True)
-                publish({channel: {0: AsRead()}})
+        has_come = False
+
+        def read(self, seen: int) -> Any:
+            news = super().read(seen)
+            if not self.has_come:
+                self.has_come = True
+                with lock:
+                    self.change(0)
+                    self.end(0, AsRead())
+                    wake(self.notify())
             return news
 
-        channel.read = read_just_before_the_end
-        return Generation(channel, lambda: None, stream=True)
+    def make() -> Generation:
+        return Generation(EndsOnceRead(["x"], [AsRead()], lock), lambda: None, stream=True)
 
     async def collect() -> list[list[ReturnSample]]:
         return [samples async for samples in make()]
@@ -163,3 +168,31 @@ def test_the_engines_thread_cannot_wait_for_itself(scripted: Scripted) -> None:
     ready.set()
     assert generations[0].result(TIMEOUT_S)[0].token_ids == tokens_of(PROMPT, 3)
     assert "own thread" in str(errors[0])
+
+
+def test_a_reader_never_looks_at_a_step_whose_tokens_are_half_taken(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler: Any = scripted.surge._engine._loop._scheduler
+    commit, log, readers = scheduler.commit, list[int | str](), list[threading.Thread]()
+
+    def read() -> None:
+        [sample] = generation._latest()
+        log.append(sample.num_generated_tokens)
+
+    def commit_while_someone_reads(*args: Any) -> Any:
+        changed = commit(*args)  # the requests have their tokens, and nothing has been said of it
+        readers.append(threading.Thread(target=read))
+        readers[-1].start()
+        readers[-1].join(0.05)
+        log.append("said")
+        return changed
+
+    scripted.executor.hold()
+    generation = scripted.surge.generate(PROMPT, SamplingParams(max_tokens=1))
+    monkeypatch.setattr(scheduler, "commit", commit_while_someone_reads)
+    scripted.executor.let(None)
+    generation.result(TIMEOUT_S)
+    [reader] = readers
+    reader.join(TIMEOUT_S)
+    assert log == ["said", 1]

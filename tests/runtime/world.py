@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import Any
 
@@ -105,7 +106,7 @@ class World:
             stop_token_ids=frozenset([STOP_TOKEN]),
             max_new_tokens=max_new_tokens,
             seed=stop_after,
-            channel=Channel([]),
+            channel=Channel([], [], threading.RLock()),
             index=len(self.requests),
             detokenizer=None,
             masks=[AnyToken()] if masked else [],

@@ -87,7 +87,8 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
                 f"engine's thread per step of {host['sequences']} requests, {what}",
                 f"{1e3 * host[name]['python_s']:.2f} ms", "<= 1 ms",
                 ", ".join(f"{phase} {1e3 * each:.2f}" for phase, each in host[name]["phases_s"].items())
-                + f"; {1e3 * host[name]['processor_s']:.2f} on the processor",
+                + f"; {1e3 * host[name]['processor_s']:.2f} on the processor, "
+                + f"{1e3 * host[name]['step_processor_s']:.2f} with jax's dispatch and reading",
             ))  # fmt: skip
     if soaked := result.get("soak"):
         resident = dict(soaked["resident_bytes"])

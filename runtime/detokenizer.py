@@ -5,12 +5,17 @@ Python's incremental UTF-8 decoder, which keeps an unfinished character back and
 one into U+FFFD, as decoding the whole does. (tokenizers' own DecodeStream re-decodes a window of tokens,
 fails on byte sequences that are no UTF-8, and has no way to flush.) Text that could be the beginning of a
 stop string is held back until that is decided.
+
+Where stop strings may end a text, the engine's thread writes it. Any other is written by who reads it, as far
+as they do (`Transcript`).
 """
 
 from __future__ import annotations
 
 import codecs
 import io
+import threading
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cache
 from os import PathLike
@@ -115,6 +120,7 @@ class Detokenizer:
         include_stop: whether the text ends after the stop string instead of before it.
 
     Attributes:
+        has_stop_strings: whether there are any.
         num_characters: of `text`.
     """
 
@@ -127,6 +133,7 @@ class Detokenizer:
         "_texts",
         "_token_bytes",
         "_utf8",
+        "has_stop_strings",
         "num_characters",
     )
 
@@ -136,6 +143,7 @@ class Detokenizer:
         self._token_bytes = token_bytes
         self._texts = token_bytes.texts(skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
+        self.has_stop_strings = bool(stop)
         self._include_stop = include_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._is_cut = False  # whether the decoder keeps an unfinished character
@@ -147,6 +155,16 @@ class Detokenizer:
     def text(self) -> str:
         """All of it so far; may be asked for in any thread."""
         return self._text.getvalue()
+
+    def up_to(self, end: int, *, is_finished: bool) -> str:
+        """The first `end` characters; may be asked for in any thread."""
+        del is_finished  # then `finish` has been called
+        return self.text[:end]
+
+    @property
+    def unfinished(self) -> str:
+        """U+FFFD if the text so far ends inside a character; otherwise nothing."""
+        return self._utf8.getstate()[0].decode(errors="replace")
 
     def add(self, token_id: int, *, may_stop: bool) -> bool:
         """Appends a token's text.
@@ -205,3 +223,27 @@ class Detokenizer:
             if any(stop.startswith(text[len(text) - length :]) for stop in self._stop):
                 return length
         return 0
+
+
+class Transcript:
+    """The text of a list of tokens that grows, written when somebody reads it. Any thread may.
+
+    Args:
+        detokenizer: without stop strings; used by nobody else.
+        token_ids: the list.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, token_ids: Sequence[int]) -> None:
+        self._detokenizer = detokenizer
+        self._token_ids = token_ids
+        self._ends = array("Q")  # after each token that is written, the characters
+        self._lock = threading.Lock()
+
+    def up_to(self, end: int, *, is_finished: bool) -> str:
+        """The text of the first `end` tokens, and if no more come, of a character that is unfinished."""
+        with self._lock:
+            for token_id in self._token_ids[len(self._ends) : end]:
+                self._detokenizer.add(token_id, may_stop=False)
+                self._ends.append(self._detokenizer.num_characters)
+            text = self._detokenizer.text[: self._ends[end - 1] if end else 0]
+            return text + self._detokenizer.unfinished if is_finished else text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .channel import Channel, FinishReason
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, Transcript
 from .page_pool import chained
 from .progress import GroupProgress, Output, Progress
 from .sampling_params import SamplingParams
@@ -64,6 +64,8 @@ class Request:
         wants_logprobs: whether those of its tokens are wanted; the best of several completions are found by
             them.
         waits_for_the_end: whether nothing is handed out before all completions of the prompt have ended.
+        watched: the detokenizer, if its text may end the completion; otherwise the readers have it.
+        num_without_text: of the generated tokens, those at the end whose text is not wanted.
     """
 
     prompt_ids: list[int]
@@ -108,6 +110,8 @@ class Request:
     max_tokens_in_cache: int = field(init=False)
     wants_logprobs: bool = field(init=False)
     waits_for_the_end: bool = field(init=False)
+    watched: Detokenizer | None = field(init=False)
+    num_without_text: int = 0
     _output: Output = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,12 +121,14 @@ class Request:
         has_spare = params.num_completions > params.n  # completions, of which only the best are handed out
         self.wants_logprobs = params.logprobs is not None or has_spare
         self.waits_for_the_end = params.output_kind == "final_only" or has_spare
+        text = self.detokenizer
+        self.watched = text if text is not None and text.has_stop_strings else None
         self._output = Output(
             self.request_id,
             len(self.prompt_ids),
             self.submitted_at,
             self.output_ids,
-            self.detokenizer,
+            text if text is None or self.watched is not None else Transcript(text, self.output_ids),
             None if params.logprobs is None else self.logprobs,
             None if params.prompt_logprobs is None else self.prompt_logprobs,
         )
@@ -185,14 +191,14 @@ class Request:
                 self.logprobs.append(logprobs.of(token_id, self.params.logprobs, self.decode))
         if self.masks and not self._advance_masks(token_id):
             return
-        detokenizer = self.detokenizer
+        watched = self.watched
         if token_id in self.stop_token_ids:
-            if self.params.include_stop_str_in_output and detokenizer is not None:
-                detokenizer.add(token_id, may_stop=False)
+            if not self.params.include_stop_str_in_output:
+                self.num_without_text = 1
+            elif watched is not None:
+                watched.add(token_id, may_stop=False)
             self.finish("stop")
-        elif detokenizer is not None and detokenizer.add(
-            token_id, may_stop=num_generated > self.params.min_tokens
-        ):
+        elif watched is not None and watched.add(token_id, may_stop=num_generated > self.params.min_tokens):
             self.finish_reason = "stop"
         elif self.masks and any(mask.is_complete for mask in self.masks):
             self.finish("stop")
@@ -224,16 +230,16 @@ class Request:
     def finish(self, reason: FinishReason) -> None:
         """Ends it, with all the text it has."""
         self.finish_reason = reason
-        if self.detokenizer is not None:
-            self.detokenizer.finish()
+        if self.watched is not None:
+            self.watched.finish()
 
     def progress(self) -> Progress:
         """How far it has come now."""
-        detokenizer = self.detokenizer
+        num_tokens, watched = len(self.output_ids), self.watched
         return Progress(
             self._output,
-            len(self.output_ids),
-            0 if detokenizer is None else detokenizer.num_characters,
+            num_tokens,
+            num_tokens - self.num_without_text if watched is None else watched.num_characters,
             len(self.prompt_logprobs),
             self.admitted_at,
             self.first_token_at,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from vsurge.runtime.detokenizer import Detokenizer, TokenBytes, byte_alphabet
+from vsurge.runtime.detokenizer import Detokenizer, TokenBytes, Transcript, byte_alphabet
 
 TEXT = "naïve café 東京は夜の七時 🙂🏳️‍🌈 ok\n\tx"
 
@@ -150,3 +150,23 @@ def test_an_added_token_with_a_space_in_it_is_text(demo_path: Any) -> None:
 def test_a_tokenizer_that_is_not_byte_level_is_refused() -> None:
     with pytest.raises(TypeError, match="processor=object: text needs a byte-level tokenizer"):
         TokenBytes(object())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=40), st.data())
+def test_readers_of_a_transcript_may_look_in_any_order_while_it_grows(
+    token_bytes: TokenBytes, byte_tokens: dict[bytes, int], raw: bytes, data: st.DataObject
+) -> None:
+    def detokenizer() -> Detokenizer:
+        return Detokenizer(token_bytes, skip_special_tokens=True, stop=(), include_stop=False)
+
+    ids = [byte_tokens[raw[i : i + 1]] for i in range(len(raw))]
+    texts, _ = stream(detokenizer(), ids)
+    grows: list[int] = []
+    transcript = Transcript(detokenizer(), grows)
+    for token_id in ids:
+        grows.append(token_id)
+        for end in data.draw(st.lists(st.integers(0, len(grows)), max_size=2)):
+            assert transcript.up_to(end, is_finished=False) == (texts[end - 1] if end else "")
+    assert transcript.up_to(len(ids), is_finished=True) == texts[-1]
+    assert transcript.up_to(len(ids), is_finished=True) == texts[-1]  # for another reader

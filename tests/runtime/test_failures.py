@@ -168,7 +168,7 @@ def test_a_failure_while_text_is_made_also_reaches_those_whose_last_token_came_i
     scripted.executor.let(1)
     scripted.executor.wait_for_steps(1)  # so that the next two come in one step
     ends = scripted.surge.generate([1], SamplingParams(max_tokens=1, detokenize=False))
-    breaks = scripted.surge.generate([2], SHORT)
+    breaks = scripted.surge.generate([2], replace(SHORT, stop="what ends it"))
     scripted.executor.let(None)
     for generation in (breaks, ends, first):
         with pytest.raises(StepFailed):
@@ -185,7 +185,7 @@ def test_a_failure_while_a_text_is_ended_leaves_nothing_behind(
 
     monkeypatch.setattr(Detokenizer, "finish", broken)
     with pytest.raises(StepFailed):
-        scripted.surge.generate([1], SHORT).result(TIMEOUT_S)
+        scripted.surge.generate([1], replace(SHORT, stop="what ends it")).result(TIMEOUT_S)
     monkeypatch.undo()
     check_it_serves(scripted)
 

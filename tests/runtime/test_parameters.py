@@ -46,14 +46,17 @@ def test_min_tokens_forbids_ending_tokens_and_stop_strings_until_then(surge: vSu
     assert one(surge, CAPITAL, stop="capital", min_tokens=stopped.num_generated_tokens).text != stopped.text
 
 
-def test_stop_token_ids_end_and_their_text_is_left_out_unless_included(surge: vSurge) -> None:
+@pytest.mark.parametrize("stop", [None, "what does not come"])
+def test_stop_token_ids_end_and_their_text_is_left_out_unless_included(
+    surge: vSurge, stop: str | None
+) -> None:
     free = one(surge, STORY)
     token = next(t for i, t in enumerate(free.token_ids) if i > 5 and t not in free.token_ids[:i])
     cut = free.token_ids.index(token)
-    stopped = one(surge, STORY, stop_token_ids=[token])
+    stopped = one(surge, STORY, stop_token_ids=[token], stop=stop)
     assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: cut + 1], "stop")
     assert stopped.text == surge.processor.decode(free.token_ids[:cut])
-    included = one(surge, STORY, stop_token_ids=[token], include_stop_str_in_output=True)
+    included = one(surge, STORY, stop_token_ids=[token], stop=stop, include_stop_str_in_output=True)
     assert included.text == surge.processor.decode(free.token_ids[: cut + 1]) != stopped.text
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
+from vsurge.runtime.executor import compiler_options
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
 
@@ -212,3 +213,11 @@ def test_a_sample_tells_how_long_it_took(surge: vSurge) -> None:
     sample = one(surge, STORY)
     assert sample.time_to_first_token_s is not None
     assert 0 < sample.time_to_first_token_s < sample.num_generated_tokens / sample.tokens_per_second
+
+
+def test_a_level_of_optimization_that_xla_flags_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    assert compiler_options("cpu") == {"xla_backend_optimization_level": 1}
+    assert compiler_options("gpu") is compiler_options("tpu") is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    assert compiler_options("cpu") is None

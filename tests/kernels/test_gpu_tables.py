@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,8 +22,7 @@ from vsurge.kernels import (
     ragged_paged_attention,
 )
 from vsurge.kernels.block_sizes import Entry, Key, choice, user_table_path, write_table
-from vsurge.kernels.tuning import Batch, Call
-from vsurge.kernels.tuning.timing import time_call
+from vsurge.kernels.tuning import Batch, Call, timing
 
 from .batches import Setup, decode_batch, ragged_batch
 from .cases import check_decode, check_ragged
@@ -160,9 +160,12 @@ def test_block_sizes_that_no_kernel_can_have_are_refused(
         run("triton", block_sizes=blocks)
 
 
-def test_a_gpu_call_is_timed() -> None:
+def test_a_gpu_call_is_timed_as_the_difference_of_two_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # When each program begins and ends, in seconds; the first run, which compiles, does not count.
+    clock = iter([0.0, 90.0, 100.0, 190.0, 200.0, 201.0, 202.0, 209.0])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     call = Call(
         kernel="decode", num_q_heads=2, num_kv_heads=1, head_dim=16, page_size=16, max_seqs=2, max_context=32,
         implementation="triton", block_sizes=TritonDecodeBlocks(kv_tokens=16, programs=2), kv_dtype="int8",
     )  # fmt: skip
-    assert time_call(call, Batch((20, 3)), repeats=1, calls=(1, 3)) > 0
+    assert timing.time_call(call, Batch((20, 3)), repeats=1, calls=(1, 3)) == (7 - 1) / 2 * 1e6

@@ -218,6 +218,8 @@ def test_a_sample_tells_how_long_it_took(surge: vSurge) -> None:
 def test_a_level_of_optimization_that_xla_flags_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
     assert compiler_options("cpu") == {"xla_backend_optimization_level": 1}
+    lowered = jax.jit(lambda x: x + 1.0).lower(1.0)
+    assert lowered.compile(compiler_options("cpu"))(1.0) == 2.0  # XLA knows the option
     assert compiler_options("gpu") is compiler_options("tpu") is None
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
     assert compiler_options("cpu") is None

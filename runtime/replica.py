@@ -43,11 +43,11 @@ class Replica:
         """A token of each request that decodes, and the requests that lost their pages for that."""
         chunks, preempted, page_size = list[Chunk](), list[Request](), self.pool.page_size
         for request in tuple(self.running):
-            start = request.num_computed
-            if not request.num_to_prefill <= start < request.max_tokens_in_cache or request.row < 0:
+            if request.row < 0 or not request.can_decode:
                 continue
             if request.masks and request.num_pending:  # what its next token may be is not known yet
                 continue
+            start = request.num_computed
             while start >= len(request.pages) * page_size and not self._grow(request, start + 1):
                 victim = self.running[-1]
                 self.preempt(victim)
@@ -182,7 +182,7 @@ class Prompts:
         self.chunks: list[Chunk] = []
         self.num_tokens = 0
         self._budget, self._most, self._admits = budget, most, admits
-        self._prefilling = [r for r in replica.running if r.num_computed < r.num_to_prefill]
+        self._prefilling = [request for request in replica.running if not request.is_prefilled]
 
     @property
     def _has_room(self) -> bool:

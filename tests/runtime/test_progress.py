@@ -71,6 +71,7 @@ def test_completions_of_one_prompt_are_of_one_moment(tokenizer: Any) -> None:
     first.finish("abort")
     sample: Any = before.sample()
     assert (sample.token_ids, sample.finish_reason) == ([(50,), ()], [None, None])
+    assert not sample.is_finished
     assert not group.is_finished
     second.finish("abort")
     assert group.is_finished

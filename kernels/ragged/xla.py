@@ -27,7 +27,7 @@ QUERY_BLOCK = 128  # tokens; measured, as are the next four
 SMALL_QUERY_BLOCK = 32
 BLOCK_TOKENS = 128
 WIDE_BLOCKS = 4
-WIDE_BLOCKS_OF_FEW = 8  # of fewer queries than QUERY_BLOCK, whose products are small
+WIDE_BLOCKS_OF_FEW = 8  # of fewer queries than QUERY_BLOCK, whose products are small; of very few, no gain
 
 
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
@@ -48,14 +48,14 @@ def ragged_paged_attention(
     num_tokens, num_q_heads, _ = queries.shape
     max_seqs = kv_lens.shape[0]
     large = max(1, min(QUERY_BLOCK, num_tokens))
-    small = min(SMALL_QUERY_BLOCK, large)
+    small = min(SMALL_QUERY_BLOCK, max(1, large // 2))
     in_use = jnp.arange(max_seqs, dtype=jnp.int32) < num_seqs
     new_tokens = jnp.where(in_use, query_starts[1:] - query_starts[:-1], 0)
     decodes = new_tokens == 1
     new_tokens = jnp.where(decodes, 0, new_tokens)
     # Two small blocks take as long as a large one: what fills more of it than they would gets a large one.
     num_large = (new_tokens + (large - 1) // 2) // large
-    in_large = jnp.minimum(num_large * large, new_tokens) if small < large else new_tokens
+    in_large = jnp.minimum(num_large * large, new_tokens)
     padded_queries = jnp.pad(queries, ((0, large), (0, 0), (0, 0)))  # the last block may reach beyond
     options: dict[str, Any] = {
         "scale": scale,
@@ -104,9 +104,12 @@ def ragged_paged_attention(
         padded_queries.astype(jnp.float32),
         jnp.full((num_tokens + large, num_q_heads), -jnp.inf, jnp.float32),
     )
-    wide_blocks = WIDE_BLOCKS if large == QUERY_BLOCK else WIDE_BLOCKS_OF_FEW
+    if large < SMALL_QUERY_BLOCK:
+        wide_blocks = 1
+    else:
+        wide_blocks = WIDE_BLOCKS_OF_FEW if large < QUERY_BLOCK else WIDE_BLOCKS
     results = attend_blocks(results, large, wide_blocks, jnp.zeros_like(in_large), in_large)
-    if small < large:
+    if small < large:  # not where there is a single token
         results = attend_blocks(results, small, 1, in_large, new_tokens)
     output, log_sum_exp = results
     row = jnp.minimum(query_starts[:-1], num_tokens - 1)

@@ -99,7 +99,7 @@ def compile_fused(
         cache(heads[1], head_dim, page_size, dtype),
         shape(num_seqs),
         shape(num_seqs, -(-context // page_size)),
-        shape(num_seqs, heads[1], head_dim, dtype=dtype),
+        shape(num_seqs, heads[1], head_dim, dtype=query_dtype(dtype)),
         shape(num_seqs),
         donate_argnums=(1,),
     )

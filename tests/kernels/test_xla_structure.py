@@ -113,6 +113,17 @@ def test_prefill_visits_the_blocks_up_to_each_query_block(reads: Reads, width: i
         assert len(reads) == visits
 
 
+def test_a_few_of_a_few_tokens_take_a_block_of_half_as_many() -> None:
+    num_queries, heads, kv_heads = 8, 4, 2
+    dots = [
+        equation.invars[0].aval.shape[2]
+        for equation in trace("ragged", "float32", "float32", heads=heads, num_seqs=num_queries)
+        if equation.primitive.name == "dot_general"
+    ]
+    group = heads // kv_heads
+    assert set(dots) == {8 * group, 4 * group, group}  # the last when decoding
+
+
 def calls(
     query_dtype: str, cache_dtype: str, *, heads: int = 4, width: int = 8, num_seqs: int = 5
 ) -> tuple[dict[str, Callable[[Any], Any]], Any]:

@@ -122,7 +122,8 @@ def attend_pages(
         scale, sliding_window, soft_cap, sinks: as in `vsurge.kernels.ragged_paged_attention`.
         block_tokens: keys per sequence to visit at once; as many as make whole pages.
         wide_blocks: so many of these blocks at once, as long as every query of the batch sees all of them:
-            larger products are faster, and need no masks. Not with a window.
+            larger products are faster, and need no masks. Not with a window, nor where the page table is
+            too short for one.
 
     Returns:
         The output and its log-sum-exp, in float32; zero and -inf for a query that sees nothing.
@@ -179,7 +180,8 @@ def attend_pages(
         return cast(Softmax, lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere))
 
     softmax, at = _empty_softmax(rows, sinks), jnp.int32(0)
-    if wide_blocks > 1 and sliding_window is None:
+    is_long_enough = wide_blocks * block <= page_table.shape[1] * kv_pages.page_size
+    if wide_blocks > 1 and sliding_window is None and is_long_enough:
         num_wide = (jnp.min(first) + 1) // (wide_blocks * block)
         softmax, at = cast(Softmax, lax.fori_loop(0, num_wide, visit_wide, softmax)), num_wide * wide_blocks
     softmax = cast(Softmax, lax.fori_loop(at, jnp.max(num_blocks), visit, softmax))

@@ -3,7 +3,7 @@
 On random weights of a published shape:
 
 - the time between the tokens of those who decode, while a long prompt is prefilled beside them, over the same
-  without it;
+  without it, before and after;
 - the time to the first token of a prompt whose pages are in the cache, over the first time;
 - the share of time in which the device has nothing to do while a batch decodes;
 - what sampling takes of a decode step, with no parameter in use and with all of them.
@@ -51,13 +51,13 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     median = statistics.median
     for beside in result.get("beside_a_prefill", ()):
-        alone, with_prompt = median(beside["alone_s"]), median(beside["beside_s"])
+        before, with_prompt, after = (median(beside[f"{when}_s"]) for when in ("before", "beside", "after"))
         rows.append((
             f"time between tokens beside a prompt of {beside['prompt_tokens']}, "
             f"max_batched_tokens={beside['max_batched_tokens']}",
-            f"{with_prompt / alone:.2f}x", "<= 2x",
-            f"{1e3 * with_prompt:.0f} ms over {1e3 * alone:.0f} ms; the prompt's first token after "
-            f"{beside['first_token_s']:.0f} s",
+            f"{2 * with_prompt / (before + after):.2f}x", "<= 2x",
+            f"{1e3 * with_prompt:.0f} ms over the mean of {1e3 * before:.0f} ms before and "
+            f"{1e3 * after:.0f} ms after it; its first token after {beside['first_token_s']:.0f} s",
         ))  # fmt: skip
     for repeated in result.get("repeated_prompt", ()):
         first, again = median(repeated["first_s"]), median(repeated["again_s"])

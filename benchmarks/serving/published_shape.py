@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import Model
-from ...runtime import vSurge
+from ...runtime import Generation, vSurge
 from ...runtime.logprobs import logprobs_of
 from ...runtime.sampling import MAX_BANNED, SamplingInputs, sample
 from ...runtime.shaping import (
@@ -27,11 +28,15 @@ from ..workload import Workload
 from .requests import greedy
 
 LONG_PROMPT, REPEATED_PROMPT = 4096, 2048  # tokens
+ALONE = 20  # tokens of each that are timed before and after the long prompt
 BATCH = 16
 
 
 def beside_a_prefill(model: Model, budget: int) -> dict[str, Any]:
-    """Seconds between tokens of four sequences, with and without a long prompt beside them."""
+    """Seconds between tokens of four sequences, with and without a long prompt beside them.
+
+    Without it: before the prompt and after it, for by then the four have grown and take longer alone.
+    """
     work, vocab = Workload(), model.config.vocab_size
     surge = vSurge.from_model(
         model, max_concurrent_decodes=8, max_batched_tokens=budget, max_length=LONG_PROMPT + 64,
@@ -39,26 +44,31 @@ def beside_a_prefill(model: Model, budget: int) -> dict[str, Any]:
     )  # fmt: skip
     with surge:
         generation = surge.generate([work.prompt(64, vocab, seed) for seed in range(4)], greedy(2000))
-        times: list[float] = []
-        for samples in generation:  # from when their own prompts are behind them
+        for samples in generation:  # until their own prompts are behind them
             if min(sample.num_generated_tokens for sample in samples) > 2:
-                times.append(time.perf_counter())
-            if len(times) == 20:
                 break
-        alone = np.diff(times).tolist()
+        before, _ = _times_between(generation, lambda taken: taken == ALONE)
         prompt = surge.generate(work.prompt(LONG_PROMPT, vocab, 4), greedy(1))
-        times = []
-        for _ in generation:
-            times.append(time.perf_counter())
-            if prompt._channel.is_over():
-                break
+        beside, _ = _times_between(generation, lambda _: prompt._channel.is_over())
+        after, samples = _times_between(generation, lambda taken: taken == ALONE)
         [sample] = prompt.result()
         generation.abort()
         assert surge.metrics.num_preemptions == 0
     return {
-        "alone_s": alone, "beside_s": np.diff(times[2:-2]).tolist(), "max_batched_tokens": budget,
+        "before_s": before, "beside_s": beside[2:-2], "after_s": after[2:], "max_batched_tokens": budget,
         "prompt_tokens": LONG_PROMPT, "first_token_s": sample.time_to_first_token_s,
+        "tokens_of_others": 64 + samples[0].num_generated_tokens,
     }  # fmt: skip
+
+
+def _times_between(generation: Generation, is_over: Callable[[int], bool]) -> tuple[list[float], list[Any]]:
+    """Seconds between the tokens of a generation, and the last samples; `is_over` gets how many came."""
+    times: list[float] = []
+    for samples in generation:
+        times.append(time.perf_counter())
+        if is_over(len(times)):
+            return np.diff(times).tolist(), samples
+    raise AssertionError("the others ended before the prompt did")
 
 
 def repeated_prompt(model: Model, page_size: int, turns: int) -> dict[str, Any]:

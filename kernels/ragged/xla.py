@@ -27,7 +27,7 @@ QUERY_BLOCK = 128  # tokens; measured, as are the next four
 SMALL_QUERY_BLOCK = 32
 BLOCK_TOKENS = 128
 WIDE_BLOCKS = 4
-WIDE_BLOCKS_OF_FEW = 8  # of fewer queries than QUERY_BLOCK, whose products are small; of very few, no gain
+WIDE_BLOCKS_OF_FEW = 8  # of fewer queries than QUERY_BLOCK, whose products are small
 
 
 @partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
@@ -104,10 +104,7 @@ def ragged_paged_attention(
         padded_queries.astype(jnp.float32),
         jnp.full((num_tokens + large, num_q_heads), -jnp.inf, jnp.float32),
     )
-    if large < SMALL_QUERY_BLOCK:
-        wide_blocks = 1
-    else:
-        wide_blocks = WIDE_BLOCKS_OF_FEW if large < QUERY_BLOCK else WIDE_BLOCKS
+    wide_blocks = WIDE_BLOCKS if large == QUERY_BLOCK else WIDE_BLOCKS_OF_FEW
     results = attend_blocks(results, large, wide_blocks, jnp.zeros_like(in_large), in_large)
     if small < large:  # not where there is a single token
         results = attend_blocks(results, small, 1, in_large, new_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -156,8 +157,8 @@ def trace(kernel: str, *dtypes: str, **sizes: int) -> list[Any]:
 )
 def test_float32_products_are_at_the_highest_precision(kernel: str, dtypes: tuple[str, str]) -> None:
     dots = [equation for equation in trace(kernel, *dtypes) if equation.primitive.name == "dot_general"]
-    # Queries with keys, weights with values; ragged has them for blocks, several at once, and single tokens;
-    # all of it for a CPU and for the other platforms.
+    # Queries with keys, weights with values; ragged has them for large and for small blocks, and for single
+    # tokens; all of it for a CPU and for the other platforms.
     assert len(dots) == 2 * (6 if kernel == "ragged" else 2)
     for dot in dots:
         assert [v.aval.dtype for v in dot.invars] == [jnp.float32, jnp.float32]
@@ -180,6 +181,31 @@ def test_products_of_bfloat16_are_of_float32_on_a_cpu_alone(
     assert DOT.findall(text) == [(dtype, dtype, "f32")] * (6 if kernel == "ragged" else 2)
 
 
+@pytest.mark.parametrize(("num_tokens", "wide_blocks"), [(127, 8), (128, 4)])
+@pytest.mark.parametrize("sliding_window", [None, 100])
+def test_blocks_are_visited_several_at_once_where_the_table_has_room_for_them(
+    num_tokens: int, wide_blocks: int, sliding_window: int | None
+) -> None:
+    cache = empty_kv_pages(64, 16, 2, 64, "float32")
+    one = jnp.ones((1,), jnp.int32)
+
+    def attend(queries: jax.Array, width: int) -> Any:
+        table, starts = jnp.zeros((1, width), jnp.int32), jnp.zeros((2,), jnp.int32)
+        return ragged_paged_attention(
+            queries, cache, one, table, starts, one, scale=1.0, sliding_window=sliding_window,
+            implementation="xla",
+        )  # fmt: skip
+
+    def keys_at_once(width: int) -> set[int]:
+        program = jax.make_jaxpr(partial(attend, width=width))(jnp.ones((num_tokens, 4, 64)))
+        dots = [each for each in equations(program.jaxpr) if each.primitive.name == "dot_general"]
+        return {dot.invars[1].aval.shape[2] for dot in dots}  # of keys as of values
+
+    pages = wide_blocks * BLOCK // 16
+    assert keys_at_once(pages - 1) == {BLOCK}
+    assert keys_at_once(pages) == ({BLOCK} if sliding_window else {BLOCK, wide_blocks * BLOCK})
+
+
 @pytest.mark.parametrize("kernel", ["decode", "ragged"])
 def test_only_page_numbers_grow_with_the_page_table(kernel: str) -> None:
     def sizes(width: int) -> list[tuple[int, ...]]:
@@ -188,4 +214,4 @@ def test_only_page_numbers_grow_with_the_page_table(kernel: str) -> None:
         ]
         return sorted(a.shape for a in outputs if a.dtype in (jnp.float32, jnp.bfloat16, jnp.uint16))
 
-    assert sizes(8) == sizes(512)
+    assert sizes(64) == sizes(512)

@@ -24,7 +24,7 @@ from ..decode.xla import paged_decode_attention
 from ..kv_pages import KVPages
 
 QUERY_BLOCK = 128  # tokens; measured, as are the next four
-SMALL_QUERY_BLOCK = 32
+SMALL_QUERY_BLOCK = 32  # or half of a step that has fewer than 64 tokens
 BLOCK_TOKENS = 128
 WIDE_BLOCKS = 4
 WIDE_BLOCKS_OF_FEW = 8  # of fewer queries than QUERY_BLOCK, whose products are small

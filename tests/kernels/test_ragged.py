@@ -98,10 +98,16 @@ def test_every_option_matches_the_reference(dtype: str, options: str, implementa
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("window", [None, 600])
-def test_contexts_of_several_blocks_at_once_match_the_reference(cache_dtype: str, window: int | None) -> None:
-    """In XLA these are 4 blocks of 128 tokens, and what is left over."""
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [((150, 2, 3, 130), (1300, 700, 512, 643)), ((40, 2, 1, 9), (2100, 700, 1500, 1033))],
+)
+def test_contexts_of_several_blocks_at_once_match_the_reference(
+    q_lens: tuple[int, ...], kv_lens: tuple[int, ...], cache_dtype: str, window: int | None
+) -> None:
+    """In XLA these are 4 blocks of 128 tokens, or 8 where few tokens are new, and what is left over."""
     setup = Setup(query_dtype="float32", cache_dtype=cache_dtype)
-    batch = ragged_batch(setup, (150, 2, 3, 130), (1300, 700, 512, 643))
+    batch = ragged_batch(setup, q_lens, kv_lens)
     check_ragged(batch, "xla", sliding_window=window)
 
 

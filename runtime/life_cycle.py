@@ -138,7 +138,8 @@ class LifeCycle:
         and until then both are in memory. The step under way ends with the old weights. Cached prefixes are
         forgotten, and the keys and values of requests under way are computed anew from all of their tokens
         (it counts as a preemption of theirs): the tokens that they have stay, the next ones are the new
-        weights'. Works in every state of the engine. `model` is replaced, and other engines keep theirs.
+        weights'; `prompt_logprobs` are of the weights that gave the first token. Works in every state of the
+        engine. `model` is replaced, and other engines keep theirs.
         The first call compiles the copying, in the caller's thread.
 
         Of several processes, process 0 has all of the weights and sends each of the others its parts, one

@@ -174,6 +174,15 @@ class Request:
                 found = score.of(self.prompt_ids[position], self.params.prompt_logprobs or 0, self.decode)
                 self.prompt_logprobs.append(found)
 
+    def begin_anew(self) -> None:
+        """All is computed again from the tokens that are known, perhaps with other weights.
+
+        Log-probabilities of the prompt stay only beside output, which was drawn from the same weights.
+        """
+        self.num_pending = 0
+        if not self.output_ids:
+            del self.prompt_logprobs[1:]
+
     def accept(self, token_id: int, logprobs: TokenLogprobs | None, at: float) -> None:
         """Takes a generated token, read at that moment, and finds out whether it is the last; none at all
         ends it as well, and so do logits that are no numbers."""

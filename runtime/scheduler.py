@@ -230,7 +230,7 @@ class Scheduler:
             self._put_back(running)
             replica.pool.forget()
         for request in self.waiting:
-            request.num_pending = 0
+            request.begin_anew()
 
     def unfinished(self) -> list[Request]:
         return [*self.running, *self.waiting]

@@ -27,7 +27,7 @@ from ..machine import seconds_of
 from ..workload import Workload
 from .requests import greedy
 
-LONG_PROMPT, REPEATED_PROMPT = 4096, 2048  # tokens
+LONG_PROMPT, OTHERS_PROMPT, REPEATED_PROMPT = 4096, 64, 2048  # tokens
 ALONE = 20  # tokens of each that are timed before and after the long prompt
 BATCH = 16
 
@@ -43,7 +43,8 @@ def beside_a_prefill(model: Model, budget: int) -> dict[str, Any]:
         num_pages=120, prefix_caching=False,
     )  # fmt: skip
     with surge:
-        generation = surge.generate([work.prompt(64, vocab, seed) for seed in range(4)], greedy(2000))
+        others = [work.prompt(OTHERS_PROMPT, vocab, seed) for seed in range(4)]
+        generation = surge.generate(others, greedy(2000))
         for samples in generation:  # until their own prompts are behind them
             if min(sample.num_generated_tokens for sample in samples) > 2:
                 break
@@ -57,7 +58,7 @@ def beside_a_prefill(model: Model, budget: int) -> dict[str, Any]:
     return {
         "before_s": before, "beside_s": beside[2:-2], "after_s": after[2:], "max_batched_tokens": budget,
         "prompt_tokens": LONG_PROMPT, "first_token_s": sample.time_to_first_token_s,
-        "tokens_of_others": 64 + samples[0].num_generated_tokens,
+        "tokens_of_others": OTHERS_PROMPT + samples[0].num_generated_tokens,
     }  # fmt: skip
 
 

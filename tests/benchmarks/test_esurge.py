@@ -148,7 +148,9 @@ def test_easydel_chooses_the_same_tokens() -> None:
         vsurge.SamplingParams(temperature=0, max_tokens=request.output_tokens, ignore_eos=True, logprobs=4)
         for request in requests
     ]
-    with vsurge.vSurge.from_model(model, max_concurrent_decodes=2, max_length=64, verbose=False) as surge:
+    with vsurge.vSurge.from_model(
+        model, max_concurrent_decodes=2, prefill_lengths=(64,), max_length=64, verbose=False
+    ) as surge:
         samples = surge.generate([request.prompt for request in requests], params).result()
     assert [len(output) for output in outputs] == [request.output_tokens for request in requests]
     num_same = 0

@@ -81,10 +81,7 @@ def test_several_queries_compile(chip: str, heads: tuple[int, int], num_queries:
 
 @pytest.mark.parametrize(
     "heads",
-    [
-        pytest.param(heads, marks=() if heads in ((5, 1), (40, 8), (4, 2)) else pytest.mark.slow)
-        for heads in HEADS
-    ],
+    [pytest.param(heads, marks=() if heads in ((5, 1), (4, 2)) else pytest.mark.slow) for heads in HEADS],
     ids=str,
 )
 def test_shards_compile(heads: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 
 import pytest
 
@@ -158,15 +159,14 @@ def assert_fits(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chip", "heads"),
+    ("chip", "heads", "kernel"),
     [
-        pytest.param(chip, heads, marks=() if (chip, heads) == ("v4", (16, 8)) else pytest.mark.slow)
-        for chip in CHIPS
-        for heads in ((16, 8), (32, 8), (64, 8), (8, 1))
+        pytest.param(*case, marks=() if case == ("v4", (16, 8), "decode") else pytest.mark.slow)
+        for case in product(CHIPS, ((16, 8), (32, 8), (64, 8), (8, 1)), ("decode", "ragged", "append"))
     ],
 )
-def test_what_the_kernels_choose_fits_vector_memory(compilers: Compilers, chip: str, heads: Heads) -> None:
-    kernels: tuple[Kernel, ...] = ("decode", "ragged", "append")
-    for kernel in kernels:
-        for schedule in compilers.schedules(call_of(kernel, heads), chip).result():
-            assert_fits(schedule)
+def test_what_the_kernels_choose_fits_vector_memory(
+    compilers: Compilers, chip: str, heads: Heads, kernel: Kernel
+) -> None:
+    for schedule in compilers.schedules(call_of(kernel, heads), chip).result():
+        assert_fits(schedule)

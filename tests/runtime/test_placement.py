@@ -113,7 +113,8 @@ generate(first, second)
 
 
 def test_the_mapping_alone_moves_an_engine_to_another_device_or_to_two() -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", ON_TWO_DEVICES],
         env=environment,

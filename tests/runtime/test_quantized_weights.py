@@ -24,7 +24,9 @@ def test_a_quantized_model_still_knows_its_text(quantized: Model) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
-    with vSurge.from_model(quantized, tokenizer, max_length=64, max_concurrent_decodes=1) as surge:
+    with vSurge.from_model(
+        quantized, tokenizer, max_length=64, max_concurrent_decodes=1, prefill_lengths=(64,)
+    ) as surge:
         prompt = "USER:What is the capital of France?\nASSISTANT:"
         [sample] = surge.generate(prompt, SamplingParams(temperature=0.0, max_tokens=24)).result(120.0)
         assert "The capital of France is Paris." in sample.text

@@ -45,7 +45,7 @@ import vsurge
 from transformers import AutoTokenizer
 path = vsurge.demo_model_path()
 with vsurge.vSurge.from_model(vsurge.load_model(path), AutoTokenizer.from_pretrained(path), max_length=64,
-                              max_concurrent_decodes=2, max_prefill_length=32) as surge:
+                              max_concurrent_decodes=2, max_prefill_length=16) as surge:
     [sample] = surge.generate("USER:What is a TPU?", vsurge.SamplingParams(temperature=0)).result()
     assert sample.text
     surge.update_params(surge.model.params)

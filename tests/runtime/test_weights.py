@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 
 from vsurge.model import Model
 from vsurge.runtime import SamplingParams, StepFailed, vSurge
+from vsurge.runtime.step_plan import StepPlan
 
 from .greedy import STORY, one
 from .scripted import LONG, TIMEOUT_S, Scripted, pool_of
@@ -75,12 +77,34 @@ def test_a_request_under_way_goes_on_as_if_the_new_weights_had_read_all_of_it(
     own.update_params(others)
     own.resume()
     [after] = generation.result(TIMEOUT_S)
-    count = before.num_generated_tokens
-    assert 1 <= count < 60
-    assert after.token_ids[:count] == old[:count]
-    rest = one(own, [*prompt, *old[:count]], replace(GREEDY, max_tokens=60 - count))
-    assert after.token_ids[count:] == rest.token_ids
+    length = before.num_generated_tokens
+    assert 1 <= length < 60
+    assert after.token_ids[:length] == old[:length]
+    rest = one(own, [*prompt, *old[:length]], replace(GREEDY, max_tokens=60 - length))
+    assert after.token_ids[length:] == rest.token_ids
     assert after.num_preemptions == after.metrics.num_preemptions == 1
+
+
+@pytest.mark.parametrize("step", [2, 8], ids=["while the prompt is read", "when there is output"])
+def test_a_prompt_is_scored_by_the_weights_that_give_the_first_token(
+    own: vSurge, others: Any, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    prompt, params = own.processor.encode(STORY * 8)[:90], replace(GREEDY, max_tokens=30, prompt_logprobs=0)
+    assert max(own._executor.mixed_buckets) == 40  # so that the prompt takes three steps
+    old, run, steps = one(own, prompt, params), own._executor.run, count(1)
+
+    def swapping(plan: StepPlan) -> Any:
+        if next(steps) == step:
+            own._engine.update(others)
+        return run(plan)
+
+    monkeypatch.setattr(own._executor, "run", swapping)
+    under_way = one(own, prompt, params)
+    new = one(own, prompt, params)
+    assert (new.num_preemptions, under_way.num_preemptions) == (0, 1)
+    assert old.prompt_logprobs != new.prompt_logprobs
+    assert under_way.prompt_logprobs == (new if step == 2 else old).prompt_logprobs
+    assert (under_way.token_ids == new.token_ids) == (step == 2)
 
 
 def test_swapping_weights_at_any_moment_loses_and_doubles_no_token(own: vSurge, others: Any) -> None:

@@ -18,7 +18,8 @@ import pytest
 
 from vsurge.cli.chat import Chat
 
-SMALL = ("--max-length", "64", "--max-concurrent-decodes", "2")
+from .small import SMALL
+
 QUESTION = "What is the capital of France?"
 
 
@@ -174,7 +175,7 @@ def terminal(vsurge_home: Path) -> Iterator[Callable[..., Terminal]]:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal("--max-length", "256", "--ignore-eos")
+    chat = terminal("--max-length", "256", "--max-batched-tokens", "16", "--ignore-eos")
     chat.read_until("> ")
     chat.type(QUESTION + "\n")
     chat.read_until("The capital of France")

@@ -24,9 +24,10 @@ from vsurge.cli.parser import build_parser
 from vsurge.cli.setup import sampling_changes
 from vsurge.model import PUBLISHED
 
+from .small import SMALL
+
 FRANCE = "USER:What is the capital of France?\nASSISTANT:"
 THANKS = "USER:How do you say thank you in Chinese?\nASSISTANT:"
-SMALL = ("--max-length", "64", "--max-concurrent-decodes", "2")  # three programs to compile
 SUMMARY = r"^\d+ tokens, \d+ tokens/s, time to first token \d+ ms \(%s in \d+\.\d\d s on \w+\)$"
 
 

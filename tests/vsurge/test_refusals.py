@@ -16,8 +16,9 @@ from vsurge.cli import main
 from vsurge.cli.parser import build_parser
 from vsurge.cli.setup import sampling_changes
 
+from .small import SMALL
+
 FRANCE = "USER:What is the capital of France?\nASSISTANT:"
-SMALL = ("--max-length", "64", "--max-concurrent-decodes", "2")  # three programs to compile
 
 
 def test_a_wrong_shape_is_refused_before_there_is_a_model(tmp_path: Path) -> None:
@@ -52,6 +53,7 @@ def test_a_wrong_shape_is_refused_before_there_is_a_model(tmp_path: Path) -> Non
         (("--max-length", "100000"), "max_length=100000: must lie between 2 and the model's 8192"),
         (("--num-pages", "0"), "num_pages=0: must be between 1 and 16777215"),
         (("--max-concurrent-decodes", "1000000000000"), "Unable to allocate"),
+        (("--max-batched-tokens", "3"), "max_batched_tokens=3: must be at least max_concurrent_decodes=8"),
         (("--memory-utilization", "2"), "--memory-utilization 2.0: must lie in (0, 1]"),
         (("--tokenizer", "/no/such"), "--tokenizer '/no/such': must be a folder with tokenizer.json or"),
         (("--tokenizer", "{tmp_path}"), "--tokenizer '{tmp_path}': must be a folder with tokenizer.json or"),

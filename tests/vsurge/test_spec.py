@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from vsurge import demo_model_path
+from vsurge.runtime import blueprint
 from vsurge.runtime.inbox import SERVING
 
 CODE = Path(__file__).with_name("spec_script.py").read_text(encoding="utf-8")
@@ -46,7 +47,9 @@ def script() -> dict[str, Any]:
     assert awaiting != until_stream
 
     names = dict[str, Any]()
-    exec(compile(until_results, "spec_script.py", "exec"), names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blueprint, "MAX_PROGRAMS", 6)  # of other sizes between the smallest and the largest
+        exec(compile(until_results, "spec_script.py", "exec"), names)
     names["first"] = printed(lambda: asyncio.run(names["run_non_streaming"]()))
     for name, part in (("second", until_stream), ("third", awaiting)):
         exec(compile(part, "spec_script.py", "exec"), names)

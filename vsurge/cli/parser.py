@@ -257,6 +257,9 @@ def _engine() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-concurrent-decodes", type=int, metavar="N", help="sequences that decode together"
     )
+    group.add_argument("--max-batched-tokens", type=int, metavar="TOKENS",
+        help="most in a step that reads prompts; fewer let others wait less, and the prompt longer "
+        "(default: 1024, or the longest sequence if that is shorter)")  # fmt: skip
     group.add_argument(
         "--num-pages", type=int, metavar="N", help="pages of the cache (default: what fits and can be of use)"
     )

@@ -114,6 +114,7 @@ def build_engine(
     memory_utilization = share_of_memory(args, instead="--num-pages N chooses another size")
     described: dict[str, Any] = {
         "max_length": args.max_length,
+        "max_batched_tokens": args.max_batched_tokens,
         "page_size": args.page_size,
         "num_pages": args.num_pages,
         "memory_utilization": memory_utilization,

@@ -291,6 +291,7 @@ class Loop:
             self._live.remove(request)
             self._deadlines.remove(request)
             self._meter.ended(request, failed=failed)
+            request.let_go()
         if requests:
             self._inbox.forget(requests)
 
@@ -317,6 +318,7 @@ class Loop:
                 self._inbox.has_cut |= bool(self._live)
                 for request in self._live:
                     self._meter.ended(request, failed=True)
+                    request.let_go()
                 self._live.clear()
                 self._deadlines.clear()
                 self._meter.rest()

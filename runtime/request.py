@@ -242,6 +242,11 @@ class Request:
         if self.watched is not None:
             self.watched.finish()
 
+    def let_go(self) -> None:
+        """After its end: it and its group have each other, and neither would be freed before the other."""
+        if self.group.is_finished:
+            self.group.requests.clear()
+
     def progress(self) -> Progress:
         """How far it has come now."""
         num_tokens, watched = len(self.output_ids), self.watched

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,7 +15,9 @@ import pytest
 
 from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
+from vsurge.runtime.channel import Channel
 from vsurge.runtime.executor import compiler_options
+from vsurge.runtime.request import Request
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
 
@@ -223,3 +227,27 @@ def test_a_level_of_optimization_that_xla_flags_name_is_left_alone(monkeypatch: 
     assert compiler_options("gpu") is compiler_options("tpu") is None
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
     assert compiler_options("cpu") is None
+
+
+@pytest.mark.parametrize("kind", ["finished", "aborted", "of several completions"])
+def test_what_has_ended_is_freed_without_the_garbage_collector(surge: vSurge, kind: str) -> None:
+    """It would come after thousands of requests, and memory would grow until then.
+
+    Only a row of the batch remembers who had it last.
+    """
+    params = SamplingParams(max_tokens=3, n=2 if kind == "of several completions" else 1)
+    num_rows = max(surge._executor.decode_buckets)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3 * num_rows):
+            generation = surge.generate([CAPITAL, STORY], params)
+            if kind == "aborted":
+                generation.abort()
+            generation.result(TIMEOUT_S)
+        del generation
+        surge.stop(drain=True)  # so that the engine's thread looks at nothing of it any more
+        left = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in (Request, Channel))
+        assert all(count <= num_rows for count in left.values())
+    finally:
+        gc.enable()

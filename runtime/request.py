@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .channel import Channel, FinishReason
 from .detokenizer import Detokenizer, Transcript
@@ -180,8 +180,9 @@ class Request:
         Log-probabilities of the prompt stay only beside output, which was drawn from the same weights.
         """
         self.num_pending = 0
-        if not self.output_ids:
-            del self.prompt_logprobs[1:]
+        if not self.output_ids and len(self.prompt_logprobs) > 1:
+            self.prompt_logprobs = [None]  # another list, for readers may look at this one
+            self._output = replace(self._output, prompt_logprobs=self.prompt_logprobs)
 
     def accept(self, token_id: int, logprobs: TokenLogprobs | None, at: float) -> None:
         """Takes a generated token, read at that moment, and finds out whether it is the last; none at all

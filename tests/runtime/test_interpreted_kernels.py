@@ -36,7 +36,7 @@ def engine(model: Model, tokenizer: PreTrainedTokenizerBase) -> vSurge:
 
 def answer(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     with engine(model, tokenizer) as surge:
-        [sample] = surge.generate(CAPITAL, replace(GREEDY, max_tokens=3)).result(10 * TIMEOUT_S)
+        [sample] = surge.generate(CAPITAL, replace(GREEDY, max_tokens=5)).result(10 * TIMEOUT_S)
         return list(sample.token_ids)
 
 

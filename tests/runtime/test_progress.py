@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,20 @@ def test_a_sample_is_of_its_moment_however_late_it_is_made(tokenizer: Any) -> No
         assert sample.cumulative_logprob == -0.5 * i
         assert sample.tokens_per_second == pytest.approx(i / max(i - 1, 1e-9))  # up to its latest token
         assert sample.metrics.time_between_tokens_s == (None if i < 2 else pytest.approx(1.0))
+
+
+def test_scores_that_are_computed_anew_leave_earlier_samples_alone(tokenizer: Any) -> None:
+    request = request_of(tokenizer, SamplingParams(prompt_logprobs=0))
+    request.take_scores(0, [SCORE])
+    before = request.progress()
+    request.begin_anew()
+    assert request.progress().sample().prompt_logprobs == (None,)
+    request.take_scores(0, [replace(SCORE, chosen=-2.0)])
+    for progress, chosen in ((before, SCORE.chosen), (request.progress(), -2.0)):
+        scores = progress.sample().prompt_logprobs
+        assert scores is not None
+        assert scores[1] is not None
+        assert scores[1][PROMPT[1]].logprob == chosen
 
 
 def test_completions_of_one_prompt_are_of_one_moment(tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Options of an engine that compiles two programs."""
+"""Options of an engine that compiles one kind of decode step and one of mixed steps."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def _engine() -> argparse.ArgumentParser:
     )
     group.add_argument("--max-batched-tokens", type=int, metavar="TOKENS",
         help="most in a step that reads prompts; fewer let others wait less, and the prompt longer "
-        "(default: 1024, or the longest sequence if that is shorter)")  # fmt: skip
+        "(default: 1024; less if no sequence is that long, more if over 512 decode together)")  # fmt: skip
     group.add_argument(
         "--num-pages", type=int, metavar="N", help="pages of the cache (default: what fits and can be of use)"
     )

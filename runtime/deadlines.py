@@ -38,9 +38,6 @@ class Deadlines:
         """When the next one's time is up; None if there is none."""
         return _key(self._requests[0])[0] if self._requests else None
 
-    def clear(self) -> None:
-        self._requests.clear()
-
 
 def _key(request: Request) -> tuple[float, tuple[int, int]]:
     assert request.deadline is not None  # those without are not in the list

@@ -12,13 +12,13 @@ from typing import Any, cast
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from .channel import Channel, FinishReason, Waiter, wake
-from .deadlines import Deadlines
 from .executor import Executor
 from .inbox import SERVING, Inbox, Message, State, Update
 from .meter import Meter
 from .metrics import EngineMetrics
 from .request import Request
 from .results import read_results
+from .roster import Roster
 from .scheduler import Scheduler
 from .step import StepOutput
 from .step_plan import StepPlan
@@ -65,9 +65,7 @@ class Loop:
         self._inbox = inbox
         self._output_lock = output_lock
         self._meter = Meter(scheduler)
-        self._deadlines = Deadlines()
-        self._open: dict[Channel, None] = {}  # what still waits for output
-        self._live: set[Request] = set()  # what was taken in and has not ended
+        self._roster = Roster(self._meter)
         self._updates: list[Update] = []  # they wait until no step is under way
         self._num_steps = 0
         self.metrics: EngineMetrics = self._meter.snapshot(num_compilations=executor.num_compilations)
@@ -176,7 +174,7 @@ class Loop:
                 if request.finish_reason is not None and group.is_finished:
                     channel.end(request.index, group.progress())
                     if channel.has_ended:
-                        del self._open[channel]
+                        del self._roster.channels[channel]
         self._forget([request for request in changed if request.finish_reason is not None])
         self._measure()
         for channel in channels:
@@ -198,13 +196,13 @@ class Loop:
             if request.channel in channels:
                 self._scheduler.drop(request)
         # Those too that ended in the step, if their samples were not handed out.
-        self._forget([request for request in self._live if request.channel in channels], failed=True)
+        self._forget([r for r in self._roster.requests if r.channel in channels], failed=True)
         self._measure()
         woken: list[Waiter] = []
-        for channel in channels & self._open.keys():
+        for channel in channels & self._roster.channels.keys():
             channel.fail(failure, in_a_step=True)
             woken += channel.notify()
-            del self._open[channel]
+            del self._roster.channels[channel]
         return woken
 
     def _attend(self, flight: _Flight | None) -> bool:
@@ -212,7 +210,7 @@ class Loop:
         while True:
             if flight is None:
                 self._apply_updates()
-            self._finish(self._deadlines.due(time.perf_counter()), "timeout")
+            self._finish(self._roster.deadlines.due(time.perf_counter()), "timeout")
             state = self._inbox.state
             rests = flight is None and (
                 state is State.PAUSED or (state is State.RUNNING and not self._scheduler.has_work)
@@ -234,7 +232,7 @@ class Loop:
 
     def _patience_s(self) -> float | None:
         """How long it may wait for messages; None for any time."""
-        deadline = self._deadlines.next()
+        deadline = self._roster.deadlines.next()
         left = None if deadline is None else max(0.0, deadline - time.perf_counter())
         if self._meter.is_settled:
             return left
@@ -242,12 +240,10 @@ class Loop:
 
     def _handle(self, message: Message) -> None:
         if message.kind == "submit":
+            self._roster.take(message.requests)
             for request in message.requests:
-                self._open[request.channel] = None
-                self._live.add(request)
                 self._scheduler.add(request)
-                self._deadlines.add(request)
-            self._meter.taken(len(message.requests))
+                self._roster.deadlines.add(request)
             self._inbox.count(self._scheduler.num_queued, num_taken=len(message.requests))
         elif message.kind == "abort":
             self._finish(message.requests, "abort")
@@ -286,12 +282,7 @@ class Loop:
         self._updates.clear()
 
     def _forget(self, ended: Iterable[Request], *, failed: bool = False) -> None:
-        requests = [request for request in ended if request in self._live]
-        for request in requests:
-            self._live.remove(request)
-            self._deadlines.remove(request)
-            self._meter.ended(request, failed=failed)
-            request.let_go()
+        requests = self._roster.end(ended, failed=failed)
         if requests:
             self._inbox.forget(requests)
 
@@ -308,26 +299,21 @@ class Loop:
                 for message in self._inbox.close(failure):
                     if message.kind == "submit":
                         unfinished.extend(message.requests)
-                        self._live.update(message.requests)
-                        self._meter.taken(len(message.requests))
-                        self._open.update(dict.fromkeys(request.channel for request in message.requests))
+                        self._roster.take(message.requests)
                     elif message.update is not None:
                         self._updates.append(message.update)
                 for request in unfinished:
                     request.finish_reason = "abort"  # nothing comes of aborting it later
-                self._inbox.has_cut |= bool(self._live)
-                for request in self._live:
-                    self._meter.ended(request, failed=True)
-                    request.let_go()
-                self._live.clear()
-                self._deadlines.clear()
+                self._inbox.has_cut |= bool(self._roster.requests)
+                self._roster.end(list(self._roster.requests), failed=True)
                 self._meter.rest()
                 self._measure()
                 for update in self._updates:  # whoever starts next finds them
                     self._executor.update(update.params)
                     update.is_done.set()
                 self._updates.clear()
-                unanswered, self._open = self._open, {}  # the next thread may have one of its own already
+                unanswered = list(self._roster.channels)  # the next thread may add its own after this
+                self._roster.channels.clear()
             if failure is not None:  # otherwise everything has ended
                 for channel in unanswered:
                     channel.fail(failure, in_a_step=False)

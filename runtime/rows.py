@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,8 @@ from .request import Request
 from .sampling import MAX_BANNED, SamplingInputs
 from .shaping import GENERATED, IN_PROMPT, ShapingInputs
 from .step_plan import Chunk
+
+Settings = tuple[SamplingInputs, ShapingInputs, npt.NDArray[np.bool_]]
 
 LARGEST_FLOAT, LARGEST_INT = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
 
@@ -44,7 +45,7 @@ class Rows:
         self._masked = np.zeros(count, np.bool_)
         self._wants_logprobs = np.zeros(count, np.bool_)
         self._taken: list[Request] = []
-        self._collected: tuple[bytes, SamplingInputs, ShapingInputs, npt.NDArray[np.bool_]] | None = None
+        self._collected: tuple[bytes, Settings] | None = None
 
     def taken(self) -> list[Request]:
         """The requests that have come to a row since this was asked last."""
@@ -75,16 +76,13 @@ class Rows:
         """[n, pages_per_seq]; behind a request's pages stand any valid ones."""
         return self._page_table[rows]
 
-    def settings(
-        self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
-    ) -> tuple[SamplingInputs, ShapingInputs, npt.NDArray[np.bool_]]:
-        """How the tokens at these positions are sampled, what is done to their logits before, and whether
-        their log-probabilities are wanted: arrays that stay the same while the requests on the rows do."""
+    def settings(self, rows: npt.NDArray[np.int32]) -> Settings:
+        """How the tokens of these rows are sampled, what is done to their logits before, and whether their
+        log-probabilities are wanted: arrays that stay the same while the requests on the rows do."""
         key = rows.tobytes()
         if self._collected is None or self._collected[0] != key:
-            self._collected = key, self._sampling(rows), self._shaping(rows), self._wants_logprobs[rows]
-        _, sampling, shaping, wants_logprobs = self._collected
-        return replace(sampling, position=positions), shaping, wants_logprobs
+            self._collected = key, (self._sampling(rows), self._shaping(rows), self._wants_logprobs[rows])
+        return self._collected[1]
 
     def _sampling(self, rows: npt.NDArray[np.int32]) -> SamplingInputs:
         return SamplingInputs(  # pyright: ignore[reportCallIssue]
@@ -93,7 +91,6 @@ class Rows:
             self._top_p[rows],  # pyright: ignore[reportArgumentType]
             self._min_p[rows],  # pyright: ignore[reportArgumentType]
             self._seed[rows],  # pyright: ignore[reportArgumentType]
-            rows,  # pyright: ignore[reportArgumentType]  (positions come later)
             self._banned[rows],  # pyright: ignore[reportArgumentType]
             self._banned_before[rows],  # pyright: ignore[reportArgumentType]
         )

@@ -44,7 +44,6 @@ class SamplingInputs:
         top_k: [rows] int32; 0 is off.
         top_p, min_p: [rows] float32; 1 and 0 are off.
         seed: [rows, 2] uint32, the request's 64 bits.
-        position: [rows] int32, of the token to be drawn; with the seed it fixes the random number.
         banned: [rows, MAX_BANNED] int32, tokens that must not be chosen; -1 is none.
         banned_before: [rows] int32, the position from which on they may be.
     """
@@ -54,13 +53,15 @@ class SamplingInputs:
     top_p: Leaf
     min_p: Leaf
     seed: Leaf
-    position: Leaf
     banned: Leaf
     banned_before: Leaf
 
 
 def sample(
-    logits: Float[Array, "rows part"], inputs: SamplingInputs, part: VocabularyPart = WHOLE
+    logits: Float[Array, "rows part"],
+    inputs: SamplingInputs,
+    positions: Int[Array, " rows"],
+    part: VocabularyPart = WHOLE,
 ) -> Int[Array, " rows"]:
     """The next token of each row, int32; -1 where no token is allowed (all logits are -inf), -2 where a logit
     is NaN or infinite.
@@ -71,10 +72,11 @@ def sample(
     Args:
         logits: of this device's part of the vocabulary.
         inputs: how each row is sampled.
+        positions: of the tokens to be drawn; with the seed it fixes the random number.
         part: which part that is.
     """
     rows, size = logits.shape
-    allowed = (inputs.banned < 0) | (inputs.position >= inputs.banned_before)[:, None]
+    allowed = (inputs.banned < 0) | (positions >= inputs.banned_before)[:, None]
     banned = part.places(jnp.where(allowed, -1, inputs.banned), size)
     logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # for a maximum passes NaN over
     logits = logits.at[jnp.arange(rows)[:, None], banned].set(-jnp.inf, mode="drop")
@@ -91,7 +93,7 @@ def sample(
         Array,
         lax.cond(
             jnp.any(inputs.temperature > 0),
-            lambda: _draw_token(blocks, maxima, peak, inputs, part, size),
+            lambda: _draw_token(blocks, maxima, peak, inputs, positions, part, size),
             lambda: likeliest,
         ),
     )
@@ -104,11 +106,12 @@ def _draw_token(
     maxima: Float[Array, "rows blocks"],
     peak: Rows,
     inputs: SamplingInputs,
+    positions: Int[Array, " rows"],
     part: VocabularyPart,
     size: int,
 ) -> Int[Array, " rows"]:
     """A token drawn from what min_p, top_k and top_p leave of each row's distribution."""
-    uniform = jax.vmap(_uniform)(inputs.seed, inputs.position)
+    uniform = jax.vmap(_uniform)(inputs.seed, positions)
     temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
 
     def weigh(distances: Array) -> Array:

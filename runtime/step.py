@@ -184,7 +184,7 @@ def _choose(
     ) -> tuple[Array, LogprobArrays, RowState]:
         rows = jnp.asarray(inputs.rows)
         shaped = shape_logits(row_logits, inputs.shaping, rows, row_state, masks, part)
-        tokens = sample(shaped, replace(inputs.sampling, position=positions), part)
+        tokens = sample(shaped, inputs.sampling, positions, part)
         logprobs = logprobs_of(row_logits, tokens, jnp.asarray(inputs.wants_logprobs), part)
         return tokens, logprobs, with_tokens(row_state, rows, tokens, which, part)
 

@@ -84,7 +84,7 @@ def step_inputs(
             of_row,  # pyright: ignore[reportArgumentType]
             kv_lens,  # pyright: ignore[reportArgumentType]
             rows.page_table(of_row),  # pyright: ignore[reportArgumentType]
-            *rows.settings(of_row, kv_lens),  # pyright: ignore[reportArgumentType]
+            *rows.settings(of_row),  # pyright: ignore[reportArgumentType]
             ends=ends,  # pyright: ignore[reportArgumentType]
         )
     token_ids = np.zeros(bucket, np.int32)
@@ -111,7 +111,7 @@ def step_inputs(
         of_row,  # pyright: ignore[reportArgumentType]
         ends,  # pyright: ignore[reportArgumentType]
         rows.page_table(of_row),  # pyright: ignore[reportArgumentType]
-        *rows.settings(of_row, ends),  # pyright: ignore[reportArgumentType]
+        *rows.settings(of_row),  # pyright: ignore[reportArgumentType]
         token_ids=token_ids,  # pyright: ignore[reportArgumentType]
         query_starts=query_starts,  # pyright: ignore[reportArgumentType]
         num_seqs=np.array([len(chunks)], np.int32),  # pyright: ignore[reportArgumentType]

@@ -50,7 +50,7 @@ def small_units() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "UNIT_TOKENS", 128)
         patch.setattr(blocks, "MOST_LANES", 1)
-        patch.setattr(ragged_blocks, "MOST_QUERIES", 64)
+        patch.setattr(ragged_blocks, "MOST_QUERIES", 32)
         patch.setattr(ragged_blocks, "MOST_TOKENS", 256)
         patch.setattr(gpu_blocks, "DECODE", gpu_blocks.TritonDecodeBlocks(programs=8))
         patch.setattr(gpu_blocks, "RAGGED", gpu_blocks.TritonRaggedBlocks(rows=32))

@@ -51,12 +51,12 @@ def test_sampling(
         top_p=jnp.full(rows, top_p, jnp.float32),
         min_p=jnp.full(rows, min_p, jnp.float32),
         seed=jnp.zeros((rows, 2), jnp.uint32),
-        position=jnp.arange(rows, dtype=jnp.int32),
         banned=jnp.full((rows, MAX_BANNED), -1, jnp.int32),
         banned_before=jnp.zeros(rows, jnp.int32),
     )
+    positions = jnp.arange(rows, dtype=jnp.int32)
     chosen = jax.jit(sample)
-    measure(lambda: chosen(logits, inputs), bytes=logits.nbytes)
+    measure(lambda: chosen(logits, inputs, positions), bytes=logits.nbytes)
 
 
 def test_loading(model: Model, measure: Callable[..., None], tmp_path: Path) -> None:

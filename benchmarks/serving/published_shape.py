@@ -136,7 +136,7 @@ def sampling_step(model: Model, repeats: int) -> dict[str, Any]:
     ) -> Any:
         logits = logits * jnp.float32(1 + 2**-20)  # an intermediate, as in a step
         shaped = shape_logits(logits, shaping, rows, state, masks)
-        tokens = sample(shaped, sampling)
+        tokens = sample(shaped, sampling, rows)
         return with_tokens(state, rows, tokens, rows >= 0), logprobs_of(logits, tokens, wanted)
 
     state = empty_row_state(BATCH, vocab)
@@ -147,7 +147,7 @@ def sampling_step(model: Model, repeats: int) -> dict[str, Any]:
 
         sampling = SamplingInputs(  # pyright: ignore[reportCallIssue]
             of("temperature", 0.0), of("top_k", 0, np.int32), of("top_p", 1.0), of("min_p", 0.0),
-            np.zeros((BATCH, 2), np.uint32), rows, np.full((BATCH, MAX_BANNED), -1, np.int32), 0 * rows,  # pyright: ignore[reportArgumentType]
+            np.zeros((BATCH, 2), np.uint32), np.full((BATCH, MAX_BANNED), -1, np.int32), 0 * rows,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         shaping = ShapingInputs(
             of("presence", 0.0), of("frequency", 0.0), of("repetition", 1.0), of("biased", False, np.bool_),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,11 @@ from .scripted import TIMEOUT_S, pool_of
 
 
 @pytest.fixture(scope="module")
-def small(model: Model, demo_surge: vSurge) -> Iterator[vSurge]:
+def small(model: Model, tokenizer: Any) -> Iterator[vSurge]:
     """An engine whose pages run out, and whose queue is short."""
     surge = vSurge.from_model(
         model,
-        demo_surge.processor,
+        tokenizer,
         max_concurrent_decodes=4,
         max_concurrent_prefill=3,
         prefill_lengths=(40,),
@@ -69,9 +70,9 @@ def test_random_callers_and_faults(
     assert pool_of(small).num_free == small.num_pages
     pool_of(small).check_integrity([])
     assert not engine._inbox._under_way
-    assert not engine._loop._live
-    assert not engine._loop._open
-    assert engine._loop._deadlines.next() is None
+    assert not engine._loop._roster.requests
+    assert not engine._loop._roster.channels
+    assert engine._loop._roster.deadlines.next() is None
     small.start()
     job = next(iter(alone))
     [again] = small.generate([list(job[0])], job[1]).result(TIMEOUT_S)

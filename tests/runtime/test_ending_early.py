@@ -173,7 +173,7 @@ def test_a_timeout_may_be_shorter_than_a_step_or_longer_than_any(
         assert generation.result(TIMEOUT_S)[0].finish_reason == "timeout"
     scripted.surge.resume()
     assert generation.result(1e300)[0].finish_reason == ("timeout" if timeout_s < 1 else "length")
-    assert scripted.surge._engine._loop._deadlines.next() is None  # what has ended is not watched
+    assert scripted.surge._engine._loop._roster.deadlines.next() is None  # what has ended is not watched
     check_it_serves(scripted)
 
 

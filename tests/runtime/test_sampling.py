@@ -38,7 +38,6 @@ def make_inputs(rows: int, **settings: Any) -> SamplingInputs:
         top_p=np.full(rows, settings.get("top_p", 1.0), np.float32),
         min_p=np.full(rows, settings.get("min_p", 0.0), np.float32),
         seed=np.tile(np.array([high, low], np.uint32), (rows, 1)),
-        position=np.arange(rows, dtype=np.int32),
         banned=banned,
         banned_before=np.full(rows, settings.get("banned_before", 2**31 - 1), np.int32),
     )
@@ -72,7 +71,12 @@ def make_logits(kind: str, vocab: int) -> np.ndarray:
 
 
 # Unlike the suite's other programs optimized: these take longer to run than to compile.
-draw = jax.jit(sample, compiler_options={"xla_backend_optimization_level": 1})
+draw_at = jax.jit(sample, compiler_options={"xla_backend_optimization_level": 1})
+
+
+def draw(logits: Any, inputs: SamplingInputs) -> Any:
+    """A token per row, of which each stands one position behind that of the row before it."""
+    return draw_at(logits, inputs, np.arange(len(logits), dtype=np.int32))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -170,7 +174,8 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
     alone = [int(draw(logits[i : i + 1], inputs)[0]) for i, inputs in enumerate(each)]
     for order in (np.arange(len(each)), np.arange(len(each))[::-1], rng.permutation(len(each))):
         batch = jax.tree.map(lambda *rows: np.concatenate(rows), *[each[i] for i in order])
-        assert [alone[i] for i in order] == np.asarray(draw(logits[order], batch)).tolist()
+        together = draw_at(logits[order], batch, np.zeros(len(order), np.int32))
+        assert [alone[i] for i in order] == np.asarray(together).tolist()
 
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 63])
@@ -197,4 +202,4 @@ def test_extreme_temperatures_are_greedy_or_uniform(temperature: float) -> None:
 
 def test_logits_of_a_wrong_rank_are_caught_by_the_type_checker() -> None:
     with pytest.raises(TypeCheckError):
-        sample(np.zeros(10, np.float32), make_inputs(1))  # pyright: ignore[reportArgumentType]
+        sample(np.zeros(10, np.float32), make_inputs(1), np.zeros(1, np.int32))  # pyright: ignore[reportArgumentType]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,15 @@ def check_has_blocks(implementation: str, block_sizes: object, kinds: Mapping[st
     kind = kinds[implementation]
     if not isinstance(block_sizes, kind):
         raise TypeError(f"block_sizes={block_sizes!r}: must be a {kind.__name__} of {implementation!r}")
+
+
+def check_traces(attend: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Has an attention make its own checks before the cache is given away to be written.
+
+    Raises:
+        ValueError: its block sizes fit neither cache nor device, say.
+    """
+    jax.eval_shape(partial(attend, **options), *arguments)
 
 
 def _check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from ..validation import (
     check_metadata_when_run,
     check_new_kv,
     check_static,
+    check_traces,
 )
 from . import reference, xla
 from .blocks import DecodeBlocks
@@ -129,6 +130,10 @@ def paged_decode_attention(
     written in the same pass. With several queries per sequence (drafted tokens to be verified, say) query j
     stands at position `kv_len - num_queries + j`, and as everywhere position p sees positions 0 to p.
 
+    What is not finite in a sequence stays in it, but for one case: with an odd number of KV heads and several
+    `lanes`, "mosaic_tpu" puts the keys of two sequences side by side in one product, and NaN or infinite keys
+    of one make NaN of both.
+
     Args:
         queries: [num_seqs, num_q_heads, head_dim], bfloat16 or float32, or with up to 8 tokens per sequence
             [num_seqs, num_queries, num_q_heads, head_dim].
@@ -201,6 +206,8 @@ def paged_decode_attention(
         if chosen in FUSED and by_query.shape[1] == 1 and kv_pages.scales is None:
             output, log_sum_exp, kv_pages = FUSED[chosen](by_query, kv_pages, *metadata, *new, **options)
         else:
+            if chosen != "reference":
+                check_traces(IMPLEMENTATIONS[chosen], by_query, kv_pages, *metadata, **options)
             kv_pages = append_kv(kv_pages, *new, implementation=chosen)
             output, log_sum_exp = IMPLEMENTATIONS[chosen](by_query, kv_pages, *metadata, **options)
         written.append(kv_pages)

@@ -71,7 +71,8 @@ class Softmax(NamedTuple):
             begins: per unit, whether it begins a sequence.
 
         Returns:
-            [units * rows, LANES], and per unit [rows, LANES]: what the sums before it then count.
+            [units * rows, LANES], and per unit [rows, LANES]: what the sums before it then count, unless it
+            begins a sequence.
         """
         rows = self.carried.highest.shape[0]
         before, highs, keeps = self.carried.highest[...], list[Any](), list[Any]()
@@ -79,25 +80,35 @@ class Softmax(NamedTuple):
             own = jnp.broadcast_to(highest[unit * rows : (unit + 1) * rows], (rows, LANES))
             before = jnp.where(begin, MASKED, before)
             high = jnp.maximum(before, own)
-            keeps.append(jnp.where(begin, 0.0, jnp.exp2(before - high)))
+            keeps.append(jnp.exp2(before - high))
             highs.append(high)
             before = high
         return jnp.concatenate(highs), keeps
 
-    def add(self, highest: Any, keeps: list[Any], total: Any, weighted: Any, sequences: list[Any]) -> None:
+    def add(
+        self,
+        highest: Any,
+        keeps: list[Any],
+        total: Any,
+        weighted: Any,
+        begins: list[Any],
+        sequences: list[Any],
+    ) -> None:
         """Adds each unit's sums to those before it, and leaves them with its sequence.
 
+        Sums of another sequence are not kept, whatever they are: 0 times one that is not finite would be NaN.
+
         Args:
-            highest, keeps: from `raise_to`.
+            highest, keeps, begins: from and for `raise_to`.
             total, weighted: [units * rows, 1] and [units * rows, head_dim], of each unit alone.
             sequences: per unit, its sequence's place.
         """
         rows, head_dim = self.carried.weighted.shape
         total_here, weighted_here = self.carried.total[...], self.carried.weighted[...]
-        for unit, (keep, sequence) in enumerate(zip(keeps, sequences, strict=True)):
+        for unit, (keep, begin, sequence) in enumerate(zip(keeps, begins, sequences, strict=True)):
             part = slice(unit * rows, (unit + 1) * rows)
-            total_here = total_here * keep + total[part]
-            weighted_here = weighted_here * spread(keep, head_dim) + weighted[part]
+            total_here = jnp.where(begin, 0.0, total_here * keep) + total[part]
+            weighted_here = jnp.where(begin, 0.0, weighted_here * spread(keep, head_dim)) + weighted[part]
             self.sequences.highest[sequence] = highest[part]
             self.sequences.total[sequence] = total_here
             self.sequences.weighted[sequence] = weighted_here

@@ -91,7 +91,7 @@ def compute(
         if masked:
             scales = jnp.where(_held(attention, units_in, width), scales, 0.0)
     total, weighted = _sums(attention, weights, scales, values)
-    softmax.add(highest, keeps, total, weighted, [unit[ROW] for unit in units_in])
+    softmax.add(highest, keeps, total, weighted, begins, [unit[ROW] for unit in units_in])
 
 
 def _sums(attention: Attention, weights: Any, scales: Any, values: list[Any]) -> tuple[Any, Any]:

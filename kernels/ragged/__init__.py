@@ -22,6 +22,7 @@ from ..validation import (
     check_metadata_when_run,
     check_new_kv,
     check_static,
+    check_traces,
 )
 from . import reference, xla
 from .blocks import RaggedBlocks
@@ -198,13 +199,14 @@ def ragged_paged_attention(
         options["block_sizes"] = block_sizes
     if chosen == "mosaic_tpu":  # to which it is work of its own
         options["return_lse"] = return_lse
+    metadata = kv_lens, page_table, query_starts, num_seqs
     written: list[KVPages] = []
     if new_kv is not None and slots is not None:
+        if chosen != "reference":
+            check_traces(IMPLEMENTATIONS[chosen], queries, kv_pages, *metadata, **options)
         kv_pages = append_kv(kv_pages, *new_kv, slots, implementation=chosen)
         written.append(kv_pages)
-    output, log_sum_exp = IMPLEMENTATIONS[chosen](
-        queries, kv_pages, kv_lens, page_table, query_starts, num_seqs, **options
-    )
+    output, log_sum_exp = IMPLEMENTATIONS[chosen](queries, kv_pages, *metadata, **options)
     results: list[Any] = [jnp.asarray(output, queries.dtype)]
     if log_sum_exp is not None and return_lse:
         results.append(jnp.asarray(log_sum_exp, jnp.float32))

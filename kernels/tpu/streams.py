@@ -37,7 +37,8 @@ class Products:
 
         Args:
             queries: [streams * rows, head_dim].
-            keys: per stream [tokens, head_dim]; finite, where a stream beside it sees something.
+            keys: per stream [tokens, head_dim]. What is not finite in one spoils the scores of the stream
+                beside it: zero times that is NaN.
 
         Returns:
             [streams * rows, tokens].

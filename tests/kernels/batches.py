@@ -67,13 +67,16 @@ def ragged_batch(
     pages_per_seq: int | None = None,
     num_pages: int | None = None,
     outliers: bool = False,
+    share: bool = True,
 ) -> RaggedBatch:
     """Sequences of `kv_lens` tokens of which the last `q_lens` are new; two padding sequences by default."""
     rng = np.random.default_rng(seed)
     used, total = len(q_lens), sum(q_lens)
     max_seqs = max_seqs or used + 2
     num_tokens = num_tokens or total + 3
-    kv_pages, table = poisoned_cache(setup, kv_lens, rng, pages_per_seq, num_pages, outliers=outliers)
+    kv_pages, table = poisoned_cache(
+        setup, kv_lens, rng, pages_per_seq, num_pages, outliers=outliers, share=share
+    )
     padding = max_seqs - used
     lengths = np.concatenate([kv_lens, rng.integers(-5, 10**6, padding)])
     starts = np.concatenate([[0], np.cumsum(q_lens), rng.integers(-(10**6), 10**6, padding)])

@@ -13,6 +13,8 @@ import pytest
 from vsurge.kernels import (
     DecodeBlocks,
     Implementation,
+    KVPages,
+    RaggedBlocks,
     empty_kv_pages,
     paged_decode_attention,
     ragged_paged_attention,
@@ -92,3 +94,44 @@ def test_the_cache_is_donated(implementation: Implementation) -> None:
     keywords = {"new_kv": (row, row), "slots": 16 * one, "implementation": implementation}
     paged_decode_attention(row, kv_pages, one, one[None], scale=1.0, **keywords)
     assert kv_pages.data.is_deleted()
+
+
+def test_a_call_that_is_refused_leaves_the_cache_alone() -> None:
+    def pages(dtype: str) -> KVPages:
+        return empty_kv_pages(4, 16, 2, 64, dtype)
+
+    lengths, table = jnp.asarray([20, 2], jnp.int32), jnp.asarray([[0, 1], [2, 3]], jnp.int32)
+    options: dict[str, Any] = {"scale": 1.0, "implementation": "mosaic_tpu"}
+    queries, rows = jnp.ones((5, 4, 64)), jnp.ones((5, 2, 64))
+    starts, count = jnp.asarray([0, 3, 5], jnp.int32), jnp.asarray([2], jnp.int32)
+    slots = jnp.asarray([17, 18, 19, 32, 33], jnp.int32)
+    wrong: dict[str, Any] = {"block_sizes": RaggedBlocks(24, 128)}
+    kv_pages = pages("float32")
+    with pytest.raises(ValueError, match="q_tokens=24"):
+        ragged_paged_attention(
+            queries,
+            kv_pages,
+            lengths,
+            table,
+            starts,
+            count,
+            new_kv=(rows, rows),
+            slots=slots,
+            **options,
+            **wrong,
+        )
+    assert not kv_pages.data.is_deleted()
+    for dtype in ("float32", "int8"):  # which is written by the kernel, and before it
+        kv_pages, wrong = pages(dtype), {"block_sizes": DecodeBlocks(100)}
+        with pytest.raises(ValueError, match="kv_tokens=100"):
+            paged_decode_attention(
+                queries[:2],
+                kv_pages,
+                lengths,
+                table,
+                new_kv=(rows[:2], rows[:2]),
+                slots=slots[2:4],
+                **options,
+                **wrong,
+            )
+        assert not kv_pages.data.is_deleted()

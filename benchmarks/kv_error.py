@@ -1,8 +1,8 @@
 """What a cache in fewer bits does to attention: `python -m vsurge.benchmarks.kv_error`.
 
-Decode attention with caches of each dtype against the float64 oracle on the unrounded keys and values: the
-error of an output row, relative to its norm. Inputs are standard normal; with outliers, two channels of the
-keys are 8 times as large, and every 13th token's values 50 times.
+Attention with caches of each dtype against the float64 oracle on the unrounded keys and values: the error of
+an output row, relative to its norm. Inputs are standard normal; with outliers, two channels of the keys are 8
+times as large, and every 13th token's values 50 times.
 """
 
 from __future__ import annotations
@@ -15,12 +15,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..kernels import SUPPORTED_DTYPES, append_kv, empty_kv_pages, paged_decode_attention
+from ..kernels import (
+    SUPPORTED_DTYPES,
+    Implementation,
+    append_kv,
+    empty_kv_pages,
+    paged_decode_attention,
+    ragged_paged_attention,
+)
 from .machine import describe_machine
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 64
 LENGTHS = (1024, 300, 77, 640)
+NEW_TOKENS = 32  # of each sequence, where prompts are attended to
 RESULTS = Path(__file__).parent / "results" / "kv-cache-error.json"
+
+# Implementation, dtype of the queries and new tokens per sequence. Kernels for TPU are interpreted.
+WAYS: dict[str, tuple[Implementation, str, int]] = {
+    "float64": ("reference", "float32", 1),
+    "xla": ("xla", "bfloat16", 1),
+    "mosaic_tpu": ("mosaic_tpu", "bfloat16", 1),
+    "mosaic_tpu_prompts": ("mosaic_tpu", "bfloat16", NEW_TOKENS),
+}
 
 
 def main() -> None:
@@ -30,16 +46,17 @@ def main() -> None:
         for inputs in ("normal", "outliers")
         for dtype in SUPPORTED_DTYPES
     ]
-    print("error of an output row, median (largest); products in float64, and as the engine computes")
+    print("error of an output row, median (largest)")
+    print(f"{'':26}" + "".join(f"{way:>20}" for way in WAYS))
     for row in rows:
-        exact, engine = (f"{row[k]['median']:.2%} ({row[k]['max']:.2%})" for k in ("float64", "bfloat16"))
-        print(f"{row['inputs']:10}{row['cache']:16}{exact:>18}{engine:>18}")
+        shown = (f"{row[way]['median']:.2%} ({row[way]['max']:.2%})" for way in WAYS)
+        print(f"{row['inputs']:10}{row['cache']:16}" + "".join(f"{each:>20}" for each in shown))
     RESULTS.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
     print(f"written to {RESULTS}")
 
 
 def errors(dtype: np.dtype[Any], *, outliers: bool) -> dict[str, dict[str, float]]:
-    """Median and largest error, of products in float64 and of bfloat16 queries in `xla`."""
+    """Median and largest error, of each of `WAYS`."""
     rng = np.random.default_rng(0)
     pages_per_seq = -(-max(LENGTHS) // PAGE_SIZE)
     table = rng.permutation(len(LENGTHS) * pages_per_seq).reshape(len(LENGTHS), -1)
@@ -48,32 +65,30 @@ def errors(dtype: np.dtype[Any], *, outliers: bool) -> dict[str, dict[str, float
     if outliers:
         keys[:, :, :: HEAD_DIM // 2] *= 8.0
         values[::13] *= 50.0
-    queries = jnp.asarray(rng.standard_normal((len(LENGTHS), HEADS, HEAD_DIM)), jnp.bfloat16)
+    all_queries = jnp.asarray(rng.standard_normal((len(LENGTHS), NEW_TOKENS, HEADS, HEAD_DIM)), jnp.bfloat16)
 
-    def attend(cache_dtype: Any, implementation: Any, precise: bool) -> np.ndarray:
+    def attend(cache_dtype: Any, implementation: Implementation, dtype: str, count: int) -> np.ndarray:
         empty = empty_kv_pages(table.size, PAGE_SIZE, KV_HEADS, HEAD_DIM, cache_dtype)
         slots = jnp.arange(rows[0], dtype=jnp.int32)
         cache = append_kv(empty, jnp.asarray(keys), jnp.asarray(values), slots)
-        output = paged_decode_attention(
-            queries.astype(jnp.float32) if precise else queries,
-            cache,
-            jnp.asarray(LENGTHS, jnp.int32),
-            jnp.asarray(table, jnp.int32),
-            scale=HEAD_DIM**-0.5,
-            implementation=implementation,
-        )
+        queries = all_queries[:, :count].astype(dtype).reshape(-1, HEADS, HEAD_DIM)
+        metadata = jnp.asarray(LENGTHS, jnp.int32), jnp.asarray(table, jnp.int32)
+        options: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "implementation": implementation}
+        if count == 1:
+            output: Any = paged_decode_attention(queries, cache, *metadata, **options)
+        else:
+            starts = count * jnp.arange(len(LENGTHS) + 1, dtype=jnp.int32)
+            num_seqs = jnp.asarray([len(LENGTHS)], jnp.int32)
+            output = ragged_paged_attention(queries, cache, *metadata, starts, num_seqs, **options)
         return np.asarray(output, np.float64)
 
-    want = attend(np.dtype(np.float32), "reference", True)
-
-    def compared(got: np.ndarray) -> dict[str, float]:
+    def compared(implementation: Implementation, query_dtype: str, count: int) -> dict[str, float]:
+        got = attend(dtype, implementation, query_dtype, count)
+        want = attend(np.dtype(np.float32), "reference", "float32", count)
         error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
         return {"median": float(np.median(error)), "max": float(error.max())}
 
-    return {
-        "float64": compared(attend(dtype, "reference", True)),
-        "bfloat16": compared(attend(dtype, "xla", False)),
-    }
+    return {name: compared(*way) for name, way in WAYS.items()}
 
 
 if __name__ == "__main__":

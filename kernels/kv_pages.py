@@ -116,8 +116,8 @@ def empty_kv_pages(
         num_kv_heads: key/value heads.
         head_dim: numbers per head.
         dtype: bfloat16, float32, int8 or float8_e4m3fn. The last two are quantized as they are written
-            (`quantization.quantize`). Int8 is more exact, and fast but for one KV head on TPU 7x. Float8 is
-            for capacity only on v5e and v6e, which take long to convert it.
+            (`quantization.quantize`). Int8 is more exact, and faster than bfloat16 by as much as the README's
+            table says for each TPU. Float8 is for capacity: its speed has not been measured.
         platform: of the device that will keep it, "cpu" or "tpu", say; None for JAX's default backend.
 
     Raises:

@@ -5,7 +5,8 @@
 The scale brings the row's largest number to the largest one of the dtype, 127 for int8 and 448 for
 float8_e4m3fn. Int8 keeps each number within 1/254 of the row's largest, float8 within 1/16 of itself: on
 normally distributed rows int8 is the more exact by far. Both are exact in bfloat16, so that products with
-bfloat16 queries lose nothing. Scales are applied to scores and to probabilities, never to keys and values.
+bfloat16 queries lose nothing. Scales are applied to scores and to probabilities and not to keys and values,
+but for the values of prompts on a TPU, where hundreds of queries share a value (`ragged/columns.py`).
 """
 
 from __future__ import annotations

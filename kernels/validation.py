@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def check_traces(attend: Callable[..., Any], *arguments: Any, **options: Any) ->
     Raises:
         ValueError: its block sizes fit neither cache nor device, say.
     """
-    jax.eval_shape(partial(attend, **options), *arguments)
+    cast(Any, jax).eval_shape(partial(attend, **options), *arguments)
 
 
 def _check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:

@@ -25,9 +25,11 @@ NEW = 2048  # tokens
 CONTEXTS = {NEW: 0.75, 30 * 1024 + NEW: 0.8}  # context, the new tokens included: the least share
 V6E_CEILING = 0.44  # of the matrix rate: one head's bare products with 512 queries and 1,024 tokens
 HEADS = (32, 8)
+SHARD, CACHED = (8, 2), 8192  # heads and context, where caches of 8 and of 16 bits are compared
 BARE = (row_products, column_products)
 ALONE = (1, HEADS[1])  # heads whose bare products are compiled together
-THEIRS = (8, 32)  # pages and queries per block of jax's kernel, which compile in under a minute
+THEIRS = (8, 32)  # pages and queries per block of jax's kernel, whose own tables have none for these pages;
+# larger ones take minutes to compile
 
 
 def prefill_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
@@ -44,6 +46,10 @@ def prefill_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
     longest = max(CONTEXTS)
     their_call = replace(_call("jax_ragged", longest), block_sizes=THEIRS)
     theirs = compilers.predict(their_call, list(batches.values()), chip)
+    quantized = [
+        compilers.predict(_of_shard(kv_dtype), [Batch((CACHED,), (NEW,))], chip)
+        for kv_dtype in ("bfloat16", "int8")
+    ]
     mixed = _start_mixed(chip, compilers)
     known, their_predictions = find_chip(chip), unless_it_stops(theirs)
     for at, (context, least) in enumerate(CONTEXTS.items()):
@@ -61,7 +67,11 @@ def prefill_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
             yield Row(chip, f"prefill of {NEW:,} tokens{before}: MFU over that of {together}, {ceiling:.1%}",
                 "%", prediction.mfu / ceiling, their and their.mfu / ceiling, at_least=target,
                 raw={"mfu": prediction.mfu, "bare_products": ceiling, "block_sizes": vars(sizes),
-                     "time_us": prediction.time_us, "their_time_us": their and their.time_us})  # fmt: skip
+                     "time_us": prediction.time_us, "their_time_us": their and their.time_us,
+                     "their_block_sizes": dict(zip(("pages", "q_tokens"), THEIRS, strict=True))})  # fmt: skip
+    exact, rounded = (future.result()[0].time_us for future in quantized)
+    yield Row(chip, f"{NEW:,} tokens at {CACHED:,}, {SHARD} heads: with an int8 cache over bfloat16", "x",
+        rounded / exact, raw={"bfloat16_us": exact, "int8_us": rounded})  # fmt: skip
     both, prompt, decodes = (future.result()[0].time_us for future in mixed)
     yield Row(chip, "a prompt of 1,024 and 63 decodes at 2,048, over the sum of both alone", "x",
         both / (prompt + decodes), at_most=1.1,
@@ -71,6 +81,12 @@ def prefill_rows(chip: str, compilers: Compilers) -> Iterator[Row]:
 def _call(kernel: Kernel, context: int) -> Call:
     return Call(kernel=kernel, num_q_heads=HEADS[0], num_kv_heads=HEADS[1], max_tokens=NEW,
         max_context=context)  # fmt: skip
+
+
+def _of_shard(kv_dtype: str) -> Call:
+    heads, kv_heads = SHARD
+    call = replace(_call("ragged", CACHED), num_q_heads=heads, num_kv_heads=kv_heads)
+    return replace(call, kv_dtype=kv_dtype)
 
 
 def _tiles(sizes: RaggedBlocks, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:

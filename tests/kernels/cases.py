@@ -93,7 +93,7 @@ each_geometry = pytest.mark.parametrize(
         pytest.param(
             implementation,
             setup,
-            marks=pytest.mark.slow if i > (1 if implementation in INTERPRETED else 3) else (),
+            marks=pytest.mark.slow if i > (0 if implementation in INTERPRETED else 3) else (),
         )
         for implementation in IMPLEMENTATIONS
         for i, setup in enumerate(GEOMETRIES)

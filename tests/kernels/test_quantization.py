@@ -11,23 +11,27 @@ import pytest
 
 from vsurge.kernels import (
     Implementation,
+    KVPages,
     append_kv,
     empty_kv_pages,
     kv_pages,
     paged_decode_attention,
+    ragged_paged_attention,
     read_kv,
 )
 from vsurge.kernels.append import reference
 from vsurge.kernels.decode import reference as decode_reference
 from vsurge.kernels.quantization import quantize
+from vsurge.kernels.ragged import reference as ragged_reference
 
-from .batches import Setup, decode_batch, poisoned_cache
-from .cases import check_decode
+from .batches import Setup, decode_batch, poisoned_cache, ragged_batch
+from .cases import INTERPRETED, TOLERANCES, check_decode
 
 pytestmark = pytest.mark.usefixtures("small_units")
 
 DTYPES = {"int8": 127, "float8_e4m3fn": 448}
 HEADS, HEAD_DIM = 2, 32
+OPTIONS: dict[str, Any] = {"scale": 0.125, "sliding_window": None, "soft_cap": None, "sinks": None}
 
 
 def normal_rows(count: int, dtype: str = "float32") -> Any:
@@ -128,28 +132,63 @@ def coarse(rows: np.ndarray, dtype: str) -> np.ndarray:
     return scales * (np.rint(scaled) if dtype == "int8" else scaled.astype(dtype).astype(np.float64))
 
 
+each_kernel_slowly = pytest.mark.parametrize(
+    "implementation",
+    ["xla", "reference", *(pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETED)],
+)
+
+
+def exact_and_rounded(
+    setup: Setup, kv_lens: tuple[int, ...], table: Any, *, outliers: bool
+) -> tuple[KVPages, KVPages]:
+    """A batch's cache before its numbers were rounded, and after that, both in float32."""
+    exact, same_table = poisoned_cache(
+        replace(setup, cache_dtype="float32"), kv_lens, np.random.default_rng(0), outliers=outliers
+    )
+    np.testing.assert_array_equal(same_table, table[: len(kv_lens)])
+    rounded = coarse(np.asarray(exact.data, np.float64), setup.cache_dtype)
+    return exact, replace(exact, data=jnp.asarray(rounded, jnp.float32))
+
+
+def check_error(got: Any, want: np.ndarray, best: np.ndarray, *, besides: float = 0.0) -> None:
+    """Fails unless rows err as much as the rounded cache makes them, and by a share of their norm besides."""
+    norm = np.linalg.norm(want, axis=-1)
+    unavoidable = np.linalg.norm(best - want, axis=-1)
+    assert (unavoidable > 1e-3 * norm).all()
+    assert (
+        np.linalg.norm(np.asarray(got, np.float64) - want, axis=-1) <= 1.1 * unavoidable + besides * norm
+    ).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "implementation", ["xla", "reference", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
-)
+@each_kernel_slowly
 def test_attention_errs_by_what_the_rounding_of_keys_and_values_costs(
     dtype: str, outliers: bool, implementation: Implementation
 ) -> None:
     kv_lens, setup = (300, 3, 140, 17), Setup(cache_dtype=dtype)
-    batch = decode_batch(setup, kv_lens, outliers=outliers)
-    queries, cache, *metadata = batch.arguments
-    exact, table = poisoned_cache(
-        replace(setup, cache_dtype="float32"), kv_lens, np.random.default_rng(0), outliers=outliers
-    )
-    np.testing.assert_array_equal(table, metadata[1])
-    rounded = replace(exact, data=jnp.asarray(coarse(np.asarray(exact.data, np.float64), dtype), jnp.float32))
-    options = {"scale": setup.scale, "sliding_window": None, "soft_cap": None, "sinks": None}
+    queries, cache, *metadata = decode_batch(setup, kv_lens, outliers=outliers).arguments
+    pages = exact_and_rounded(setup, kv_lens, metadata[1], outliers=outliers)
     want, best = (
-        decode_reference.paged_decode_attention(queries[:, None], pages, *metadata, **options)[0][:, 0]
-        for pages in (exact, rounded)
+        decode_reference.paged_decode_attention(queries[:, None], each, *metadata, **OPTIONS)[0][:, 0]
+        for each in pages
     )
-    got = paged_decode_attention(queries, cache, *metadata, scale=setup.scale, implementation=implementation)
-    unavoidable = np.linalg.norm(best - want, axis=-1)
-    assert (unavoidable > 1e-3 * np.linalg.norm(want, axis=-1)).all()
-    assert (np.linalg.norm(np.asarray(got) - want, axis=-1) <= 1.1 * unavoidable).all()
+    got = paged_decode_attention(queries, cache, *metadata, scale=0.125, implementation=implementation)
+    check_error(got, want, best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_kernel_slowly
+def test_bfloat16_and_prompts_err_by_no_more_than_bfloat16_besides(
+    dtype: str, implementation: Implementation
+) -> None:
+    kv_lens, setup = (300, 30, 140, 17), Setup(query_dtype="bfloat16", cache_dtype=dtype)
+    batch = ragged_batch(setup, (150, 1, 33, 1), kv_lens)
+    queries, cache, *metadata = batch.arguments
+    pages = exact_and_rounded(setup, kv_lens, metadata[1], outliers=False)
+    want, best = (
+        ragged_reference.ragged_paged_attention(queries, each, *metadata, **OPTIONS)[0][batch.owned]
+        for each in pages
+    )
+    got = ragged_paged_attention(queries, cache, *metadata, scale=0.125, implementation=implementation)
+    check_error(got[batch.owned], want, best, besides=TOLERANCES["bfloat16"])

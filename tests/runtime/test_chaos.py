@@ -43,7 +43,7 @@ def small(model: Model, tokenizer: Any) -> Iterator[vSurge]:
 def test_random_callers_and_faults(
     small: vSurge, monkeypatch: pytest.MonkeyPatch, seed: int, count: int
 ) -> None:
-    alone = solo_runs(small, jobs(random.Random(seed), 60))
+    alone = solo_runs(small, jobs(random.Random(seed), 40))
     before = small.metrics
     chaos = Chaos(small, alone, seed, fault_rate=0.02)
     with monkeypatch.context() as patch, heard() as compilations:

@@ -141,7 +141,7 @@ def test_sequences_that_lose_their_pages_come_to_the_same_end(
     assert samples[0].num_preemptions == 0
 
 
-@pytest.mark.parametrize("decode_steps", [2, 5])
+@pytest.mark.parametrize("decode_steps", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_several_decode_steps_at_once_give_the_same_tokens(
     surge: vSurge, make_surge: Callable[..., vSurge], decode_steps: int
 ) -> None:

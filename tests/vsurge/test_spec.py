@@ -48,7 +48,7 @@ def script() -> dict[str, Any]:
 
     names = dict[str, Any]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blueprint, "MAX_PROGRAMS", 6)  # the usual 15 compile for a minute
+        patch.setattr(blueprint, "MAX_PROGRAMS", 4)  # the usual 15 compile for a minute
         exec(compile(until_results, "spec_script.py", "exec"), names)
     names["first"] = printed(lambda: asyncio.run(names["run_non_streaming"]()))
     for name, part in (("second", until_stream), ("third", awaiting)):

@@ -156,10 +156,21 @@ def sinks_ignored(patch: Patch) -> None:
 
 
 def all_units_begin(begins: bool) -> Callable[[Patch], None]:
-    def raise_to(f: Any, self: Any, highest: Any, flags: Any) -> Any:
-        return f(self, highest, [jnp.bool_(begins) for _ in flags])
+    def same(flags: Any) -> list[Any]:
+        return [jnp.bool_(begins) for _ in flags]
 
-    return lambda patch: changed(patch, kernel.Softmax, "raise_to", raise_to)
+    def raise_to(f: Any, self: Any, highest: Any, flags: Any) -> Any:
+        return f(self, highest, same(flags))
+
+    def add(f: Any, self: Any, *sums: Any) -> None:
+        *before, flags, sequences = sums
+        f(self, *before, same(flags), sequences)
+
+    def fault(patch: Patch) -> None:
+        changed(patch, kernel.Softmax, "raise_to", raise_to)
+        changed(patch, kernel.Softmax, "add", add)
+
+    return fault
 
 
 def heads_swapped(patch: Patch) -> None:

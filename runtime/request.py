@@ -29,6 +29,7 @@ class Request:
         prompt_ids: the prompt's tokens.
         params: how to sample, and when to end.
         stop_token_ids: tokens that end it: `params.stop_token_ids` and, unless ignored, end-of-sequence.
+        banned_token_ids: tokens that are not chosen before `params.min_tokens`.
         max_new_tokens: `params.max_tokens` and `max_length` together.
         seed: of its random numbers, 64 bits.
         channel, index: where its samples go, and which of the channel's prompts it is.
@@ -77,6 +78,7 @@ class Request:
     index: int
     detokenizer: Detokenizer | None
     group: Group = field(default_factory=lambda: Group())  # noqa: PLW0108
+    banned_token_ids: frozenset[int] = frozenset()
     decode: Callable[[int], str] | None = None
     bias: dict[int, float] = field(default_factory=dict[int, float])
     masks: Sequence[TokenMask] = ()

@@ -201,7 +201,7 @@ class Request:
             self.cumulative_logprob += logprobs.chosen
             if self.params.logprobs is not None:
                 self.logprobs.append(logprobs.of(token_id, self.params.logprobs, self.decode))
-        if self.masks and not self._advance_masks(token_id):
+        if self.masks and not self._masks_can(lambda mask: mask.advance(token_id)):
             return
         watched = self.watched
         if token_id in self.stop_token_ids:
@@ -217,11 +217,11 @@ class Request:
         elif num_generated >= self.max_new_tokens:
             self.finish("length")
 
-    def _advance_masks(self, token_id: int) -> bool:
-        """Whether they allow what comes after the token; if not, that has ended it."""
+    def _masks_can(self, do: Callable[[TokenMask], None]) -> bool:
+        """Whether all of them could do it; if not, that has ended it."""
         try:
             for mask in self.masks:
-                mask.advance(token_id)
+                do(mask)
         except MaskError as failure:
             self.failure = failure
             self.finish("abort")
@@ -231,7 +231,8 @@ class Request:
     def _end_without(self, token_id: int) -> None:
         """Ends it where a step gave `NO_TOKEN` or `NOT_FINITE`."""
         if token_id == NO_TOKEN:
-            self.finish("stop")
+            if self._masks_can(lambda mask: mask.check()):
+                self.finish("stop")
             return
         self.failure = LogitsError(
             f"the model's logits after {self.num_known} tokens hold NaN or infinity: its weights do, or "

@@ -41,6 +41,9 @@ class AnyToken:
 
     is_complete = False
 
+    def check(self) -> None:
+        pass
+
     def advance(self, token_id: int) -> None:
         pass
 

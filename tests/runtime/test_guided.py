@@ -179,16 +179,13 @@ def allowed_by(mask: GrammarMask) -> list[int]:
 
 @pytest.fixture
 def tight(surge: vSurge, monkeypatch: pytest.MonkeyPatch) -> Callable[[], GrammarMask]:
-    """Masks for JSON objects whose lexer gives up after a token or two; the engine's are such, too."""
-    matcher = llguidance.LLMatcher(
-        llguidance.hf.from_tokenizer(surge.processor, n_vocab=surge.model.config.vocab_size),
-        llguidance.LLMatcher.grammar_from_json_schema({"type": "object"}),
-        log_level=0,
-        limits=llguidance.LLParserLimits(step_lexer_fuel=300, step_max_items=20),
-    )
+    """Masks whose lexer gives up after a token or two; the engine's are such, too."""
+    tokenizer = llguidance.hf.from_tokenizer(surge.processor, n_vocab=surge.model.config.vocab_size)
+    grammar = llguidance.LLMatcher.grammar_from_regex("ab[a-z]{3,9}(x|[a-z ]{30,40})")
+    limits = llguidance.LLParserLimits(step_lexer_fuel=300, step_max_items=20)
 
     def mask(*_: Any) -> GrammarMask:
-        return GrammarMask(matcher.deep_copy())
+        return GrammarMask(llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits))
 
     monkeypatch.setattr(Grammars, "mask", mask)
     return mask
@@ -196,11 +193,11 @@ def tight(surge: vSurge, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Gramma
 
 def test_a_mask_that_cannot_be_found_out_is_no_end_of_the_text(tight: Callable[[], GrammarMask]) -> None:
     mask = tight()
-    for _ in range(2):
+    while len(allowed := allowed_by(mask)) > 1:  # it may begin with "a" or "ab"
         mask.check()
-        mask.advance(allowed_by(mask)[0])
-    [end] = allowed_by(mask)
+        mask.advance(allowed[0])
     assert mask.is_complete
+    [end] = allowed
     with pytest.raises(MaskError, match=r"guided_decoding: cannot find out which .*: lexer error: too many"):
         mask.advance(end)
     with pytest.raises(MaskError):
@@ -214,7 +211,7 @@ def test_a_mask_that_cannot_be_found_out_fails_its_own_request_only(
     del tight
     alone = one(surge, STORY)
     neighbour = surge.generate(STORY, GREEDY)
-    params = replace(FREE, min_tokens=min_tokens, guided_decoding={"json_object": True})
+    params = replace(FREE, seed=0, min_tokens=min_tokens, guided_decoding={"json_object": True})
     with pytest.raises(StepFailed, match="guided_decoding: cannot find out which tokens may come next"):
         surge.generate(CAPITAL, params).result(TIMEOUT_S)
     assert neighbour.result(TIMEOUT_S)[0].token_ids == alone.token_ids

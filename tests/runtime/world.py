@@ -260,6 +260,8 @@ class World:
         # Of those that run, the one whose turn is first is never stopped; so each needs these steps at most.
         left = sum(len(r.prompt_ids) + 2 * r.max_new_tokens for r in self.scheduler.unfinished())
         for _ in range((self.lag + 1) * left + self.lag + 1):
+            if not self.scheduler.has_work and not self.on_device:
+                break
             self.step()
         assert not self.scheduler.has_work
         self.check_the_end()

@@ -17,7 +17,11 @@ class EngineFailed(EngineError):
 
 
 class StepFailed(EngineError):
-    """An exception in a step that the request was part of; `__cause__` holds it. The engine goes on."""
+    """An exception in a step that a prompt of the call was part of; `__cause__` holds it. The engine goes on.
+
+    All of the call fails with that prompt, also prompts that were in no such step and those that had ended,
+    whose samples can no longer be read. Make calls of their own to keep prompts apart.
+    """
 
 
 class QueueFull(EngineError):

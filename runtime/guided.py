@@ -133,10 +133,20 @@ class GrammarMask:
     def is_complete(self) -> bool:
         return self._matcher.is_stopped()
 
+    def check(self) -> None:
+        # It has failed in `restrict`, which cannot say so: the step's other requests would fail with this
+        # one. It calls itself stopped then, and allows the end alone.
+        if self._matcher.is_error():
+            raise self._error("cannot find out which tokens may come next")
+
     def advance(self, token_id: int) -> None:
+        self.check()
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
-            reason = str(self._matcher.get_error()).partition("\n<state>")[0][:MOST_CHARACTERS]
-            raise MaskError(f"guided_decoding: cannot go on after token {token_id}: {reason}")
+            raise self._error(f"cannot go on after token {token_id}")
+
+    def _error(self, what: str) -> MaskError:
+        reason = str(self._matcher.get_error()).partition("\n<state>")[0][:MOST_CHARACTERS]
+        return MaskError(f"guided_decoding: {what}: {reason}")
 
     def restrict(self, words: Words) -> None:
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)

@@ -41,7 +41,8 @@ class Loop:
     """Runs requests. The scheduler and the executor belong to the thread that is in `run`.
 
     A step is dispatched before the tokens of the one before it are read, so that the device does not wait for
-    Python. An exception in a step fails the requests of that step. Any other reaches every caller that waits.
+    Python. An exception in a step fails the requests of that step and those of the same calls. Any other
+    reaches every caller that waits.
 
     In a profiler's trace each step is a `vsurge.step` with its number, and in it lie `vsurge.plan`,
     `vsurge.inputs` and `vsurge.dispatch` of that step, and `vsurge.read`, `vsurge.commit` and

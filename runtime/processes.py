@@ -222,7 +222,8 @@ class Processes:
 def join_processes(coordinator: str, *, process_id: int, num_processes: int) -> Processes:
     """Makes this process one of several that run an engine together; each calls it, before it uses a device.
 
-    Returns once all are there. Afterwards `jax.devices()` are those of all processes.
+    Returns once all are there. Afterwards `jax.devices()` are those of all processes. Where one is lost or
+    stalls, all the others end at once, process 0 and whatever else it does among them (see `Processes`).
 
     Args:
         coordinator: "HOST:PORT", where process 0 can be reached by the others; the port must be free there.

@@ -29,6 +29,7 @@ class Request:
         prompt_ids: the prompt's tokens.
         params: how to sample, and when to end.
         stop_token_ids: tokens that end it: `params.stop_token_ids` and, unless ignored, end-of-sequence.
+        banned_token_ids: tokens that are not chosen before `params.min_tokens`.
         max_new_tokens: `params.max_tokens` and `max_length` together.
         seed: of its random numbers, 64 bits.
         channel, index: where its samples go, and which of the channel's prompts it is.
@@ -77,6 +78,7 @@ class Request:
     index: int
     detokenizer: Detokenizer | None
     group: Group = field(default_factory=lambda: Group())  # noqa: PLW0108
+    banned_token_ids: frozenset[int] = frozenset()
     decode: Callable[[int], str] | None = None
     bias: dict[int, float] = field(default_factory=dict[int, float])
     masks: Sequence[TokenMask] = ()
@@ -199,7 +201,7 @@ class Request:
             self.cumulative_logprob += logprobs.chosen
             if self.params.logprobs is not None:
                 self.logprobs.append(logprobs.of(token_id, self.params.logprobs, self.decode))
-        if self.masks and not self._advance_masks(token_id):
+        if self.masks and not self._masks_can(lambda mask: mask.advance(token_id)):
             return
         watched = self.watched
         if token_id in self.stop_token_ids:
@@ -215,11 +217,11 @@ class Request:
         elif num_generated >= self.max_new_tokens:
             self.finish("length")
 
-    def _advance_masks(self, token_id: int) -> bool:
-        """Whether they allow what comes after the token; if not, that has ended it."""
+    def _masks_can(self, do: Callable[[TokenMask], None]) -> bool:
+        """Whether all of them could do it; if not, that has ended it."""
         try:
             for mask in self.masks:
-                mask.advance(token_id)
+                do(mask)
         except MaskError as failure:
             self.failure = failure
             self.finish("abort")
@@ -229,7 +231,8 @@ class Request:
     def _end_without(self, token_id: int) -> None:
         """Ends it where a step gave `NO_TOKEN` or `NOT_FINITE`."""
         if token_id == NO_TOKEN:
-            self.finish("stop")
+            if self._masks_can(lambda mask: mask.check()):
+                self.finish("stop")
             return
         self.failure = LogitsError(
             f"the model's logits after {self.num_known} tokens hold NaN or infinity: its weights do, or "

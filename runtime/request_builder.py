@@ -109,7 +109,7 @@ class RequestBuilder:
         group: Group,
     ) -> list[Request]:
         """The requests of one prompt."""
-        stop_token_ids = self._stop_token_ids(params)
+        stop_token_ids, banned_token_ids = self._ending_tokens(params)
         max_new_tokens = self._max_new_tokens(index, ids, params)
         banned = self._bad_words(params)
         bias = self._bias(params, banned)
@@ -128,6 +128,7 @@ class RequestBuilder:
                 prompt_ids=ids,
                 params=params,
                 stop_token_ids=stop_token_ids,
+                banned_token_ids=banned_token_ids,
                 max_new_tokens=max_new_tokens,
                 seed=self.draw_seed() if seed is None else (seed + i) & MAX_SEED,
                 channel=channel,
@@ -143,17 +144,19 @@ class RequestBuilder:
             for i in range(params.num_completions)
         ]
 
-    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+    def _ending_tokens(self, params: SamplingParams) -> tuple[frozenset[int], frozenset[int]]:
+        """The tokens that end a completion, and those that must not come before `min_tokens`: end-of-sequence
+        tokens also where they would end nothing."""
         check_vocabulary("stop_token_ids", params.stop_token_ids or (), self._vocab_size)
         stop_token_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_token_ids |= set(self._options.eos_token_ids)
-        if params.min_tokens and len(stop_token_ids) > MAX_BANNED:
+        either = stop_token_ids.union(self._options.eos_token_ids)
+        if params.min_tokens and len(either) > MAX_BANNED:
             raise ValueError(
-                f"stop_token_ids: {len(stop_token_ids)} with the end-of-sequence tokens, with min_tokens at "
-                f"most {MAX_BANNED} are supported"
+                f"stop_token_ids: {len(either)} with the end-of-sequence tokens, with min_tokens at most "
+                f"{MAX_BANNED} are supported"
             )
-        return stop_token_ids
+        banned = either if params.min_tokens else frozenset[int]()
+        return stop_token_ids if params.ignore_eos else either, banned
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """The tokens of `bad_words`, at the beginning of a text and behind a space."""

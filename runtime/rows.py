@@ -113,8 +113,7 @@ class Rows:
         self._top_p[row], self._min_p[row] = params.top_p, params.min_p
         self._seed[row] = request.seed >> 32, request.seed & 0xFFFFFFFF
         self._banned[row] = -1
-        if params.min_tokens:
-            self._banned[row, : len(request.stop_token_ids)] = sorted(request.stop_token_ids)
+        self._banned[row, : len(request.banned_token_ids)] = sorted(request.banned_token_ids)
         self._banned_before[row] = min(len(request.prompt_ids) + params.min_tokens, LARGEST_INT)
         self._presence[row], self._frequency[row] = params.presence_penalty, params.frequency_penalty
         self._repetition[row] = min(params.repetition_penalty, LARGEST_FLOAT)

@@ -197,7 +197,9 @@ class vSurge(LifeCycle):
 
         Returns:
             A `Generation`: await it, iterate over it (with or without `async`), or call its `result()`.
-            Dropping it aborts what is unfinished.
+            Dropping it aborts what is unfinished. An exception in a step (`StepFailed`) fails the prompts of
+            that step, and with them the other prompts of the same call, finished ones too; make calls of
+            their own to keep them apart.
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot work; the message says which and why.

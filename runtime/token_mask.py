@@ -24,11 +24,19 @@ class TokenMask(Protocol):
         """Whether nothing may follow."""
         ...
 
+    def check(self) -> None:
+        """To be asked where a step has found no token under the mask.
+
+        Raises:
+            MaskError: what `restrict` left is wrong.
+        """
+        ...
+
     def advance(self, token_id: int) -> None:
         """Takes the token that was generated.
 
         Raises:
-            MaskError: what may follow it cannot be found out.
+            MaskError: what may follow it cannot be found out, or what `restrict` left was wrong.
         """
         ...
 
@@ -50,6 +58,9 @@ class BadWords:
         self._sequences = [tuple(sequence) for sequence in sequences]
         self._longest = max(map(len, self._sequences)) - 1
         self._recent: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        pass
 
     def advance(self, token_id: int) -> None:
         self._recent = (*self._recent, token_id)[-self._longest :]

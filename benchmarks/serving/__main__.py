@@ -11,7 +11,8 @@ On random weights of a published shape:
 And on the demo checkpoint, where the model hardly counts:
 
 - the Python of the engine's thread per step of 64 requests;
-- a soak of short requests (aborts among them), and the memory of the process during it.
+- a soak of short requests (aborts, stop strings, log-probabilities and schemas among them), and the memory of
+  the process during it.
 
 Prints a table, and writes JSON with every sample.
 """
@@ -75,10 +76,11 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
         ))  # fmt: skip
     if sampling := result.get("sampling_step"):
         step = median(result["decode_step"]["step_s"])
+        goal = "<= 10 %" if result["machine"]["accelerator"] is None else "<= 5 %"
         for name in ("greedy", "drawn", "qwen3_default", "shaped", "logprobs", "everything"):
             seconds = median(sampling[f"{name}_s"])
             rows.append((
-                f"sampling at batch {sampling['batch']}: {name}", f"{100 * seconds / step:.1f} %", "<= 10 %",
+                f"sampling at batch {sampling['batch']}: {name}", f"{100 * seconds / step:.1f} %", goal,
                 f"{1e3 * seconds:.1f} ms of a step of {1e3 * step:.0f} ms",
             ))  # fmt: skip
     if host := result.get("host_time"):
@@ -120,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = random_model(options.model, seed=0)
     measured: dict[str, Callable[[], Any]] = {
         "host_time": lambda: host_time(small, tokenizer, 200),
-        "soak": lambda: soak(small, options.requests),
+        "soak": lambda: soak(small, tokenizer, options.requests),
         "sampling_step": lambda: sampling_step(model, 20),
         "decode_step": lambda: decode_step(model, 40),
         "idle_while_decoding": lambda: idle_while_decoding(model, options.turns),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from typing import Any
 
@@ -137,6 +138,64 @@ def test_only_text_that_may_begin_a_stop_string_is_held_back(
     texts, stopped = stream(detokenizer, ids)
     assert texts == ["x", "x", "x", "xENx", "xENx", "xENx", "xENx"]
     assert stopped
+
+
+class CountedText(io.StringIO):
+    """Counts the characters that are written and read."""
+
+    num_handled = 0
+
+    def write(self, text: str) -> int:
+        self.num_handled += len(text)
+        return super().write(text)
+
+    def getvalue(self) -> str:
+        self.num_handled += self.tell()
+        return super().getvalue()
+
+
+class CountedBytes(TokenBytes):
+    """Counts the tokens that are looked up."""
+
+    num_handled = 0
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._inner = token_bytes
+
+    def of(self, token_id: int) -> bytes:
+        self.num_handled += 1
+        return self._inner.of(token_id)
+
+    def texts(self, *, skip_special_tokens: bool) -> Any:
+        counted, texts = self, self._inner.texts(skip_special_tokens=skip_special_tokens)
+
+        class Counted(dict[int, str | None]):
+            def __getitem__(self, token_id: int) -> str | None:
+                counted.num_handled += 1
+                return texts[token_id]
+
+        return Counted()
+
+
+@pytest.mark.parametrize("stop", [(), ("END", "東京にて")])
+def test_a_token_costs_the_same_however_long_the_text_before_it_is(
+    token_bytes: TokenBytes, byte_tokens: dict[bytes, int], stop: tuple[str, ...]
+) -> None:
+    raw = TEXT.encode()
+    ids = [byte_tokens[raw[i : i + 1]] for i in range(len(raw))]
+    tokens, text = CountedBytes(token_bytes), CountedText()
+    detokenizer = Detokenizer(tokens, skip_special_tokens=True, stop=stop, include_stop=False)
+    detokenizer._text = text
+    costs: list[int] = []
+    for _ in range(50):  # times the same, so the first one tells what each of them may cost
+        before = tokens.num_handled + text.num_handled
+        for token_id in ids:
+            detokenizer.add(token_id, may_stop=True)
+        costs.append(tokens.num_handled + text.num_handled - before)
+    detokenizer.finish()
+    assert detokenizer.text == TEXT * 50
+    assert set(costs) == {costs[0]}
+    assert costs[0] <= 3 * len(ids)  # its text, its bytes, and a character
 
 
 def test_an_added_token_with_a_space_in_it_is_text(demo_path: Any) -> None:

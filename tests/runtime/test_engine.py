@@ -24,6 +24,7 @@ from vsurge.runtime.step_plan import StepPlan
 from .chunks import output_index
 from .compilations import heard
 from .greedy import CAPITAL, GREEDY, STORY, one
+from .kinds import KINDS
 from .scripted import TIMEOUT_S, pool_of
 
 PROMPTS = [
@@ -48,9 +49,11 @@ def test_the_listener_below_does_hear_compilations(compilations: list[str]) -> N
 
 
 def test_nothing_is_compiled_while_serving(surge: vSurge, compilations: list[str]) -> None:
-    rng = random.Random(0)
+    rng, num_preemptions = random.Random(0), surge.metrics.num_preemptions
+    kinds = [*KINDS, {"n": 2, "temperature": 0.9}, {"n": 2, "best_of": 3, "temperature": 1.2, "logprobs": 0}]
+    rng.shuffle(kinds)
     generations = []
-    for _ in range(60):
+    for i in range(60):
         params = SamplingParams(
             max_tokens=rng.randint(1, 20),
             min_tokens=rng.choice([0, 1]),
@@ -62,6 +65,8 @@ def test_nothing_is_compiled_while_serving(surge: vSurge, compilations: list[str
             stop=rng.choice([None, "the"]),
             ignore_eos=rng.random() < 0.5,
         )
+        if rng.random() < 0.7:
+            params = replace(params, **({"max_tokens": 24} | kinds[i % len(kinds)]))
         prompts = [[rng.randrange(1500)] * rng.randint(1, 100) for _ in range(rng.randint(1, 3))]
         generations.append(surge.generate(prompts, params))
         if rng.random() < 0.3:
@@ -70,6 +75,7 @@ def test_nothing_is_compiled_while_serving(surge: vSurge, compilations: list[str
             generations[-1].result(TIMEOUT_S)
     for generation in generations:
         generation.result(TIMEOUT_S)
+    assert surge.metrics.num_preemptions > num_preemptions
     assert compilations == []
 
 

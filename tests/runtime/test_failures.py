@@ -15,7 +15,7 @@ from vsurge.runtime import EngineFailed, EngineStopped, OutOfMemory, SamplingPar
 from vsurge.runtime.detokenizer import Detokenizer
 from vsurge.runtime.request import NOT_FINITE, LogitsError
 
-from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, counting_script, tokens_of
+from .scripted import LONG, SHORT, TIMEOUT_S, Scripted, check_it_serves, counting_script, run, tokens_of
 
 
 def all_ways_to_wait(scripted: Scripted, pool: ThreadPoolExecutor) -> list[Future[Any]]:
@@ -106,14 +106,26 @@ def test_who_joined_after_the_step_that_fails_begins_anew_unharmed(scripted: Scr
     check_it_serves(scripted)
 
 
-def test_one_request_of_a_call_fails_the_whole_call(make_scripted: Callable[..., Scripted]) -> None:
+def test_a_failed_step_fails_the_whole_call_of_each_of_its_prompts_and_no_other_call(
+    make_scripted: Callable[..., Scripted],
+) -> None:
     scripted = make_scripted(rows=1)
     scripted.surge.start()
-    scripted.executor.fails[2] = ZeroDivisionError()
-    with pytest.raises(StepFailed):
-        scripted.surge.generate([[1], [2], [3]], SHORT).result(TIMEOUT_S)
+    executor = scripted.executor
+    executor.fails[5] = ZeroDivisionError()  # the second one of the second prompt
+    executor.hold()
+    call = scripted.surge.generate([[1], [2], [3]], SHORT)
+    other = scripted.surge.generate([4], SHORT)
+    executor.let(3)
+    executor.wait_until_held()  # in the first step of the second prompt: the first prompt has ended
+    assert [sample.finish_reason for sample in next(iter(call))] == ["length", None, None]
+    executor.let(None)
+    for wait in (lambda: call.result(TIMEOUT_S), lambda: list(call), lambda: run(call._wait())):
+        with pytest.raises(StepFailed):
+            wait()
+    assert other.result(TIMEOUT_S)[0].token_ids == tokens_of([4], 3)
     check_it_serves(scripted)
-    assert scripted.executor.num_steps == 2 + 3
+    assert [prompt[0] for prompt in executor.prompts] == [1, 2, 4, 9]  # the third prompt never ran
 
 
 def test_logits_that_are_no_numbers_fail_their_own_request_only(scripted: Scripted) -> None:

@@ -6,13 +6,19 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jsonschema
+import llguidance
+import llguidance.hf
+import numpy as np
 import pytest
 
 from vsurge.runtime import GuidedDecodingParams, SamplingParams, StepFailed, vSurge
+from vsurge.runtime.guided import GrammarMask, Grammars
+from vsurge.runtime.token_mask import MaskError
 
 from .greedy import CAPITAL, GREEDY, STORY, one
 from .scripted import TIMEOUT_S
@@ -162,6 +168,53 @@ def test_a_grammar_that_becomes_too_large_fails_its_own_request_only(surge: vSur
     assert neighbour.result(TIMEOUT_S)[0].token_ids == alone.token_ids
     assert surge.metrics.num_failed == failed + 2
     assert surge.metrics.num_pages_used == 0
+
+
+def allowed_by(mask: GrammarMask) -> list[int]:
+    """The tokens that may come next."""
+    words = np.full(48, 0xFFFFFFFF, np.uint32)
+    mask.restrict(words)
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+
+
+@pytest.fixture
+def tight(surge: vSurge, monkeypatch: pytest.MonkeyPatch) -> Callable[[], GrammarMask]:
+    """Masks whose lexer gives up after a token or two; the engine's are such, too."""
+    tokenizer = llguidance.hf.from_tokenizer(surge.processor, n_vocab=surge.model.config.vocab_size)
+    grammar = llguidance.LLMatcher.grammar_from_regex("ab[a-z]{3,9}(x|[a-z ]{30,40})")
+    limits = llguidance.LLParserLimits(step_lexer_fuel=300, step_max_items=20)
+
+    def mask(*_: Any) -> GrammarMask:
+        return GrammarMask(llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits))
+
+    monkeypatch.setattr(Grammars, "mask", mask)
+    return mask
+
+
+def test_a_mask_that_cannot_be_found_out_is_no_end_of_the_text(tight: Callable[[], GrammarMask]) -> None:
+    mask = tight()
+    while len(allowed := allowed_by(mask)) > 1:  # it may begin with "a" or "ab"
+        mask.check()
+        mask.advance(allowed[0])
+    assert mask.is_complete
+    [end] = allowed
+    with pytest.raises(MaskError, match=r"guided_decoding: cannot find out which .*: lexer error: too many"):
+        mask.advance(end)
+    with pytest.raises(MaskError):
+        mask.check()
+
+
+@pytest.mark.parametrize("min_tokens", [0, 20])  # with which not even the end may come
+def test_a_mask_that_cannot_be_found_out_fails_its_own_request_only(
+    surge: vSurge, tight: Callable[[], GrammarMask], min_tokens: int
+) -> None:
+    del tight
+    alone = one(surge, STORY)
+    neighbour = surge.generate(STORY, GREEDY)
+    params = replace(FREE, seed=0, min_tokens=min_tokens, guided_decoding={"json_object": True})
+    with pytest.raises(StepFailed, match="guided_decoding: cannot find out which tokens may come next"):
+        surge.generate(CAPITAL, params).result(TIMEOUT_S)
+    assert neighbour.result(TIMEOUT_S)[0].token_ids == alone.token_ids
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,14 @@ def test_min_tokens_forbids_ending_tokens_and_stop_strings_until_then(surge: vSu
     assert one(surge, CAPITAL, stop="capital", min_tokens=stopped.num_generated_tokens).text != stopped.text
 
 
+def test_min_tokens_forbids_end_of_sequence_tokens_also_where_they_would_end_nothing(surge: vSurge) -> None:
+    ignored = one(surge, CAPITAL, max_tokens=60)
+    [place, *_] = [i for i, token_id in enumerate(ignored.token_ids) if token_id in surge.eos_token_ids]
+    longer = one(surge, CAPITAL, max_tokens=60, min_tokens=place + 5)
+    assert not set(longer.token_ids[: place + 5]) & set(surge.eos_token_ids)
+    assert one(surge, CAPITAL, max_tokens=60, min_tokens=place).token_ids == ignored.token_ids
+
+
 @pytest.mark.parametrize("stop", [None, "what does not come"])
 def test_stop_token_ids_end_and_their_text_is_left_out_unless_included(
     surge: vSurge, stop: str | None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 
 from .world import World
 
-EXAMPLES = int(os.environ.get("VSURGE_FUZZ_EXAMPLES", "600"))  # of some 170 steps each
+STEPS = int(os.environ.get("VSURGE_FUZZ_STEPS", "100_000"))  # that have a plan; an example has some 300
+EXAMPLES = 100  # at a time, until there have been so many steps
+Action = tuple[Any, ...]
 
 
 def prompt_of(family: int, shared: int, own: int, index: int) -> list[int]:
@@ -29,56 +33,90 @@ actions = st.one_of(
     st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("abort"), st.integers(0, 1000)),
     st.tuples(st.just("fault")),
+    st.tuples(st.just("many"), st.integers(0, 2**32), st.integers(1, 200)),
 )  # fmt: skip
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(
-    st.integers(1, 24), st.integers(1, 6), st.integers(1, 24), st.integers(1, 6), st.integers(1, 24),
-    st.integers(0, 2), st.integers(1, 4), st.booleans(), st.sampled_from([1, 1, 2, 3]),
-    st.lists(actions, min_size=20, max_size=80),
-)  # fmt: skip
-def test_every_request_ends_once_and_the_books_balance_after_every_step(
-    num_pages: int,
-    rows: int,
-    budget: int,
-    prompts: int,
-    prefill_length: int,
-    lag: int,
-    decode_steps: int,
-    prefix_caching: bool,
-    replicas: int,
-    todo: list[tuple[Any, ...]],
-) -> None:
-    world = World(
-        replicas=replicas,
-        num_pages=num_pages,
-        rows=rows,
-        budget=budget,
-        prompts=prompts,
-        prefill_length=prefill_length,
-        lag=lag,
-        decode_steps=decode_steps,
-        prefix_caching=prefix_caching,
-        priority_places=10,
-    )
-    for action, *values in todo:
-        if action == "submit":
-            family, shared, own, new, stop_after, priority, masked, scored = values
-            prompt = prompt_of(family, shared, own, len(world.requests) % 3)
-            world.submit(prompt, new, stop_after, priority, masked=masked, scored=scored)
-        elif action == "continue":
-            world.continue_chat(*values)
-        elif action == "abort":
-            world.abort(*values)
-        elif action == "fault":
-            world.fault()
-        else:
-            for _ in range(values[0]):
-                world.step()
-    world.run_to_the_end()
-    if not prefix_caching:
-        assert sum(pool.num_cached for pool in world.pools) == world.scheduler.num_cached_tokens == 0
+def many_actions(seed: int, count: int) -> list[Action]:
+    """Such as those above; they are drawn in a hundredth of the time, and shrink in their number only."""
+    rng = random.Random(seed)
+    drawn: list[Callable[[], Action]] = [
+        lambda: (
+            "submit", rng.randint(1, 3), rng.randint(0, 20), rng.randint(1, 12), rng.randint(1, 12),
+            rng.randint(0, 14), rng.randint(-2, 2), rng.random() < 1 / 3, rng.random() < 1 / 3,
+        ),
+        lambda: ("continue", rng.randint(0, 1000), rng.randint(1, 8)),
+        lambda: ("step", rng.randint(1, 6)),
+        lambda: ("abort", rng.randint(0, 1000)),
+        lambda: ("fault",),
+    ]  # fmt: skip
+    return [rng.choices(drawn, [4, 1, 5, 1, 0.2])[0]() for _ in range(count)]
+
+
+def do(world: World, action: str, *values: Any) -> None:
+    if action == "submit":
+        family, shared, own, new, stop_after, priority, masked, scored = values
+        prompt = prompt_of(family, shared, own, len(world.requests) % 3)
+        world.submit(prompt, new, stop_after, priority, masked=masked, scored=scored)
+    elif action == "continue":
+        world.continue_chat(*values)
+    elif action == "abort":
+        world.abort(*values)
+    elif action == "fault":
+        world.fault()
+    elif action == "many":
+        for each in many_actions(*values):
+            do(world, *each)
+    else:
+        for _ in range(values[0]):
+            world.step()
+
+
+def test_every_request_ends_once_and_the_books_balance_after_every_step() -> None:
+    num_steps = 0
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(
+        st.integers(1, 24), st.integers(1, 6), st.integers(1, 24), st.integers(1, 6), st.integers(1, 24),
+        st.integers(0, 2), st.integers(1, 4), st.booleans(), st.sampled_from([1, 1, 2, 3]),
+        st.lists(actions, min_size=8, max_size=40),
+    )  # fmt: skip
+    def in_any_world(
+        num_pages: int,
+        rows: int,
+        budget: int,
+        prompts: int,
+        prefill_length: int,
+        lag: int,
+        decode_steps: int,
+        prefix_caching: bool,
+        replicas: int,
+        todo: list[Action],
+    ) -> None:
+        nonlocal num_steps
+        world = World(
+            replicas=replicas,
+            num_pages=num_pages,
+            rows=rows,
+            budget=budget,
+            prompts=prompts,
+            prefill_length=prefill_length,
+            lag=lag,
+            decode_steps=decode_steps,
+            prefix_caching=prefix_caching,
+            priority_places=10,
+        )
+        for action in todo:
+            do(world, *action)
+        world.run_to_the_end()
+        num_steps += world.num_steps
+        if not prefix_caching:
+            assert sum(pool.num_cached for pool in world.pools) == world.scheduler.num_cached_tokens == 0
+
+    for _ in range(STEPS // (50 * EXAMPLES) + 1):  # an example that plans less than 50 would test little
+        if num_steps < STEPS:
+            in_any_world()
+    assert num_steps >= STEPS
 
 
 def test_a_long_prompt_is_fed_beside_the_decodes_of_others() -> None:

@@ -13,9 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vsurge.model import Model
 from vsurge.runtime import SamplingParams, vSurge
+from vsurge.runtime.step import StepOutput
+from vsurge.runtime.step_plan import StepPlan
 
 from .greedy import CAPITAL, GREEDY, STORY, one
+from .kinds import KINDS
 from .scripted import TIMEOUT_S
 
 Logits = Callable[[list[int]], np.ndarray]
@@ -160,19 +164,9 @@ def test_spaces_between_special_tokens_are_those_of_the_tokenizer(surge: vSurge)
         assert sample.text.count("<|") == 4
 
 
-KINDS: list[dict[str, Any]] = [
-    {}, {"temperature": 1.5, "seed": 3}, {"repetition_penalty": 1.3, "temperature": 0.8, "seed": 9},
-    {"frequency_penalty": 0.7}, {"presence_penalty": 1.1, "temperature": 2.0, "seed": 1, "top_k": 20},
-    {"logit_bias": {300: 3.0, 65: -9.0}}, {"allowed_token_ids": list(range(200, 900))},
-    {"bad_words": ["the", "is a"]},
-    {"guided_decoding": {"regex": "[a-z ]{30,40}"}, "seed": 5, "temperature": 1.0},
-    {"logprobs": 2, "temperature": 1.0, "seed": 2, "top_p": 0.9}, {"prompt_logprobs": 1},
-    {"min_tokens": 12, "ignore_eos": False},
-]  # fmt: skip
-
-
 def test_no_parameter_of_a_neighbour_changes_a_token(surge: vSurge) -> None:
-    """Alone, in a full batch, in another order, without its pages for a while, and found in the cache.
+    """Alone, among those that have four rows, in another order, without its pages for a while, and found in
+    the cache.
 
     In float32 the demo checkpoint has no near-ties for the rounding of other batch sizes to decide.
     """
@@ -188,3 +182,28 @@ def test_no_parameter_of_a_neighbour_changes_a_token(surge: vSurge) -> None:
         preemptions += sum(sample.num_preemptions for sample in samples)
         assert [sample.token_ids for sample in samples] == [alone[i] for i in order]
     assert preemptions > 0
+
+
+def test_no_parameter_changes_a_token_in_a_batch_of_16(
+    model: Model, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surge = vSurge.from_model(
+        model, tokenizer, max_concurrent_decodes=16, max_concurrent_prefill=16, prefill_lengths=(64,),
+        max_length=112, page_size=16, num_pages=16 * 7, verbose=False,
+    )  # fmt: skip
+    prompts = [[7 + i, *tokenizer.encode(STORY if i % 2 else CAPITAL), 30 + i] * 2 for i in range(16)]
+    params = [replace(GREEDY, max_tokens=40, **KINDS[i % len(KINDS)]) for i in range(16)]
+    run, sizes = surge._executor.run, list[int]()
+
+    def noting(plan: StepPlan) -> StepOutput:
+        sizes.append(len(plan.chunks))
+        return run(plan)
+
+    monkeypatch.setattr(surge._executor, "run", noting)
+    with surge:
+        alone = [one(surge, prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        assert set(sizes) == {1}
+        together = surge.generate(prompts, params).result(2 * TIMEOUT_S)
+    assert max(sizes) == 16
+    assert [sample.token_ids for sample in together] == [sample.token_ids for sample in alone]
+    assert [sample.finish_reason for sample in together] == [sample.finish_reason for sample in alone]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from vsurge.runtime.channel import Channel
@@ -32,6 +34,12 @@ def tokens_of(request: Request) -> list[int]:
     return [*request.prompt_ids, *(token_of(request, i) for i in range(request.max_new_tokens))]
 
 
+@cache
+def params_of(max_tokens: int, scored: bool) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
+
+
+@cache
 def likelihood_of(token_id: int) -> TokenLogprobs:
     return TokenLogprobs(-float(token_id), 1, (), ())
 
@@ -40,6 +48,9 @@ class AnyToken:
     """A mask that forbids nothing; who has one can only go on from known tokens."""
 
     is_complete = False
+
+    def check(self) -> None:
+        pass
 
     def advance(self, token_id: int) -> None:
         pass
@@ -86,8 +97,9 @@ class World:
         self.ended: list[int] = []
         self.failed: set[int] = set()
         self.computed: dict[int, int] = {}
-        # (replica, page, offset) -> all tokens up to this one, hashed
-        self.content: dict[tuple[int, int, int], bytes] = {}
+        # Of each replica: (page, offset) -> all tokens up to this one, hashed
+        self.content: list[dict[tuple[int, int], bytes]] = [{} for _ in range(replicas)]
+        self.keys: list[list[bytes]] = []  # what should stand there, of each request
         self.num_steps = 0
 
     def submit(
@@ -102,7 +114,7 @@ class World:
     ) -> Request | None:
         request = Request(
             prompt_ids=prompt_ids,
-            params=SamplingParams(max_tokens=max_new_tokens, prompt_logprobs=0 if scored else None),
+            params=params_of(max_new_tokens, scored),
             stop_token_ids=frozenset([STOP_TOKEN]),
             max_new_tokens=max_new_tokens,
             seed=stop_after,
@@ -115,6 +127,8 @@ class World:
         if self.pool.pages_for(request.max_tokens_in_cache) > self.pool.num_pages:
             return None  # refused at the door
         self.requests.append(request)
+        hashed = accumulate(tokens_of(request), lambda key, token: chained(key, [token]), initial=b"")
+        self.keys.append(list(hashed)[1:])
         self.scheduler.add(request)
         return request
 
@@ -143,7 +157,8 @@ class World:
                 if self.scheduler.abort(chunk.request):
                     self.ended.append(chunk.request.index)
             self.scheduler.recompute()
-            self.content.clear()
+            for content in self.content:
+                content.clear()
             self.computed.clear()
             self.check()
 
@@ -151,9 +166,9 @@ class World:
         before = {r.index: r.num_preemptions for r in self.scheduler.running}
         may_decode = [r for r in self.scheduler.running if r.can_decode and not (r.masks and r.num_pending)]
         plan = self.scheduler.plan()
-        for request in self.requests:
-            if request.num_preemptions != before.get(request.index, request.num_preemptions):
-                self.computed.pop(request.index)
+        for index, num_preemptions in before.items():
+            if self.requests[index].num_preemptions != num_preemptions:
+                self.computed.pop(index)
         if plan is not None:
             self.num_steps += 1
             assert plan.chunks
@@ -222,18 +237,15 @@ class World:
     def run(self, plan: StepPlan) -> None:
         """Writes a step's tokens, then reads for each what it sees, as a model would."""
         for chunk in plan.chunks:
-            tokens, key = tokens_of(chunk.request), b""
-            for position in range(chunk.start + chunk.length):
-                key = chained(key, [tokens[position]])
-                if position >= max(chunk.start, chunk.request.num_found):
-                    page, offset = divmod(position, PAGE_SIZE)
-                    self.content[chunk.request.replica, chunk.request.pages[page], offset] = key
+            request, end = chunk.request, chunk.start + chunk.length
+            keys, content = self.keys[request.index], self.content[request.replica]
+            for position in range(max(chunk.start, request.num_found), end):
+                content[request.pages[position // PAGE_SIZE], position % PAGE_SIZE] = keys[position]
         for chunk in plan.chunks:
-            tokens, key = tokens_of(chunk.request), b""
-            for position in range(chunk.start + chunk.length):
-                key = chained(key, [tokens[position]])
-                page, offset = divmod(position, PAGE_SIZE)
-                assert self.content[chunk.request.replica, chunk.request.pages[page], offset] == key
+            request, end = chunk.request, chunk.start + chunk.length
+            content = self.content[request.replica]
+            slots = [(page, offset) for page in request.pages for offset in range(PAGE_SIZE)]
+            assert [content[slot] for slot in slots[:end]] == self.keys[request.index][:end]
 
     def check_order(self, ran: set[int]) -> None:
         """Whoever was admitted came before all who still wait."""
@@ -257,6 +269,8 @@ class World:
         # Of those that run, the one whose turn is first is never stopped; so each needs these steps at most.
         left = sum(len(r.prompt_ids) + 2 * r.max_new_tokens for r in self.scheduler.unfinished())
         for _ in range((self.lag + 1) * left + self.lag + 1):
+            if not self.scheduler.has_work and not self.on_device:
+                break
             self.step()
         assert not self.scheduler.has_work
         self.check_the_end()

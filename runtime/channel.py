@@ -126,8 +126,8 @@ class Channel:
 
     __slots__ = (
         "_changed",
-        "_failed_as",
         "_failure",
+        "_failures",
         "_latest",
         "_lock",
         "_num_unfinished",
@@ -149,8 +149,8 @@ class Channel:
         self._latest: list[Snapshot | ReturnSample | None] = [None] * len(sources)
         self._num_unfinished = len(sources)
         self._version = 0
-        self._failure: BaseException | None = None
-        self._failed_as: tuple[type[EngineError], str] = (EngineError, "")
+        self._failure: BaseException | None = None  # the engine's
+        self._failures: dict[int, BaseException] = {}  # of prompts
         self._waiters: tuple[Waiter, ...] = ()
         self._num_waiting = 0  # threads
 
@@ -165,20 +165,18 @@ class Channel:
         self._sources[index] = None  # it has this channel, and neither would be freed before the other
         self._num_unfinished -= 1
 
-    def fail(self, failure: BaseException, *, in_a_step: bool) -> None:
-        """Gives the readers an exception, if they have not got everything already.
+    def fail_prompt(self, index: int, failure: BaseException) -> None:
+        """A step of a prompt failed; it stays as it is, if its output has not all come already."""
+        source = self._sources[index]
+        if source is not None:
+            self._failures[index] = failure
+            self._version += 1
+            self.end(index, source.progress())
 
-        Args:
-            failure: its cause.
-            in_a_step: whether only a step failed, and not the engine.
-        """
+    def fail(self, failure: BaseException) -> None:
+        """The engine failed, which the readers hear of at once, if they have not got everything already."""
         if self._num_unfinished:
             self._failure = failure
-            self._failed_as = (
-                (StepFailed, "a step of the request failed")
-                if in_a_step
-                else (EngineFailed, "the engine's thread failed")
-            )
             self._sources.clear()
 
     def notify(self) -> Sequence[Waiter]:
@@ -202,17 +200,23 @@ class Channel:
         """The current version and samples if newer than version `seen`; None if not.
 
         Raises:
-            EngineFailed, StepFailed: from the exception that ended the engine, or the request.
+            EngineFailed: from the exception that ended the engine.
+            StepFailed: all has ended, but a step of some prompts failed; from the exception of the first.
         """
         with self._lock:
-            failure, (kind, message) = self._failure, self._failed_as
-            version = self._version
-            latest = [] if failure is not None or version == seen else self._states()
-        if failure is not None:  # an exception of its own for every reader: raising one changes it
-            raise kind(f"{message}: {failure!r}") from failure
+            failure, version = self._failure, self._version
+            failures = {} if self._num_unfinished else self._failures
+            latest = [] if failure is not None or (version == seen and not failures) else self._states()
+        # Every reader gets an exception of its own: raising one changes it.
+        if failure is not None:
+            raise EngineFailed(f"the engine's thread failed: {failure!r}") from failure
+        samples = [each if isinstance(each, ReturnSample) else each.sample() for each in latest]
+        if failures:
+            first = failures[min(failures)]
+            finished = [None if i in failures else sample for i, sample in enumerate(samples)]
+            raise StepFailed(f"a step of the request failed: {first!r}", finished) from first
         if version == seen:
             return None
-        samples = [each if isinstance(each, ReturnSample) else each.sample() for each in latest]
         with self._lock:
             if self._version == version:  # what does not change needs not be made again
                 self._latest = [*samples]

@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .channel import ReturnSample
+
 
 class EngineError(RuntimeError):
     """Base of everything below."""
@@ -19,9 +25,15 @@ class EngineFailed(EngineError):
 class StepFailed(EngineError):
     """An exception in a step that a prompt of the call was part of; `__cause__` holds it. The engine goes on.
 
-    All of the call fails with that prompt, also prompts that were in no such step and those that had ended,
-    whose samples can no longer be read. Make calls of their own to keep prompts apart.
+    It is raised once the other prompts of the call have ended, which the step did not have.
+
+    Attributes:
+        samples: per prompt its final `ReturnSample`, and None for those that failed.
     """
+
+    def __init__(self, message: str, samples: Sequence[ReturnSample | None] = ()) -> None:
+        super().__init__(message)
+        self.samples = list(samples)
 
 
 class QueueFull(EngineError):

@@ -65,6 +65,7 @@ class Generation:
         Raises:
             TimeoutError: not ended in time; generation goes on, and `result` may be called again.
             EngineFailed: the engine failed.
+            StepFailed: a step of a prompt failed; its `samples` are those of the others.
             ValueError, TypeError: timeout_s is no number of at least 0.
         """
         if timeout_s is not None:

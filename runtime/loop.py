@@ -16,7 +16,7 @@ from .executor import Executor
 from .inbox import SERVING, Inbox, Message, State, Update
 from .meter import Meter
 from .metrics import EngineMetrics
-from .request import Request
+from .request import Group, Request
 from .results import read_results
 from .roster import Roster
 from .scheduler import Scheduler
@@ -41,8 +41,7 @@ class Loop:
     """Runs requests. The scheduler and the executor belong to the thread that is in `run`.
 
     A step is dispatched before the tokens of the one before it are read, so that the device does not wait for
-    Python. An exception in a step fails the requests of that step and those of the same calls. Any other
-    reaches every caller that waits.
+    Python. An exception in a step fails the requests of that step. Any other reaches every caller that waits.
 
     In a profiler's trace each step is a `vsurge.step` with its number, and in it lie `vsurge.plan`,
     `vsurge.inputs` and `vsurge.dispatch` of that step, and `vsurge.read`, `vsurge.commit` and
@@ -160,12 +159,12 @@ class Loop:
     def _publish(self, changed: Sequence[Request]) -> list[Waiter]:
         """Shows callers what changed requests have come to, with the output lock; whom to wake without it."""
         woken: list[Waiter] = []
-        failures = {request.channel: request.failure for request in changed if request.failure is not None}
-        for channel, failure in failures.items():
+        failures = {request.group: request.failure for request in changed if request.failure is not None}
+        for group, failure in failures.items():
             logger.error("a request failed: %s", failure)
-            woken += self._fail({channel}, failure)
+            woken += self._fail({group}, failure)
         if failures:
-            changed = [request for request in changed if request.channel not in failures]
+            changed = [request for request in changed if request.group not in failures]
         channels: dict[Channel, None] = {}
         for group, request in {request.group: request for request in changed}.items():
             if group.is_due:
@@ -186,24 +185,29 @@ class Loop:
         """Fails the requests of a step, and lets the others begin anew: the cache may be lost."""
         logger.error("a step failed, and with it %d requests", len(plan.chunks), exc_info=failure)
         with self._output_lock:
-            woken = self._fail({chunk.request.channel for chunk in plan.chunks}, failure)
+            woken = self._fail({chunk.request.group for chunk in plan.chunks}, failure)
             self._scheduler.recompute()
         wake(woken)
         self._executor.recover(failure)
 
-    def _fail(self, channels: Set[Channel], failure: Exception) -> list[Waiter]:
-        """Ends all requests of some channels and tells their callers why; locks as for `_publish`."""
+    def _fail(self, groups: Set[Group], failure: Exception) -> list[Waiter]:
+        """Ends all completions of some prompts and tells their callers why; locks as for `_publish`."""
         for request in self._scheduler.unfinished():
-            if request.channel in channels:
+            if request.group in groups:
                 self._scheduler.drop(request)
         # Those too that ended in the step, if their samples were not handed out.
-        self._forget([r for r in self._roster.requests if r.channel in channels], failed=True)
+        failed = [request for request in self._roster.requests if request.group in groups]
+        channels: dict[Channel, None] = {}
+        for request in failed:
+            channels[request.channel] = None
+            request.channel.fail_prompt(request.index, failure)
+        self._forget(failed, failed=True)
         self._measure()
         woken: list[Waiter] = []
-        for channel in channels & self._roster.channels.keys():
-            channel.fail(failure, in_a_step=True)
+        for channel in channels:
             woken += channel.notify()
-            del self._roster.channels[channel]
+            if channel.has_ended:
+                del self._roster.channels[channel]
         return woken
 
     def _attend(self, flight: _Flight | None) -> bool:
@@ -317,6 +321,6 @@ class Loop:
                 self._roster.channels.clear()
             if failure is not None:  # otherwise everything has ended
                 for channel in unanswered:
-                    channel.fail(failure, in_a_step=False)
+                    channel.fail(failure)
                     woken += channel.notify()
         wake(woken)

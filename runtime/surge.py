@@ -197,9 +197,8 @@ class vSurge(LifeCycle):
 
         Returns:
             A `Generation`: await it, iterate over it (with or without `async`), or call its `result()`.
-            Dropping it aborts what is unfinished. An exception in a step (`StepFailed`) fails the prompts of
-            that step, and with them the other prompts of the same call, finished ones too; make calls of
-            their own to keep them apart.
+            Dropping it aborts what is unfinished. An exception in a step fails the prompts of that step; the
+            others go on, and come with the `StepFailed` that is raised once all have ended.
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot work; the message says which and why.

@@ -132,14 +132,15 @@ class Chaos:
             except StepFailed as error:
                 assert isinstance(error.__cause__, InjectedFault)  # noqa: PT017
                 with self._lock:
-                    self.outcomes["failed"] += len(mine)
-                continue
+                    self.outcomes["failed"] += error.samples.count(None)
+                samples = error.samples
             if samples is None:  # it was dropped, so there is nobody to tell
                 with self._lock:
                     self.outcomes["dropped"] += len(mine)
                 continue
             for job, sample in zip(mine, samples, strict=True):
-                self._check(job, sample)
+                if sample is not None:
+                    self._check(job, sample)
 
     def _submit(self, rng: random.Random, mine: list[Job]) -> Generation:
         prompts, params = [list(prompt) for prompt, _ in mine], [p for _, p in mine]

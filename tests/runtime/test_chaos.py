@@ -62,8 +62,12 @@ def test_random_callers_and_faults(
     assert outcomes["refused"] > 0
     assert chaos.num_faults >= 3
     assert metrics.num_requests - before.num_requests == count + 1
-    # Of a call that failed some prompts may have ended before, and who drops one does not see it fail.
-    assert 0 < metrics.num_failed - before.num_failed <= outcomes["failed"] + outcomes["dropped"]
+    # Who drops one does not see it fail.
+    assert (
+        outcomes["failed"]
+        <= metrics.num_failed - before.num_failed
+        <= outcomes["failed"] + outcomes["dropped"]
+    )
     # Nothing is left of it.
     engine = small._engine
     assert (metrics.num_running, metrics.num_waiting, metrics.num_preempted) == (0, 0, 0)

@@ -121,11 +121,18 @@ def test_a_failed_step_fails_the_whole_call_of_each_of_its_prompts_and_no_other_
     assert [sample.finish_reason for sample in next(iter(call))] == ["length", None, None]
     executor.let(None)
     for wait in (lambda: call.result(TIMEOUT_S), lambda: list(call), lambda: run(call._wait())):
-        with pytest.raises(StepFailed):
+        with pytest.raises(StepFailed, match="ZeroDivisionError") as raised:
             wait()
+        first, second, third = raised.value.samples
+        assert first is not None
+        assert second is None
+        assert third is not None
+        assert [first.token_ids, third.token_ids] == [tokens_of([1], 3), tokens_of([3], 3)]
+        assert [first.finish_reason, third.finish_reason] == ["length", "length"]
     assert other.result(TIMEOUT_S)[0].token_ids == tokens_of([4], 3)
+    assert scripted.surge.metrics.num_failed == 1
     check_it_serves(scripted)
-    assert [prompt[0] for prompt in executor.prompts] == [1, 2, 4, 9]  # the third prompt never ran
+    assert [prompt[0] for prompt in executor.prompts] == [1, 2, 3, 4, 9]
 
 
 def test_logits_that_are_no_numbers_fail_their_own_request_only(scripted: Scripted) -> None:

@@ -14,11 +14,16 @@ import numpy as np
 
 from ...model import Model
 from ...model.progress import progress_bar
-from ...runtime import Generation, SamplingParams, vSurge
+from ...runtime import Generation, GuidedDecodingParams, SamplingParams, vSurge
 from ...runtime import loop as engine_loop
 from .requests import greedy
 
 SOAK_AFTER = 1_000  # requests, from when on memory should not grow
+SCHEMAS = tuple(
+    GuidedDecodingParams(json={"type": "object", "properties": {name: kind}, "required": [name]})
+    for name in ("id", "name", "tags")
+    for kind in ({"type": "integer"}, {"type": "string"}, {"type": "array", "items": {"type": "boolean"}})
+)
 
 
 def host_time(model: Model, processor: Any, steps: int) -> dict[str, Any]:
@@ -100,10 +105,13 @@ def _timed(owner: Any, name: str, seconds: list[tuple[float, float]]) -> Any:
             delattr(owner, name)
 
 
-def soak(model: Model, requests: int) -> dict[str, Any]:
-    """Resident memory during many short requests, of which every tenth is aborted."""
+def soak(model: Model, processor: Any, requests: int) -> dict[str, Any]:
+    """Resident memory during many short requests, of which every tenth is aborted.
+
+    All are written as text; some have stop strings, log-probabilities or a schema to keep.
+    """
     surge = vSurge.from_model(
-        model, max_concurrent_decodes=64, max_length=256, page_size=16, num_pages=400,
+        model, processor, max_concurrent_decodes=64, max_length=256, page_size=16, num_pages=400,
         max_queued_requests=256, verbose=False,
     )  # fmt: skip
     rng = np.random.default_rng(0)
@@ -114,8 +122,10 @@ def soak(model: Model, requests: int) -> dict[str, Any]:
         for i in progress_bar(list(range(requests)), "soak", show=True, unit="request"):
             prompt = rng.integers(0, model.config.vocab_size - 10, int(rng.integers(1, 60))).tolist()
             params = SamplingParams(
-                max_tokens=int(rng.integers(1, 24)), ignore_eos=True, seed=i, frequency_penalty=0.1 * (i % 3)
-            )
+                max_tokens=int(rng.integers(1, 24)), ignore_eos=True, seed=i, frequency_penalty=0.1 * (i % 3),
+                stop=("the", "a b") if i % 4 == 1 else None, logprobs=2 if i % 5 == 2 else None,
+                guided_decoding=SCHEMAS[i % len(SCHEMAS)] if i % 6 == 3 else None,
+            )  # fmt: skip
             under_way.append(surge.generate(prompt, params))
             if i % 10 == 9:
                 under_way.pop().abort()

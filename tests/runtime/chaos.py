@@ -16,6 +16,7 @@ from vsurge.runtime import Generation, QueueFull, ReturnSample, SamplingParams, 
 from vsurge.runtime.step import StepOutput
 from vsurge.runtime.step_plan import StepPlan
 
+from .kinds import KINDS
 from .scripted import pool_of
 
 DEADLINE_S = 120.0  # within which each call, and every 300 of them, have to have an answer
@@ -29,7 +30,7 @@ class InjectedFault(Exception):  # noqa: N818
 
 
 def jobs(rng: random.Random, count: int) -> list[Job]:
-    """Prompts and parameters: some begin alike, all fit the cache, greedy or seeded."""
+    """Prompts and parameters: some begin alike, all fit the cache, greedy or seeded; half are of KINDS."""
     heads = [[rng.randrange(1500) for _ in range(40)] for _ in range(3)]
     made: list[Job] = []
     for i in range(count):
@@ -46,6 +47,8 @@ def jobs(rng: random.Random, count: int) -> list[Job]:
             ignore_eos=rng.random() < 0.8,
             stop=rng.choice([None, None, "the", ["a", "cat "]]),
         )
+        if rng.random() < 0.5:
+            params = replace(params, **({"max_tokens": 24} | rng.choice(KINDS)))
         made.append((prompt, params))
     return made
 

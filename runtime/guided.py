@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,14 @@ class Grammars:
                 if len(self._cached) > CACHED_GRAMMARS:
                     self._cached.popitem(last=False)
             self._cached.move_to_end(params)
-            return GrammarMask(self._cached[params].deep_copy())
+            compiled = self._cached[params]
+            return GrammarMask(compiled.deep_copy(), partial(self._discard, params, compiled))
+
+    def _discard(self, params: GuidedDecodingParams, compiled: Any) -> None:
+        """After an error, which every copy would run into: they share a lexer, and that has given up."""
+        with self._lock:
+            if self._cached.get(params) is compiled:
+                del self._cached[params]
 
     def _compile(self, matcher: Any, params: GuidedDecodingParams) -> Any:
         grammar = _grammar_of(matcher, params)
@@ -124,10 +132,16 @@ def _wrong(params: GuidedDecodingParams, reason: str) -> ValueError:
 
 
 class GrammarMask:
-    """Follows a grammar along one request's tokens."""
+    """Follows a grammar along one request's tokens.
 
-    def __init__(self, matcher: Any) -> None:
+    Args:
+        matcher: at the grammar's beginning.
+        discard: called when the matcher has failed.
+    """
+
+    def __init__(self, matcher: Any, discard: Callable[[], None] = lambda: None) -> None:
         self._matcher = matcher
+        self._discard = discard
 
     @property
     def is_complete(self) -> bool:
@@ -145,6 +159,7 @@ class GrammarMask:
             raise self._error(f"cannot go on after token {token_id}")
 
     def _error(self, what: str) -> MaskError:
+        self._discard()
         reason = str(self._matcher.get_error()).partition("\n<state>")[0][:MOST_CHARACTERS]
         return MaskError(f"guided_decoding: {what}: {reason}")
 

@@ -106,7 +106,7 @@ def test_who_joined_after_the_step_that_fails_begins_anew_unharmed(scripted: Scr
     check_it_serves(scripted)
 
 
-def test_a_failed_step_fails_the_whole_call_of_each_of_its_prompts_and_no_other_call(
+def test_the_other_prompts_of_a_call_go_on_and_come_with_the_exception(
     make_scripted: Callable[..., Scripted],
 ) -> None:
     scripted = make_scripted(rows=1)

@@ -204,6 +204,30 @@ def test_a_mask_that_cannot_be_found_out_is_no_end_of_the_text(tight: Callable[[
         mask.check()
 
 
+def test_a_grammar_that_failed_is_compiled_anew_for_the_next_request(
+    surge: vSurge, tight: Callable[[], GrammarMask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # of `Grammars.mask`
+    compiled: list[Any] = []
+
+    def compile_tight(*_: Any) -> Any:
+        compiled.append(tight()._matcher)
+        return compiled[-1]
+
+    monkeypatch.setattr(Grammars, "_compile", compile_tight)
+    grammars = Grammars(surge.processor, surge.model.config.vocab_size, [0])
+    params = GuidedDecodingParams(regex="a+")
+    grammars.mask(params)
+    mask = grammars.mask(params)
+    assert len(compiled) == 1
+    while len(allowed := allowed_by(mask)) > 1:
+        mask.advance(allowed[0])
+    with pytest.raises(MaskError):
+        mask.advance(allowed[0])
+    grammars.mask(params)
+    assert len(compiled) == 2
+
+
 @pytest.mark.parametrize("min_tokens", [0, 20])  # with which not even the end may come
 def test_a_mask_that_cannot_be_found_out_fails_its_own_request_only(
     surge: vSurge, tight: Callable[[], GrammarMask], min_tokens: int

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..kv_pages import KVPages
 from ..quantization import FLOAT8
+from .reach import out_of_reach
 
 LEAST_ROWS = 16  # of a matrix that the matrix units take
 
@@ -101,6 +102,9 @@ def flat_cache(kv_pages: KVPages) -> tuple[Array, ...]:
             f"kv_pages: scales of {scales.shape[3]} tokens for pages of {kv_pages.page_size}, as on a TPU; "
             "make the cache on the device that keeps it"
         )
+    complaint = out_of_reach(kv_pages)
+    if complaint is not None:
+        raise ValueError(complaint)
     if kv_pages.dtype == FLOAT8 and data.dtype == FLOAT8:
         data = lax.bitcast_convert_type(data, jnp.uint8)
     rows = data.reshape(-1, head_dim)

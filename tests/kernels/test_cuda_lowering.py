@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from vsurge.kernels import (
     KVPages,
@@ -38,7 +39,9 @@ def shaped(*shape: int, dtype: Any = jnp.int32) -> Any:
 
 
 def lowered(function: Any, *arguments: Any) -> str:
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")  # from jax 0.11 on Triton's kernels have to know it
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,47 @@ def test_every_kernel_is_lowered_for_cuda(
     found = {"decode": decode, "ragged": ragged, "append": append}
     calls = {name: text.count("__gpu$xla.gpu.triton") for name, text in found.items()}
     assert calls == {"decode": 2, "ragged": 3, "append": 1}
+
+
+PAGE_BYTES = 2 * 8 * 64 * 128
+
+
+def call_of(kernel: str, cache: KVPages) -> tuple[Any, ...]:
+    """A function and its arguments."""
+    queries = shaped(SEQS, 32, 128, dtype=jnp.bfloat16)
+    rows = shaped(SEQS, 8, 128, dtype=jnp.bfloat16)
+    metadata = shaped(SEQS), shaped(SEQS, 64)
+    if kernel == "append":
+        return partial(append_kv, implementation="triton"), cache, rows, rows, shaped(SEQS)
+    if kernel == "decode":
+        attend = partial(paged_decode_attention, scale=0.1, implementation="triton")
+        return attend, queries, cache, *metadata
+    attend = partial(ragged_paged_attention, scale=0.1, implementation="triton")
+    return attend, queries, cache, *metadata, shaped(SEQS + 1), shaped(1)
+
+
+def cache_of(num_bytes: int, dtype: str) -> KVPages:
+    make = partial(empty_kv_pages, num_bytes // PAGE_BYTES, 64, 8, 128, dtype, platform="cuda")
+    return jax.eval_shape(make)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "ragged", "append"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_cache_of_bytes_that_offsets_of_32_bits_do_not_reach_is_refused(dtype: str, kernel: str) -> None:
+    """Between 2 and 4 GiB a layer, where jax's lowering for Triton counts offsets in 32 bits all the same."""
+    for num_bytes in (2**31 + PAGE_BYTES, 2**32):
+        function, *arguments = call_of(kernel, cache_of(num_bytes, dtype))
+        complaint = (
+            f"kv_pages: {num_bytes // PAGE_BYTES} pages of 131072 bytes of {dtype} in a layer, {num_bytes} "
+            "bytes, .* reach 2147483648 only; up to 16384 pages or 32769 and more"
+        )
+        with pytest.raises(ValueError, match=complaint):
+            jax.jit(function).trace(*arguments)
+    for num_bytes in (2**31, 2**32 + PAGE_BYTES):  # the last offset is 2^31 - 1; they have 64 bits
+        function, *arguments = call_of(kernel, cache_of(num_bytes, dtype))
+        jax.jit(function).trace(*arguments)
+    function, *arguments = call_of(kernel, cache_of(2**32, "bfloat16"))  # half as many numbers
+    jax.jit(function).trace(*arguments)
 
 
 def test_several_queries_and_sinks_are_lowered_too() -> None:

@@ -112,6 +112,22 @@ def test_where_xla_was_faster_it_runs(gpu: str, caplog: pytest.LogCaptureFixture
     assert caplog.records == []
 
 
+def test_a_cache_that_the_kernels_do_not_reach_is_left_to_xla_with_one_line(
+    gpu: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = Key("decode", "bfloat16", "int8", 8, 2, 64, 16)
+    write_table(user_table_path(gpu), [Entry(key, 0, 128, {}, implementation="triton")])
+    for num_pages, by_kernels in ((1000, True), (2**31 // 4096 + 1, False)):
+        make = partial(empty_kv_pages, num_pages, 16, 2, 64, "int8", platform="cuda")
+        queries, metadata = shaped(SEQS, 8, 64, dtype=jnp.bfloat16), (shaped(SEQS), shaped(SEQS, PAGES))
+        attend = partial(paged_decode_attention, scale=0.1)
+        program = jax.make_jaxpr(attend)(queries, jax.eval_shape(make), *metadata)
+        found = [each.primitive.name for each in equations(program.jaxpr)]
+        assert ("pallas_call" in found) == by_kernels
+    [record] = caplog.records
+    assert "paged_decode_attention: 'xla' in the place of 'triton': kv_pages: 524289 pages" in record.message
+
+
 def test_rows_are_written_by_xla_without_a_word(gpu: str, caplog: pytest.LogCaptureFixture) -> None:
     del gpu
     cache = jax.eval_shape(partial(empty_kv_pages, 99, 16, 2, 64, "bfloat16", platform="cuda"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import vsurge
-from vsurge.benchmarks import measuring
+from vsurge.benchmarks import machine, measuring
+from vsurge.benchmarks.engine.apart import Wanted, run_apart
 from vsurge.benchmarks.engine.load import (
     LoadRequest,
     arriving,
@@ -170,6 +172,55 @@ def test_transformers_takes_the_same_requests(model: Model) -> None:
     assert transformers_engine(model.config, 2, "cpu")(requests) > 0
     assert why_not("transformers", "cpu") is None
     assert why_not("transformers", "tpu") == "is not run on a TPU here"
+
+
+def test_a_peer_in_a_process_of_its_own_says_why_it_fails(model: Model) -> None:
+    with pytest.raises(RuntimeError, match="ModuleNotFoundError: No module named 'vllm'"):
+        run_apart(Wanted("vLLM", model.config, [LoadRequest([1, 2], 2)], 1, "cpu"))
+
+
+@pytest.mark.slow
+def test_a_peer_in_a_process_of_its_own_takes_the_same_requests(model: Model) -> None:
+    assert run_apart(Wanted("transformers", model.config, [LoadRequest([1, 2], 2)], 1, "cpu")) > 0
+
+
+def test_a_sample_on_an_accelerator_is_the_difference_of_many_runs_and_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a clock on which a run takes 1 ms, and whatever is waited for 5 ms besides."""
+    now = [0.0]
+
+    def run() -> None:
+        now[0] += 0.001
+
+    def wait(_: Any) -> None:
+        now[0] += 0.005
+
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    assert machine.device_seconds_of(run, repeats=3) == pytest.approx([0.001] * 3)
+    before = now[0]
+    machine.device_seconds_of(run, repeats=1)
+    assert now[0] - before > 0.01  # what a sample takes
+    monkeypatch.setattr(measuring, "platform", lambda: "gpu")
+    assert measuring.samples_of(run, calls=4) == pytest.approx([0.00025] * measuring.SAMPLES)
+
+
+def test_a_report_has_the_rate_of_reading_and_that_of_copying(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        measuring,
+        "measure_ceilings",
+        lambda: {"bandwidth_gb_s": 3.0, "copy_gb_s": 4.0, "matrix_gflop_s": 5.0},
+    )
+    found = measuring.ceilings()
+    assert found == Ceilings(4.0, 5.0, read_gb_s=3.0, copy_gb_s=4.0)
+    report = Report(machine=MACHINE, model=None, ceilings=replace(found, bandwidth_gb_s=5.0))
+    assert (
+        "5.0 GB/s of memory (read 3.0, copied 4.0: a share of the copy's bandwidth is MBU times 1.250)"
+        in markdown(report)
+    )
 
 
 def small(case: KernelCase, **changes: Any) -> KernelCase:

@@ -289,11 +289,7 @@ def _dense(case: KernelCase, platform: str, count: int) -> Call:
 
 
 def _jax_paged(case: KernelCase, platform: str, count: int) -> Call:
-    """`paged_attention` of jax.experimental.pallas.ops, at its default block sizes as far as they divide.
-
-    Raises:
-        ValueError: a GPU's kernel has no block for so few tokens.
-    """
+    """`paged_attention` of jax.experimental.pallas.ops, at its default block sizes as far as they divide."""
     shape = case.num_kv_heads, case.num_seqs * _pages_per_seq(case), case.page_size, case.head_dim
     caches = tuple((jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16)) for _ in range(count))
     q, lengths, table = _queries(case, case.num_seqs), jnp.asarray(case.lengths, jnp.int32), _table(case)
@@ -303,7 +299,7 @@ def _jax_paged(case: KernelCase, platform: str, count: int) -> Call:
         if platform == "gpu":
             from jax.experimental.pallas.ops.gpu import paged_attention as gpu
 
-            splits, block = gpu_paged_blocks(case.page_size, table.shape[1])
+            splits, block = gpu_paged_blocks(table.shape[1])
             return gpu.paged_attention(
                 scaled, *kv, table, lengths, k_splits=splits, pages_per_compute_block=block
             )
@@ -319,20 +315,11 @@ def _jax_paged(case: KernelCase, platform: str, count: int) -> Call:
     return lambda: run(caches, q, lengths, table)
 
 
-def gpu_paged_blocks(page_size: int, pages_per_seq: int) -> tuple[int, int]:
-    """`k_splits` and `pages_per_compute_block` of jax's kernel for GPUs, next to its defaults of 16 and 8.
+def gpu_paged_blocks(pages_per_seq: int) -> tuple[int, int]:
+    """`k_splits` and `pages_per_compute_block` of jax's kernel for GPUs, its defaults of 16 and 8 or less.
 
-    The first divides the pages of a sequence and the second those of a split; a block has 16 tokens at least,
-    which is what its matrix products take.
-
-    Raises:
-        ValueError: there is no such block.
+    It refuses splits whose number does not divide the pages of a sequence, and blocks that do not divide
+    those of a split.
     """
     splits = gcd(16, pages_per_seq)
-    block = gcd(8, pages_per_seq // splits)
-    if block * page_size < 16:
-        raise ValueError(
-            f"jax's paged_attention: no block of at least 16 tokens: page_size={page_size}, "
-            f"pages_per_seq={pages_per_seq}"
-        )
-    return splits, block
+    return splits, gcd(8, pages_per_seq // splits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
 import vsurge
 from vsurge.benchmarks import machine, measuring
@@ -25,7 +27,7 @@ from vsurge.benchmarks.engine.load import (
 )
 from vsurge.benchmarks.engine.peers import transformers_engine, why_not
 from vsurge.benchmarks.engine.steps import StepCase
-from vsurge.benchmarks.kernels.cases import DENSE, KernelCase, cases
+from vsurge.benchmarks.kernels.cases import DENSE, PAGED, KernelCase, cases, gpu_paged_blocks
 from vsurge.benchmarks.record import Ceilings, Report, Row, machine_slug, percentiles, read_report
 from vsurge.benchmarks.report import draw, markdown
 from vsurge.benchmarks.workload import Sizes, decode_bytes, prefill_operations
@@ -266,10 +268,41 @@ def test_every_platform_has_cases_of_ours_and_of_jax(platform: str) -> None:
     found = list(cases(platform, (16, 8)))
     assert len(found) == len(set(found))
     assert {case.kernel for case in found} == {"decode", "prefill", "append"}
-    assert {"xla", DENSE[platform]} <= {case.implementation for case in found}
+    theirs = {DENSE[platform]} if platform == "cpu" else {DENSE[platform], PAGED}
+    ours = {"cpu": {"xla"}, "gpu": {"xla", "triton"}, "tpu": {"xla", "mosaic_tpu"}}[platform]
+    for kernel, names in (("decode", ours | theirs), ("prefill", ours | {DENSE[platform]}), ("append", ours)):
+        assert {case.implementation for case in found if case.kernel == kernel} == names
     everything = set(cases(platform, (16, 8), thorough=True))
     assert set(found) < everything
     assert {case.page_size for case in everything} == {16, 64, 128}
+
+
+def test_jax_takes_the_blocks_that_its_paged_attention_is_given() -> None:
+    """All cases, for which its defaults are too many where sequences have few pages."""
+    for case in cases("gpu", (32, 8), thorough=True):
+        if case.implementation != PAGED:
+            continue
+        pages_per_seq = -(-case.context // case.page_size)
+        splits, block = gpu_paged_blocks(pages_per_seq)
+        pages = jax.ShapeDtypeStruct((8, 2 * pages_per_seq, case.page_size, 128), "bfloat16")
+        jax.eval_shape(
+            partial(paged_attention, k_splits=splits, pages_per_compute_block=block),
+            jax.ShapeDtypeStruct((2, 32, 128), "bfloat16"), pages, pages,
+            jax.ShapeDtypeStruct((2, pages_per_seq), "int32"), jax.ShapeDtypeStruct((2,), "int32"),
+        )  # fmt: skip
+    assert (gpu_paged_blocks(8), gpu_paged_blocks(1024)) == ((8, 1), (16, 8))
+
+
+@pytest.mark.parametrize(("platform", "filled"), [("cpu", False), ("gpu", True)])
+def test_prompts_find_random_numbers_in_the_cache_where_matrix_units_bound_them(
+    platform: str, filled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KernelCase, "num_calls", lambda *_: 1)
+    case = small(next(case for case in cases("cpu", (4, 2)) if case.kernel == "prefill"), page_size=64)
+    for implementation in ("xla", DENSE["cpu"]):
+        with jax.numpy_dtype_promotion("standard"):
+            output = jax.tree.leaves(replace(case, implementation=implementation).build(platform)())[0]
+        assert np.asarray(output, np.float32).any() == filled
 
 
 def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

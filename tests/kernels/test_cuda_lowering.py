@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import partial
 from typing import Any
 
@@ -71,6 +72,32 @@ def test_every_kernel_is_lowered_for_cuda(
     found = {"decode": decode, "ragged": ragged, "append": append}
     calls = {name: text.count("__gpu$xla.gpu.triton") for name, text in found.items()}
     assert calls == {"decode": 2, "ragged": 3, "append": 1}
+
+
+@pytest.mark.parametrize("kernel", ["decode", "ragged"])
+def test_between_the_kernels_there_is_no_loop_which_would_split_a_cuda_graph(kernel: str) -> None:
+    function, *arguments = call_of(kernel, cache_of(100 * PAGE_BYTES, "bfloat16"))
+    text = lowered(function, *arguments)
+    assert "__gpu$xla.gpu.triton" in text
+    assert "stablehlo.while" not in text
+
+
+def test_rows_are_written_into_the_cache_that_is_given() -> None:
+    """The kernel's outputs are its operands, of the same layouts; else XLA would copy the cache."""
+    for dtype, arrays in (("bfloat16", 1), ("int8", 2)):
+        function, *arguments = call_of("append", cache_of(100 * PAGE_BYTES, dtype))
+        text = lowered(function, *arguments)
+        [call] = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+        aliases = re.findall(r"output_tuple_indices = \[(\d*)\], operand_index = (\d+)", call)
+        operands = 1 + 2 * arrays  # slots, the new rows and then the cache's arrays
+        want = [("" if arrays == 1 else str(i), str(operands - arrays + i)) for i in range(arrays)]
+        assert aliases == want
+        given, returned = (
+            re.search(rf"{which}_layouts = \[(.*?>)\]", call) for which in ("operand", "result")
+        )
+        assert given
+        assert returned
+        assert given[1].endswith(returned[1])
 
 
 PAGE_BYTES = 2 * 8 * 64 * 128

@@ -15,7 +15,7 @@ from ..append import append_kv
 from ..block_sizes import Key
 from ..dispatch import Implementation, choose_implementation
 from ..gpu.blocks import TritonDecodeBlocks
-from ..gpu.reach import out_of_reach
+from ..gpu.refusal import why_refused
 from ..kv_pages import KVPages
 from ..slots import check_slots_when_run
 from ..validation import (
@@ -182,7 +182,7 @@ def paged_decode_attention(
             check_slots_when_run(kv_pages, kv_lens, page_table, slots.reshape(num_seqs, -1))
     tuned = Key.of("decode", queries, kv_pages), page_table.shape[1] * kv_pages.page_size
     chosen = choose_implementation(
-        "paged_decode_attention", implementation, IMPLEMENTATIONS, tuned=tuned, refused=out_of_reach(kv_pages)
+        "paged_decode_attention", implementation, IMPLEMENTATIONS, tuned=tuned, refused=why_refused(kv_pages)
     )
     options: dict[str, Any] = {
         "scale": scale,

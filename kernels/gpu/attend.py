@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..kv_pages import KVPages
 from ..quantization import FLOAT8
-from .reach import out_of_reach
+from .refusal import not_converted, out_of_reach
 
 LEAST_ROWS = 16  # of a matrix that the matrix units take
 
@@ -71,7 +71,14 @@ class Geometry:
 
     @classmethod
     def of(cls, queries: Array, kv_pages: KVPages, block_tokens: int, **options: Any) -> Geometry:
-        """That of a call with these arguments and `options`, the first three fields."""
+        """That of a call with these arguments and `options`, the first three fields.
+
+        Raises:
+            ValueError: the GPU that is here does not convert the cache's numbers.
+        """
+        complaint = not_converted(kv_pages)
+        if complaint is not None:
+            raise ValueError(complaint)
         return cls(
             num_kv_heads=kv_pages.num_kv_heads,
             page_size=kv_pages.page_size,

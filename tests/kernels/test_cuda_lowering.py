@@ -23,15 +23,22 @@ from vsurge.kernels import (
 from .geometries import HEADS
 
 SEQS, TOKENS = 16, 512
-CACHES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
+# Of queries and cache.
+DTYPES = (
+    ("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "int8"), ("bfloat16", "float8_e4m3fn"),
+)  # fmt: skip
+MIXED = (
+    ("float32", "bfloat16"), ("float32", "int8"), ("float32", "float8_e4m3fn"), ("bfloat16", "float32"),
+)  # fmt: skip
 SHAPES = [  # all heads, and all widths and page sizes of one
-    *itertools.product(HEADS, (128,), (64,), CACHES),
-    *itertools.product([(32, 8)], (64, 256), (16, 32, 64, 128, 256), CACHES),
-    *itertools.product([(32, 8)], (128,), (16, 32, 128, 256), CACHES),
+    *itertools.product(HEADS, (128,), (64,), DTYPES),
+    *itertools.product([(32, 8)], (64, 256), (16, 32, 64, 128, 256), DTYPES),
+    *itertools.product([(32, 8)], (128,), (16, 32, 128, 256), DTYPES),
+    *itertools.product([(32, 8)], (128,), (16, 64), MIXED),
 ]
 SAMPLE = {
-    ((32, 8), 128, 64, "bfloat16"), ((5, 1), 128, 64, "float32"), ((32, 8), 256, 256, "int8"),
-    ((8, 1), 128, 64, "float8_e4m3fn"),
+    ((32, 8), 128, 64, ("bfloat16", "bfloat16")), ((5, 1), 128, 64, ("float32", "float32")),
+    ((32, 8), 256, 256, ("bfloat16", "int8")), ((8, 1), 128, 64, ("bfloat16", "float8_e4m3fn")),
 }  # fmt: skip
 
 
@@ -46,17 +53,16 @@ def lowered(function: Any, *arguments: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "page_size", "cache"),
+    ("heads", "head_dim", "page_size", "dtypes"),
     [pytest.param(*shape, marks=() if shape in SAMPLE else pytest.mark.slow) for shape in SHAPES],
 )
 def test_every_kernel_is_lowered_for_cuda(
-    heads: tuple[int, int], head_dim: int, page_size: int, cache: str
+    heads: tuple[int, int], head_dim: int, page_size: int, dtypes: tuple[str, str]
 ) -> None:
-    num_q_heads, num_kv_heads = heads
+    (num_q_heads, num_kv_heads), (queries, cache) = heads, dtypes
     pages: KVPages = jax.eval_shape(
         partial(empty_kv_pages, 100, page_size, num_kv_heads, head_dim, cache, platform="cuda")
     )
-    queries = jnp.float32 if cache == "float32" else jnp.bfloat16
     options: dict[str, Any] = {"scale": head_dim**-0.5, "implementation": "triton", "return_lse": True}
     metadata = shaped(SEQS), shaped(SEQS, 64)
     decode = lowered(

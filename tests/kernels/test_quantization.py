@@ -145,7 +145,8 @@ def coarse(rows: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "implementation", ["xla", "reference", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+    "implementation",
+    ["xla", "reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mosaic_tpu", "triton"))],
 )
 def test_attention_errs_by_what_the_rounding_of_keys_and_values_costs(
     dtype: str, outliers: bool, implementation: Implementation

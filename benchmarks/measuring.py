@@ -117,7 +117,8 @@ def step_rows(model: Model, *, show_progress: bool) -> list[Row]:
     rows = list[Row]()
     for case in progress_bar(list(steps.cases(platform())), "steps", show=show_progress, unit="case"):
         fields: dict[str, Any] = {
-            "suite": "steps", "name": case.kind, "implementation": "vSurge", "case": case.case,
+            "suite": "steps", "name": case.kind, "implementation": "vSurge",
+            "case": case.case | {"attention": case.attention(model.config)},
             "num_bytes": case.num_bytes(model.config), "operations": case.operations(model.config),
             "tokens": case.tokens,
         }  # fmt: skip

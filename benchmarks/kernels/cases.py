@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...kernels import KVPages, append_kv, empty_kv_pages, paged_decode_attention, ragged_paged_attention
+from ...kernels.block_sizes import Key
 from ...kernels.kv_pages import bytes_per_token
 from ...kernels.tuning.timing import random_array
+from ..attention import blocks_of
 
 Call = Callable[[], Any]
 
@@ -90,7 +92,18 @@ class KernelCase:
         return self.implementation if theirs else f"vSurge {self.implementation}"
 
     @property
+    def blocks(self) -> str:
+        """Block sizes, of Triton's attention kernels."""
+        if self.kernel == "append":
+            return ""
+        heads = self.num_q_heads, self.num_kv_heads
+        kernel = "decode" if self.kernel == "decode" else "ragged"
+        key = Key(kernel, "bfloat16", self.kv_dtype, *heads, self.head_dim, self.page_size)
+        return blocks_of(self.implementation, key, _pages_per_seq(self) * self.page_size)
+
+    @property
     def case(self) -> dict[str, Any]:
+        blocks = self.blocks
         return {
             "heads": f"{self.num_q_heads}/{self.num_kv_heads} x {self.head_dim}",
             "kv": self.kv_dtype,
@@ -98,6 +111,7 @@ class KernelCase:
             "sequences": self.num_seqs,
             "context": f"{SHORTEST}-{self.context}" if self.skewed else self.context,
             "new": self.new_tokens,
+            **({"blocks": blocks} if blocks else {}),
         }
 
     def num_calls(self, platform: str) -> int:

@@ -305,6 +305,17 @@ def test_prompts_find_random_numbers_in_the_cache_where_matrix_units_bound_them(
         assert np.asarray(output, np.float32).any() == filled
 
 
+def test_rows_say_which_attention_ran_and_with_which_block_sizes() -> None:
+    config = published_config("8B")
+    assert StepCase("decode", 1, 128).attention(config) == "xla"
+    kernels = replace(config, attention="triton", decode_attention="triton")
+    decode = "kv_tokens=64 programs=528 num_warps=4 num_stages=3"
+    assert StepCase("decode", 1, 128).attention(kernels) == f"triton {decode}"
+    assert StepCase("prefill", 1, 128).attention(kernels).startswith("triton rows=128 kv_tokens=64 ")
+    found = {case.case.get("blocks") for case in cases("gpu", (32, 8)) if case.kernel == "decode"}
+    assert found == {None, decode}  # of Triton's alone
+
+
 def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(cases("cpu", (4, 2)))
     good, bad = small(case, page_size=64), small(case, page_size=64, kv_dtype="int4")

@@ -87,6 +87,7 @@ def test_all_writes_down_each_part(
     assert [(row.suite, row.implementation) for row in report.rows] == [
         ("kernels", "vSurge xla"), ("steps", "vSurge"), ("engine", "vSurge"), ("engine", "another"),
     ]  # fmt: skip
+    assert [row.case.get("attention") for row in report.rows] == [None, "xla", "xla", None]
     at_once, half, most = report.loads
     assert at_once.requests_per_s is None
     assert half.requests_per_s == pytest.approx(0.5 * 3 / at_once.seconds)

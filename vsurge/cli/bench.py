@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from ..benchmarks import measuring
+from ..benchmarks.attention import attention_of
 from ..benchmarks.engine.apart import gpu_is_here
 from ..benchmarks.engine.load import LoadRequest, random_requests, read_requests, run_load
 from ..benchmarks.engine.peers import PEERS
@@ -124,13 +125,21 @@ def _measured_of_a_model(
         row = measuring.throughput_row(
             "vSurge", model.config, requests, work.at_once, (load.seconds,), Sizes.of(model)
         )
-        report = replace(report, rows=(*report.rows, replace(row, case=work.case)), loads=(load,))
+        row = replace(row, case=work.case | {"attention": _attention_of(surge)})
+        report = replace(report, rows=(*report.rows, row), loads=(load,))
         yield "engine", report
         if "load" in parts:
             rates = [share * load.num_requests / load.seconds for share in SHARES_OF_THROUGHPUT]
             loads = measuring.load_rows(surge, requests, rates, show_progress=True)
             report = replace(report, loads=(load, *loads))
             yield "load", report
+
+
+def _attention_of(surge: vSurge) -> str:
+    """What its steps of single tokens and those with prompts run."""
+    config, room = surge.model.config, {"page_size": surge.page_size, "context": surge.max_length}
+    single, mixed = attention_of(config, "decode", **room), attention_of(config, "ragged", **room)
+    return single if single == mixed else f"decode {single}, prompts {mixed}"
 
 
 def _throughput(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +16,18 @@ from ..model import Model, Qwen3Config
 from ..model.progress import progress_bar
 from ..runtime import vSurge
 from .engine import steps
+from .engine.apart import Wanted, run_apart
 from .engine.load import LoadRequest, arriving, fewest_steps, needed_bytes, random_requests, run_load
-from .engine.peers import PEERS, why_not
+from .engine.peers import why_not
 from .kernels import cases as kernels
-from .machine import measure_ceilings
+from .machine import device_seconds_of, measure_ceilings
 from .record import Ceilings, LoadRow, Row
 from .workload import Sizes, prefill_operations
 
 SAMPLES = 10  # of a kernel or a step, at most
-ENOUGH_S = {"cpu": 1.5, "gpu": 1.0, "tpu": 1.0}  # of samples of one of them
+ENOUGH_S = 1.5  # of samples of one of them on a CPU
+
+logger = logging.getLogger("vsurge.benchmarks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +72,21 @@ def platform() -> str:
 def ceilings() -> Ceilings:
     """What the device does at best."""
     found = measure_ceilings()
-    return Ceilings(max(found["bandwidth_gb_s"], found["copy_gb_s"]), found["matrix_gflop_s"])
+    read, copied = found["bandwidth_gb_s"], found["copy_gb_s"]
+    return Ceilings(max(read, copied), found["matrix_gflop_s"], read, copied)
 
 
 def samples_of(run: Callable[[], Any], calls: int = 1) -> tuple[float, ...]:
-    """Seconds of a call, by several runs of so many calls each, after two runs that do not count."""
+    """Seconds of a call, by several runs of so many calls each, after two runs that do not count.
+
+    On an accelerator a sample is of many runs; see `device_seconds_of`.
+    """
+    if platform() != "cpu":
+        return tuple(seconds / calls for seconds in device_seconds_of(run, repeats=SAMPLES))
     for _ in range(2):
         jax.block_until_ready(run())
     found, begin = list[float](), time.perf_counter()
-    while len(found) < SAMPLES and (len(found) < 3 or time.perf_counter() - begin < ENOUGH_S[platform()]):
+    while len(found) < SAMPLES and (len(found) < 3 or time.perf_counter() - begin < ENOUGH_S):
         start = time.perf_counter()
         jax.block_until_ready(run())
         found.append((time.perf_counter() - start) / calls)
@@ -96,7 +106,7 @@ def kernel_rows(config: Qwen3Config, *, show_progress: bool) -> list[Row]:
         try:
             seconds = samples_of(case.build(platform()), case.num_calls(platform()))
         except Exception as error:  # noqa: BLE001  (jax's kernels refuse in many ways; the row says how)
-            rows.append(Row(**fields, not_measured=_one_line(error)))
+            rows.append(not_measured(Row(**fields), error))
         else:
             rows.append(Row(**fields, seconds=seconds))
     return rows
@@ -107,12 +117,25 @@ def step_rows(model: Model, *, show_progress: bool) -> list[Row]:
     rows = list[Row]()
     for case in progress_bar(list(steps.cases(platform())), "steps", show=show_progress, unit="case"):
         fields: dict[str, Any] = {
-            "suite": "steps", "name": case.kind, "implementation": "vSurge", "case": case.case,
+            "suite": "steps", "name": case.kind, "implementation": "vSurge",
+            "case": case.case | {"attention": case.attention(model.config)},
             "num_bytes": case.num_bytes(model.config), "operations": case.operations(model.config),
             "tokens": case.tokens,
         }  # fmt: skip
-        rows.append(Row(**fields, seconds=samples_of(case.build(model))))
+        try:
+            seconds = samples_of(case.build(model))
+        except Exception as error:  # noqa: BLE001  (a step too large for the memory leaves the others)
+            rows.append(not_measured(Row(**fields), error))
+        else:
+            rows.append(Row(**fields, seconds=seconds))
     return rows
+
+
+def not_measured(row: Row, error: Exception) -> Row:
+    """The row with the reason in the place of samples; it is logged, too."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    logger.warning("%s, %s: not measured: %s", row.name, row.implementation, reason)
+    return replace(row, not_measured=reason)
 
 
 def engine_for(model: Model, requests: Sequence[LoadRequest], at_once: int, **options: Any) -> vSurge:
@@ -136,7 +159,9 @@ def warm_up(surge: vSurge, requests: Sequence[LoadRequest]) -> None:
         run_load(surge, [request], requests_per_s=None)
 
 
-def peer_row(name: str, config: Qwen3Config, requests: Sequence[LoadRequest], at_once: int) -> Row:
+def peer_row(
+    name: str, config: Qwen3Config, requests: Sequence[LoadRequest], at_once: int, *, on: str | None = None
+) -> Row:
     """The requests by another engine, of the same shape and with random weights; or why not.
 
     Args:
@@ -144,13 +169,19 @@ def peer_row(name: str, config: Qwen3Config, requests: Sequence[LoadRequest], at
         config: the model's shape.
         requests: all there from the start.
         at_once: sequences that are decoded together.
+        on: "cpu", "gpu", where it is a process of its own, or "tpu"; None for `platform()`.
     """
-    reason = why_not(name, platform())
+    on = on or platform()
+    row = throughput_row(name, config, requests, at_once, ())
+    reason = why_not(name, on)
     if reason is not None:
-        return replace(throughput_row(name, config, requests, at_once, ()), not_measured=reason)
-    run = PEERS[name][1](config, at_once, "cuda" if platform() == "gpu" else "cpu")
-    run([LoadRequest(request.prompt, 4) for request in requests[:at_once]])  # warms up
-    return throughput_row(name, config, requests, at_once, (run(requests),))
+        return replace(row, not_measured=reason)
+    wanted = Wanted(name, config, requests, at_once, "cuda" if on == "gpu" else "cpu")
+    try:
+        seconds = run_apart(wanted) if on == "gpu" else wanted.run()
+    except Exception as error:  # noqa: BLE001  (others have errors of their own; the row says which)
+        return not_measured(row, error)
+    return replace(row, seconds=(seconds,))
 
 
 def throughput_row(
@@ -224,7 +255,3 @@ def operations_of(config: Qwen3Config, requests: Sequence[LoadRequest]) -> int:
 
 def _span(bounds: tuple[int, int]) -> str:
     return f"{bounds[0]}-{bounds[1]}"
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -21,10 +21,13 @@ class Ceilings:
         bandwidth_gb_s: 10^9 bytes a second, of a large read or of a large copy (read and written), whichever
             is more.
         matrix_gflop_s: 10^9 operations a second, of a large bfloat16 matrix product.
+        read_gb_s, copy_gb_s: of both; None where a report is older than these fields.
     """
 
     bandwidth_gb_s: float
     matrix_gflop_s: float
+    read_gb_s: float | None = None
+    copy_gb_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +174,11 @@ def machine_slug(machine: Mapping[str, Any]) -> str:
         processor = re.sub(r"\((R|TM)\)| (Processor|CPU)\b|@[^(]*", "", str(machine["processor"]))
         kind, _, extensions = processor.partition("(")
         name = f"{kind}-{extensions.split(',')[-1]}-{machine['cores']}-cores"
+    return file_slug(name)
+
+
+def file_slug(name: str) -> str:
+    """A name for files: lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

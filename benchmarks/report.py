@@ -37,9 +37,16 @@ def described(report: Report) -> list[str]:
     versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
     driver = [f"driver {machine['driver']}"] if machine.get("driver") else []
     took = ", ".join(f"{part} {seconds:,.0f} s" for part, seconds in report.took_s.items())
+    both = ""
+    if ceilings.read_gb_s is not None and ceilings.copy_gb_s is not None:
+        share = ceilings.bandwidth_gb_s / ceilings.copy_gb_s
+        both = (
+            f" (read {ceilings.read_gb_s:,.1f}, copied {ceilings.copy_gb_s:,.1f}: a share of the copy's "
+            f"bandwidth is MBU times {share:.3f})"
+        )
     lines = [
         f"commit {machine['commit']}; Python {machine['python']}, {', '.join([*versions, *driver])}",
-        f"measured in the same run: {ceilings.bandwidth_gb_s:,.1f} GB/s of memory, "
+        f"measured in the same run: {ceilings.bandwidth_gb_s:,.1f} GB/s of memory{both}, "
         f"{ceilings.matrix_gflop_s:,.0f} GFLOP/s of a bfloat16 product; MBU and MFU are shares of these, the "
         "roofline is what they allow",
     ]

@@ -26,6 +26,7 @@ def choose_implementation(
     available: Collection[Implementation],
     *,
     tuned: tuple[Key, int] | None = None,
+    refused: str | None = None,
 ) -> Implementation:
     """`implementation`, or for None the best one for JAX's default backend.
 
@@ -35,6 +36,7 @@ def choose_implementation(
         available: the implementations that this kernel has.
         tuned: the call's key in the tables and the tokens of the longest sequence that it has room for; None
             for a kernel that they do not have.
+        refused: why a GPU's kernels cannot have the call, which is logged if they would be chosen; else None.
 
     Raises:
         ValueError: the kernel has no such implementation, or a table's file is corrupt.
@@ -45,7 +47,11 @@ def choose_implementation(
         if preferred is not None and preferred in available:
             return preferred
         if platform == "gpu" and tuned is not None:
-            return tuned_implementation(*tuned) or "xla"
+            chosen = tuned_implementation(*tuned) or "xla"
+            if chosen == "triton" and refused is not None:
+                _log_refusal_once(kernel, refused)
+                return "xla"
+            return chosen
         if platform != "gpu":  # there it is no fallback: XLA scatters rows in place
             _log_fallback_once(kernel, platform)
         return "xla"
@@ -60,3 +66,8 @@ def choose_implementation(
 @cache
 def _log_fallback_once(kernel: str, platform: str) -> None:
     logger.warning("%s: no kernel is chosen on %r by itself yet, falling back to 'xla'", kernel, platform)
+
+
+@cache
+def _log_refusal_once(kernel: str, refused: str) -> None:
+    logger.warning("%s: 'xla' in the place of 'triton': %s", kernel, refused)

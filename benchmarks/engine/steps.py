@@ -15,6 +15,7 @@ import numpy as np
 
 from ...kernels import empty_kv_pages
 from ...model import Batch, Model, Qwen3Config, forward
+from ..attention import attention_of
 from ..workload import decode_bytes, prefill_operations
 
 PAGE_SIZE = 128
@@ -37,6 +38,11 @@ class StepCase:
     @property
     def case(self) -> dict[str, Any]:
         return {"sequences": self.num_seqs, "context": self.context}
+
+    def attention(self, config: Qwen3Config) -> str:
+        """Which implementation runs; see `attention_of`."""
+        kernel = "decode" if self.kind == "decode" else "ragged"
+        return attention_of(config, kernel, page_size=PAGE_SIZE, context=self.context)
 
     @property
     def tokens(self) -> int:

@@ -9,9 +9,10 @@ close: no call finds its keys and values where the one before has left them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from math import gcd
 from typing import Any, cast
 
 import jax
@@ -19,7 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...kernels import KVPages, append_kv, empty_kv_pages, paged_decode_attention, ragged_paged_attention
+from ...kernels.block_sizes import Key
 from ...kernels.kv_pages import bytes_per_token
+from ...kernels.tuning.timing import random_array
+from ..attention import blocks_of
 
 Call = Callable[[], Any]
 
@@ -88,7 +92,18 @@ class KernelCase:
         return self.implementation if theirs else f"vSurge {self.implementation}"
 
     @property
+    def blocks(self) -> str:
+        """Block sizes, of Triton's attention kernels."""
+        if self.kernel == "append":
+            return ""
+        heads = self.num_q_heads, self.num_kv_heads
+        kernel = "decode" if self.kernel == "decode" else "ragged"
+        key = Key(kernel, "bfloat16", self.kv_dtype, *heads, self.head_dim, self.page_size)
+        return blocks_of(self.implementation, key, _pages_per_seq(self) * self.page_size)
+
+    @property
     def case(self) -> dict[str, Any]:
+        blocks = self.blocks
         return {
             "heads": f"{self.num_q_heads}/{self.num_kv_heads} x {self.head_dim}",
             "kv": self.kv_dtype,
@@ -96,6 +111,7 @@ class KernelCase:
             "sequences": self.num_seqs,
             "context": f"{SHORTEST}-{self.context}" if self.skewed else self.context,
             "new": self.new_tokens,
+            **({"blocks": blocks} if blocks else {}),
         }
 
     def num_calls(self, platform: str) -> int:
@@ -117,8 +133,8 @@ class KernelCase:
         if self.implementation == PAGED:
             return _jax_paged(self, platform, count)
         if self.implementation in DENSE.values():
-            return _dense(self, count)
-        return _decode(self, count) if self.kernel == "decode" else _prefill(self, count)
+            return _dense(self, platform, count)
+        return _decode(self, count) if self.kernel == "decode" else _prefill(self, platform, count)
 
 
 def cases(platform: str, heads: tuple[int, int], *, thorough: bool = False) -> Iterator[KernelCase]:
@@ -186,12 +202,25 @@ def _table(case: KernelCase) -> jax.Array:
     return jnp.asarray(shuffled.reshape(shape), jnp.int32)
 
 
-def _caches(case: KernelCase, count: int) -> tuple[KVPages, ...]:
+def _caches(case: KernelCase, count: int, *, filled: bool = False) -> tuple[KVPages, ...]:
+    """Of zeros, or `filled` with random numbers."""
     num_pages = case.num_seqs * _pages_per_seq(case)
-    return tuple(
-        empty_kv_pages(num_pages, case.page_size, case.num_kv_heads, case.head_dim, jnp.dtype(case.kv_dtype))
-        for _ in range(count)
+    make = partial(
+        empty_kv_pages, num_pages, case.page_size, case.num_kv_heads, case.head_dim, jnp.dtype(case.kv_dtype)
     )
+    caches = (make() for _ in range(count))
+    if not filled:
+        return tuple(caches)
+    return tuple(replace(kv, data=_random(i, kv.data.shape, kv.dtype)) for i, kv in enumerate(caches))
+
+
+def _random(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+    return random_array(jax.random.key(seed), shape, dtype)
+
+
+def _are_filled(case: KernelCase, platform: str) -> bool:
+    """Where matrix units bound the time: products of zeros take less power there, and run faster."""
+    return case.kernel == "prefill" and platform != "cpu"
 
 
 def _ours(kernel: Any, case: KernelCase) -> Any:
@@ -210,8 +239,9 @@ def _decode(case: KernelCase, count: int) -> Call:
     return lambda: run(caches, q, lengths, table)
 
 
-def _prefill(case: KernelCase, count: int) -> Call:
-    caches, q = _caches(case, count), _queries(case, case.new_tokens * case.num_seqs)
+def _prefill(case: KernelCase, platform: str, count: int) -> Call:
+    caches = _caches(case, count, filled=_are_filled(case, platform))
+    q = _queries(case, case.new_tokens * case.num_seqs)
     starts = jnp.arange(case.num_seqs + 1, dtype=jnp.int32) * case.new_tokens
     batch = (
         jnp.asarray(case.lengths, jnp.int32),
@@ -248,10 +278,14 @@ def _append(case: KernelCase, count: int) -> Call:
     return once
 
 
-def _dense(case: KernelCase, count: int) -> Call:
+def _dense(case: KernelCase, platform: str, count: int) -> Call:
     """jax.nn.dot_product_attention on keys and values that lie in one piece, padded to the longest."""
     shape = case.num_seqs, case.context, case.num_kv_heads, case.head_dim
-    caches = tuple((jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16)) for _ in range(count))
+
+    def rows(seed: int) -> jax.Array:
+        return _random(seed, shape) if _are_filled(case, platform) else jnp.zeros(shape, jnp.bfloat16)
+
+    caches = tuple((rows(2 * i), rows(2 * i + 1)) for i in range(count))
     q = _queries(case, case.num_seqs * case.new_tokens)
     q = q.reshape(case.num_seqs, case.new_tokens, case.num_q_heads, case.head_dim)
     lengths = jnp.asarray(case.lengths, jnp.int32)
@@ -269,7 +303,7 @@ def _dense(case: KernelCase, count: int) -> Call:
 
 
 def _jax_paged(case: KernelCase, platform: str, count: int) -> Call:
-    """`paged_attention` of jax.experimental.pallas.ops, at its default block sizes."""
+    """`paged_attention` of jax.experimental.pallas.ops, at its default block sizes as far as they divide."""
     shape = case.num_kv_heads, case.num_seqs * _pages_per_seq(case), case.page_size, case.head_dim
     caches = tuple((jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16)) for _ in range(count))
     q, lengths, table = _queries(case, case.num_seqs), jnp.asarray(case.lengths, jnp.int32), _table(case)
@@ -279,10 +313,13 @@ def _jax_paged(case: KernelCase, platform: str, count: int) -> Call:
         if platform == "gpu":
             from jax.experimental.pallas.ops.gpu import paged_attention as gpu
 
-            return gpu.paged_attention(scaled, *kv, table, lengths)
+            splits, block = gpu_paged_blocks(table.shape[1])
+            return gpu.paged_attention(
+                scaled, *kv, table, lengths, k_splits=splits, pages_per_compute_block=block
+            )
         from jax.experimental.pallas.ops.tpu import paged_attention as tpu
 
-        block = next(n for n in (8, 4, 2, 1) if table.shape[1] % n == 0)
+        block = gcd(8, table.shape[1])
         return tpu.paged_attention(scaled, *kv, lengths, table, pages_per_compute_block=block)
 
     @jax.jit
@@ -290,3 +327,13 @@ def _jax_paged(case: KernelCase, platform: str, count: int) -> Call:
         return [attend(q, kv, lengths, table) for kv in caches]
 
     return lambda: run(caches, q, lengths, table)
+
+
+def gpu_paged_blocks(pages_per_seq: int) -> tuple[int, int]:
+    """`k_splits` and `pages_per_compute_block` of jax's kernel for GPUs, its defaults of 16 and 8 or less.
+
+    It refuses splits whose number does not divide the pages of a sequence, and blocks that do not divide
+    those of a split.
+    """
+    splits = gcd(16, pages_per_seq)
+    return splits, gcd(8, pages_per_seq // splits)

@@ -15,6 +15,7 @@ from ..append import append_kv
 from ..block_sizes import Key
 from ..dispatch import Implementation, choose_implementation
 from ..gpu.blocks import TritonDecodeBlocks
+from ..gpu.refusal import why_refused
 from ..kv_pages import KVPages
 from ..slots import check_slots_when_run
 from ..validation import (
@@ -185,7 +186,9 @@ def paged_decode_attention(
         if slots is not None:
             check_slots_when_run(kv_pages, kv_lens, page_table, slots.reshape(num_seqs, -1))
     tuned = Key.of("decode", queries, kv_pages), page_table.shape[1] * kv_pages.page_size
-    chosen = choose_implementation("paged_decode_attention", implementation, IMPLEMENTATIONS, tuned=tuned)
+    chosen = choose_implementation(
+        "paged_decode_attention", implementation, IMPLEMENTATIONS, tuned=tuned, refused=why_refused(kv_pages)
+    )
     options: dict[str, Any] = {
         "scale": scale,
         "sliding_window": sliding_window,

@@ -155,7 +155,9 @@ def cut(
     until = jnp.cumsum(-(-tokens // size)).astype(jnp.int32)
     starts = jnp.pad(until, (1, 0))
     part = jnp.arange(most + kv_lens.shape[0], dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.searchsorted(until, part, side="right"), kv_lens.shape[0] - 1)
+    # by comparing all: a search has a loop, which XLA leaves out of a step's command buffers (CUDA graphs)
+    found = jnp.searchsorted(until, part, side="right", method="compare_all")
+    sequence = jnp.minimum(found, kv_lens.shape[0] - 1)
     first = seen_from[sequence] + (part - starts[sequence]) * size
     end = jnp.minimum(first + size, kv_lens[sequence])
     used = part < until[-1]

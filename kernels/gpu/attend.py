@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from ..blockwise import LOG2_E, MASKED, product_dtype
 from ..kv_pages import KVPages
 from ..quantization import FLOAT8
+from .refusal import not_converted, out_of_reach
 
 LEAST_ROWS = 16  # of a matrix that the matrix units take
 
@@ -70,7 +71,14 @@ class Geometry:
 
     @classmethod
     def of(cls, queries: Array, kv_pages: KVPages, block_tokens: int, **options: Any) -> Geometry:
-        """That of a call with these arguments and `options`, the first three fields."""
+        """That of a call with these arguments and `options`, the first three fields.
+
+        Raises:
+            ValueError: the GPU that is here does not convert the cache's numbers.
+        """
+        complaint = not_converted(kv_pages)
+        if complaint is not None:
+            raise ValueError(complaint)
         return cls(
             num_kv_heads=kv_pages.num_kv_heads,
             page_size=kv_pages.page_size,
@@ -101,6 +109,9 @@ def flat_cache(kv_pages: KVPages) -> tuple[Array, ...]:
             f"kv_pages: scales of {scales.shape[3]} tokens for pages of {kv_pages.page_size}, as on a TPU; "
             "make the cache on the device that keeps it"
         )
+    complaint = out_of_reach(kv_pages)
+    if complaint is not None:
+        raise ValueError(complaint)
     if kv_pages.dtype == FLOAT8 and data.dtype == FLOAT8:
         data = lax.bitcast_convert_type(data, jnp.uint8)
     rows = data.reshape(-1, head_dim)

@@ -15,6 +15,7 @@ from ..append import append_kv
 from ..block_sizes import Key
 from ..dispatch import Implementation, choose_implementation
 from ..gpu.blocks import TritonRaggedBlocks
+from ..gpu.refusal import why_refused
 from ..kv_pages import KVPages
 from ..slots import check_prompt_slots_when_run
 from ..validation import (
@@ -187,7 +188,9 @@ def ragged_paged_attention(
         if slots is not None:
             check_prompt_slots_when_run(kv_pages, kv_lens, page_table, query_starts, num_seqs, slots)
     tuned = Key.of("ragged", queries, kv_pages), page_table.shape[1] * kv_pages.page_size
-    chosen = choose_implementation("ragged_paged_attention", implementation, IMPLEMENTATIONS, tuned=tuned)
+    chosen = choose_implementation(
+        "ragged_paged_attention", implementation, IMPLEMENTATIONS, tuned=tuned, refused=why_refused(kv_pages)
+    )
     options: dict[str, Any] = {
         "scale": scale,
         "sliding_window": sliding_window,

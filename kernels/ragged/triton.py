@@ -142,7 +142,8 @@ def cut(
     """Blocks of up to `tokens` of each sequence's new ones; the last of a sequence may have fewer."""
     until = jnp.cumsum(-(-new_tokens // tokens)).astype(jnp.int32)
     block = jnp.arange(num_tokens // tokens + new_tokens.shape[0], dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.searchsorted(until, block, side="right"), new_tokens.shape[0] - 1)
+    found = jnp.searchsorted(until, block, side="right", method="compare_all")  # as when decoding
+    sequence = jnp.minimum(found, new_tokens.shape[0] - 1)
     before = jnp.where(sequence > 0, until[sequence - 1], 0)
     offset = (block - before) * tokens
     left = jnp.where(block < until[-1], new_tokens[sequence] - offset, 0)

@@ -26,13 +26,13 @@ class TimedTrial:
 
     Attributes:
         call: the candidate, with its implementation and block sizes.
-        measured_us: per context, the time of each of its `workloads`; empty if it was refused.
-        refused: why it could not be timed, in one line; else None.
+        measured_us: per context, the time of each of its `workloads`; empty where it was refused.
+        refused: per context, why it could not be timed, in one line; else None.
     """
 
     call: Call
-    measured_us: tuple[tuple[float, ...], ...] = ()
-    refused: str | None = None
+    measured_us: tuple[tuple[float, ...], ...]
+    refused: tuple[str | None, ...]
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -46,7 +46,7 @@ class TimedTrial:
         return f"{self.call.implementation} {sizes}".rstrip()
 
     def time_us(self, at: int) -> float:
-        """The geometric mean of the workloads' times on context number `at`."""
+        """The geometric mean of the workloads' times on context number `at`, which was not refused."""
         times = self.measured_us[at]
         return exp(fsum(map(log, times)) / len(times))
 
@@ -81,27 +81,29 @@ def timed_candidates(call: Call, *, few: bool = False) -> list[Call]:
 def time_candidate(call: Call, contexts: Sequence[int], timer: Timer) -> TimedTrial:
     """Times a candidate on the workloads of all contexts, with room for each context and no more.
 
+    A context that is refused, for want of memory perhaps, leaves the others.
+
     Args:
         call: one of `timed_candidates`.
         contexts: in tokens, ascending.
         timer: `time_call`, or what takes its place.
     """
-    try:
-        measured = tuple(
-            tuple(
-                timer(replace(call, max_context=context), batch) for batch in workloads(call.kernel, context)
-            )
-            for context in contexts
-        )
-    except REFUSALS as error:
-        return TimedTrial(call, refused=" ".join(str(error).split())[:300] or type(error).__name__)
-    return TimedTrial(call, measured)
+    measured, refused = list[tuple[float, ...]](), list[str | None]()
+    for context in contexts:
+        of_context = replace(call, max_context=context)
+        try:
+            measured.append(tuple(timer(of_context, batch) for batch in workloads(call.kernel, context)))
+            refused.append(None)
+        except REFUSALS as error:
+            measured.append(())
+            refused.append(" ".join(str(error).split())[:300] or type(error).__name__)
+    return TimedTrial(call, tuple(measured), tuple(refused))
 
 
 def fastest(
     call: Call, contexts: Sequence[int], trials: Sequence[TimedTrial], rates: dict[str, float]
 ) -> list[tuple[TimedTrial, Entry]]:
-    """The fastest trial of each context, and its entry for the table.
+    """The fastest trial of each context, and its entry for the table; none where all were refused.
 
     Args:
         call: whose candidates were timed.
@@ -110,13 +112,13 @@ def fastest(
         rates: of the device, for the provenance.
 
     Raises:
-        ValueError: all candidates were refused.
+        ValueError: all candidates were refused on all contexts.
     """
-    possible = [trial for trial in trials if trial.refused is None]
-    if not possible:
-        raise ValueError(f"{call.key}: every candidate was refused, the first: {trials[0].refused}")
     found = list[tuple[TimedTrial, Entry]]()
     for at, (more_than, up_to) in enumerate(pairwise((0, *contexts))):
+        possible = [trial for trial in trials if trial.refused[at] is None]
+        if not possible:
+            continue
         ranked = sorted(possible, key=lambda trial, at=at: trial.time_us(at))
         best, second = ranked[0], ranked[min(1, len(ranked) - 1)]
         provenance: dict[str, Any] = {
@@ -130,4 +132,6 @@ def fastest(
         }
         implementation = best.call.implementation
         found.append((best, Entry(call.key, more_than, up_to, best.blocks, provenance, implementation)))
+    if not found:
+        raise ValueError(f"{call.key}: every candidate was refused, the first: {trials[0].refused[0]}")
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..quantization import FLOAT8
 from .calls import Batch, Call
 
 
@@ -36,7 +38,8 @@ def time_call(call: Call, batch: Batch, *, repeats: int = 9, calls: tuple[int, i
     metadata = call.metadata(batch)
     key = jax.random.key(0)
     kept = [
-        _random(key, shape) if given is None else None for given, shape in zip(metadata, shapes, strict=True)
+        random_array(key, shape.shape, shape.dtype) if given is None else None
+        for given, shape in zip(metadata, shapes, strict=True)
     ]
 
     def seconds(count: int, arguments: Any) -> float:
@@ -51,7 +54,7 @@ def time_call(call: Call, batch: Batch, *, repeats: int = 9, calls: tuple[int, i
             array if given is None else jnp.asarray(_shuffled(given, rng))
             for given, array in zip(metadata, kept, strict=True)
         ]
-        filled[0] = _random(jax.random.fold_in(key, run), shapes[0])
+        filled[0] = random_array(jax.random.fold_in(key, run), shapes[0].shape, shapes[0].dtype)
         arguments: Any = jax.tree.unflatten(structure, filled)
         jax.block_until_ready(arguments)
         few, many = (seconds(count, arguments) for count in calls)
@@ -71,7 +74,16 @@ def _shuffled(given: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(given.reshape(-1)).reshape(given.shape) if given.ndim == 2 else given
 
 
-def _random(key: Any, shape: Any) -> Any:
-    if jnp.issubdtype(shape.dtype, jnp.integer):
-        return jax.random.randint(key, shape.shape, -100, 100, jnp.int8).astype(shape.dtype)
-    return jax.random.normal(key, shape.shape, jnp.float32).astype(shape.dtype)
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_array(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Random numbers, none of them NaN, made in `dtype` itself: a cache has no room beside it for wider ones.
+
+    Numbers of 8 bits are random bits, others are normal.
+    """
+    dtype = np.dtype(dtype)
+    if dtype.itemsize > 1:
+        return jax.random.normal(key, shape, dtype)
+    bits = jax.random.bits(key, shape, jnp.uint8)
+    if dtype == FLOAT8:
+        bits &= jnp.uint8(0xF7)  # NaN has all bits set but the sign's
+    return lax.bitcast_convert_type(bits, dtype)

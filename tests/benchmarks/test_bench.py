@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
 import vsurge
-from vsurge.benchmarks import measuring
+from vsurge.benchmarks import machine, measuring
+from vsurge.benchmarks.engine.apart import Wanted, run_apart
 from vsurge.benchmarks.engine.load import (
     LoadRequest,
     arriving,
@@ -23,7 +27,7 @@ from vsurge.benchmarks.engine.load import (
 )
 from vsurge.benchmarks.engine.peers import transformers_engine, why_not
 from vsurge.benchmarks.engine.steps import StepCase
-from vsurge.benchmarks.kernels.cases import DENSE, KernelCase, cases
+from vsurge.benchmarks.kernels.cases import DENSE, PAGED, KernelCase, cases, gpu_paged_blocks
 from vsurge.benchmarks.record import Ceilings, Report, Row, machine_slug, percentiles, read_report
 from vsurge.benchmarks.report import draw, markdown
 from vsurge.benchmarks.workload import Sizes, decode_bytes, prefill_operations
@@ -172,6 +176,55 @@ def test_transformers_takes_the_same_requests(model: Model) -> None:
     assert why_not("transformers", "tpu") == "is not run on a TPU here"
 
 
+def test_a_peer_in_a_process_of_its_own_says_why_it_fails(model: Model) -> None:
+    with pytest.raises(RuntimeError, match="ModuleNotFoundError: No module named 'vllm'"):
+        run_apart(Wanted("vLLM", model.config, [LoadRequest([1, 2], 2)], 1, "cpu"))
+
+
+@pytest.mark.slow
+def test_a_peer_in_a_process_of_its_own_takes_the_same_requests(model: Model) -> None:
+    assert run_apart(Wanted("transformers", model.config, [LoadRequest([1, 2], 2)], 1, "cpu")) > 0
+
+
+def test_a_sample_on_an_accelerator_is_the_difference_of_many_runs_and_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a clock on which a run takes 1 ms, and whatever is waited for 5 ms besides."""
+    now = [0.0]
+
+    def run() -> None:
+        now[0] += 0.001
+
+    def wait(_: Any) -> None:
+        now[0] += 0.005
+
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    assert machine.device_seconds_of(run, repeats=3) == pytest.approx([0.001] * 3)
+    before = now[0]
+    machine.device_seconds_of(run, repeats=1)
+    assert now[0] - before > 0.01  # what a sample takes
+    monkeypatch.setattr(measuring, "platform", lambda: "gpu")
+    assert measuring.samples_of(run, calls=4) == pytest.approx([0.00025] * measuring.SAMPLES)
+
+
+def test_a_report_has_the_rate_of_reading_and_that_of_copying(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        measuring,
+        "measure_ceilings",
+        lambda: {"bandwidth_gb_s": 3.0, "copy_gb_s": 4.0, "matrix_gflop_s": 5.0},
+    )
+    found = measuring.ceilings()
+    assert found == Ceilings(4.0, 5.0, read_gb_s=3.0, copy_gb_s=4.0)
+    report = Report(machine=MACHINE, model=None, ceilings=replace(found, bandwidth_gb_s=5.0))
+    assert (
+        "5.0 GB/s of memory (read 3.0, copied 4.0: a share of the copy's bandwidth is MBU times 1.250)"
+        in markdown(report)
+    )
+
+
 def small(case: KernelCase, **changes: Any) -> KernelCase:
     return replace(case, num_seqs=min(case.num_seqs, 2), context=128, new_tokens=min(case.new_tokens, 128),
         num_q_heads=4, num_kv_heads=2, head_dim=64, **changes)  # fmt: skip
@@ -215,10 +268,52 @@ def test_every_platform_has_cases_of_ours_and_of_jax(platform: str) -> None:
     found = list(cases(platform, (16, 8)))
     assert len(found) == len(set(found))
     assert {case.kernel for case in found} == {"decode", "prefill", "append"}
-    assert {"xla", DENSE[platform]} <= {case.implementation for case in found}
+    theirs = {DENSE[platform]} if platform == "cpu" else {DENSE[platform], PAGED}
+    ours = {"cpu": {"xla"}, "gpu": {"xla", "triton"}, "tpu": {"xla", "mosaic_tpu"}}[platform]
+    for kernel, names in (("decode", ours | theirs), ("prefill", ours | {DENSE[platform]}), ("append", ours)):
+        assert {case.implementation for case in found if case.kernel == kernel} == names
     everything = set(cases(platform, (16, 8), thorough=True))
     assert set(found) < everything
     assert {case.page_size for case in everything} == {16, 64, 128}
+
+
+def test_jax_takes_the_blocks_that_its_paged_attention_is_given() -> None:
+    """All cases, for which its defaults are too many where sequences have few pages."""
+    for case in cases("gpu", (32, 8), thorough=True):
+        if case.implementation != PAGED:
+            continue
+        pages_per_seq = -(-case.context // case.page_size)
+        splits, block = gpu_paged_blocks(pages_per_seq)
+        pages = jax.ShapeDtypeStruct((8, 2 * pages_per_seq, case.page_size, 128), "bfloat16")
+        jax.eval_shape(
+            partial(paged_attention, k_splits=splits, pages_per_compute_block=block),
+            jax.ShapeDtypeStruct((2, 32, 128), "bfloat16"), pages, pages,
+            jax.ShapeDtypeStruct((2, pages_per_seq), "int32"), jax.ShapeDtypeStruct((2,), "int32"),
+        )  # fmt: skip
+    assert (gpu_paged_blocks(8), gpu_paged_blocks(1024)) == ((8, 1), (16, 8))
+
+
+@pytest.mark.parametrize(("platform", "filled"), [("cpu", False), ("gpu", True)])
+def test_prompts_find_random_numbers_in_the_cache_where_matrix_units_bound_them(
+    platform: str, filled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KernelCase, "num_calls", lambda *_: 1)
+    case = small(next(case for case in cases("cpu", (4, 2)) if case.kernel == "prefill"), page_size=64)
+    for implementation in ("xla", DENSE["cpu"]):
+        with jax.numpy_dtype_promotion("standard"):
+            output = jax.tree.leaves(replace(case, implementation=implementation).build(platform)())[0]
+        assert np.asarray(output, np.float32).any() == filled
+
+
+def test_rows_say_which_attention_ran_and_with_which_block_sizes() -> None:
+    config = published_config("8B")
+    assert StepCase("decode", 1, 128).attention(config) == "xla"
+    kernels = replace(config, attention="triton", decode_attention="triton")
+    decode = "kv_tokens=64 programs=528 num_warps=4 num_stages=3"
+    assert StepCase("decode", 1, 128).attention(kernels) == f"triton {decode}"
+    assert StepCase("prefill", 1, 128).attention(kernels).startswith("triton rows=128 kv_tokens=64 ")
+    found = {case.case.get("blocks") for case in cases("gpu", (32, 8)) if case.kernel == "decode"}
+    assert found == {None, decode}  # of Triton's alone
 
 
 def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

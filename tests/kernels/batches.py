@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -175,7 +176,8 @@ def poisoned_cache(
         garbage = jnp.asarray(rng.integers(0, 256, kv_pages.data.shape), jnp.uint8)
         if setup.cache_dtype != "int8":  # float8 has NaN
             garbage |= 0x7F
-        data = jnp.where(unwritten, garbage.astype(kv_pages.data.dtype), kv_pages.data)
+        garbage = jax.lax.bitcast_convert_type(garbage, kv_pages.data.dtype)
+        data = jnp.where(unwritten, garbage, kv_pages.data)
         kv_pages = replace(kv_pages, data=data)
     return kv_pages, table
 

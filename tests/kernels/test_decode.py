@@ -120,6 +120,10 @@ SEVERAL = (300, 0, 1, 130, 5, 260)  # tokens, some of them fewer than queries
         pytest.param("mosaic_tpu", 8, SETUPS[0], "window of 7", marks=pytest.mark.slow),
         pytest.param("mosaic_tpu", 3, SETUPS[1], "soft cap", marks=pytest.mark.slow),
         pytest.param("mosaic_tpu", 1, SETUPS[1], "sinks", marks=pytest.mark.slow),
+        ("triton", 4, SETUPS[2], "all"),
+        pytest.param("triton", 8, SETUPS[0], "window of 7", marks=pytest.mark.slow),
+        pytest.param("triton", 3, SETUPS[1], "soft cap", marks=pytest.mark.slow),
+        pytest.param("triton", 1, SETUPS[1], "sinks", marks=pytest.mark.slow),
     ],
 )
 def test_several_queries_per_sequence_match_the_reference(

@@ -89,8 +89,8 @@ def test_ragged_attention_writes_first(implementation: Implementation, return_ls
 
 @each_implementation_slowly
 def test_the_cache_is_donated(implementation: Implementation) -> None:
-    kv_pages = empty_kv_pages(4, 16, 2, 8, "float32")
-    row, one = jnp.ones((1, 2, 8)), jnp.ones((1,), jnp.int32)
+    kv_pages = empty_kv_pages(4, 16, 2, 16, "float32")
+    row, one = jnp.ones((1, 2, 16)), jnp.ones((1,), jnp.int32)
     keywords = {"new_kv": (row, row), "slots": 16 * one, "implementation": implementation}
     paged_decode_attention(row, kv_pages, one, one[None], scale=1.0, **keywords)
     assert kv_pages.data.is_deleted()

@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vsurge.kernels import (
     TritonDecodeBlocks,
     TritonRaggedBlocks,
     append_kv,
+    dispatch,
     empty_kv_pages,
     paged_decode_attention,
     ragged_paged_attention,
@@ -112,6 +114,54 @@ def test_where_xla_was_faster_it_runs(gpu: str, caplog: pytest.LogCaptureFixture
     assert caplog.records == []
 
 
+def test_a_cache_that_the_kernels_do_not_reach_is_left_to_xla_with_one_line(
+    gpu: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = Key("decode", "bfloat16", "int8", 8, 2, 64, 16)
+    write_table(user_table_path(gpu), [Entry(key, 0, 128, {}, implementation="triton")])
+    for num_pages, by_kernels in ((1000, True), (2**31 // 4096 + 1, False)):
+        make = partial(empty_kv_pages, num_pages, 16, 2, 64, "int8", platform="cuda")
+        queries, metadata = shaped(SEQS, 8, 64, dtype=jnp.bfloat16), (shaped(SEQS), shaped(SEQS, PAGES))
+        attend = partial(paged_decode_attention, scale=0.1)
+        program = jax.make_jaxpr(attend)(queries, jax.eval_shape(make), *metadata)
+        found = [each.primitive.name for each in equations(program.jaxpr)]
+        assert ("pallas_call" in found) == by_kernels
+    [record] = caplog.records
+    assert "paged_decode_attention: 'xla' in the place of 'triton': kv_pages: 524289 pages" in record.message
+
+
+@pytest.mark.parametrize(("capability", "converts"), [("8.0", False), ("8.9", True), ("12.0", True)])
+def test_float8_is_refused_by_name_where_a_gpu_does_not_convert_it(
+    gpu: str,
+    capability: str,
+    converts: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key = Key("decode", "bfloat16", "float8_e4m3fn", 8, 2, 64, 16)
+    write_table(user_table_path(gpu), [Entry(key, 0, 128, {}, implementation="triton")])
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    dispatch._log_refusal_once.cache_clear()
+    cache = jax.eval_shape(partial(empty_kv_pages, 99, 16, 2, 64, "float8_e4m3fn", platform="cuda"))
+    arguments = shaped(SEQS, 8, 64, dtype=jnp.bfloat16), cache, shaped(SEQS), shaped(SEQS, PAGES)
+    by_itself = jax.make_jaxpr(partial(paged_decode_attention, scale=0.1))(*arguments)
+    found = {each.primitive.name for each in equations(by_itself.jaxpr)}
+    assert ("pallas_call" in found) == converts
+    complaint = (
+        "kv_pages: float8_e4m3fn needs a GPU of compute capability 8.9 or later for Triton's kernels, this "
+        "one has 8.0; int8 is as small, or implementation='xla'"
+    )
+    assert [record.getMessage() for record in caplog.records] == (
+        [] if converts else [f"paged_decode_attention: 'xla' in the place of 'triton': {complaint}"]
+    )
+    asked_for = partial(paged_decode_attention, scale=0.1, implementation="triton")
+    if converts:
+        jax.make_jaxpr(asked_for)(*arguments)
+    else:
+        with pytest.raises(ValueError, match=complaint):
+            jax.make_jaxpr(asked_for)(*arguments)
+
+
 def test_rows_are_written_by_xla_without_a_word(gpu: str, caplog: pytest.LogCaptureFixture) -> None:
     del gpu
     cache = jax.eval_shape(partial(empty_kv_pages, 99, 16, 2, 64, "bfloat16", platform="cuda"))
@@ -169,3 +219,16 @@ def test_a_gpu_call_is_timed_as_the_difference_of_two_programs(monkeypatch: pyte
         implementation="triton", block_sizes=TritonDecodeBlocks(kv_tokens=16, programs=2), kv_dtype="int8",
     )  # fmt: skip
     assert timing.time_call(call, Batch((20, 3)), repeats=1, calls=(1, 3)) == (7 - 1) / 2 * 1e6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_a_cache_to_be_timed_is_drawn_in_its_own_dtype(dtype: str) -> None:
+    """It fills most of the memory: there is no room for it in 32 bits beside it."""
+    drawn = timing.random_array(jax.random.key(0), (64, 128), dtype)
+    assert drawn.dtype == dtype
+    numbers = np.asarray(drawn, np.float32)
+    assert np.isfinite(numbers).all()
+    assert numbers.std() > 0.5
+    draw = jax.make_jaxpr(lambda key: timing.random_array(key, (64, 128), dtype))(jax.random.key(0))
+    shapes = {v.aval for equation in equations(draw.jaxpr) for v in equation.outvars}
+    assert not any(aval.dtype == jnp.float32 and aval.size == 64 * 128 for aval in shapes)

@@ -125,6 +125,20 @@ def test_scales_may_have_places_that_mean_nothing(
     check_decode(replace(batch, arguments=(batch.arguments[0], cache, *batch.arguments[2:])), implementation)
 
 
+@pytest.mark.parametrize("as_bits", [True, False])  # as on a CPU, and as elsewhere
+def test_what_is_nobodys_in_a_float8_cache_of_the_tests_is_nan(
+    as_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not as_bits:
+        monkeypatch.setattr(kv_pages, "BITS", {})
+    cache, table = poisoned_cache(Setup(cache_dtype="float8_e4m3fn"), (32,), np.random.default_rng(0))
+    assert (cache.data.dtype == cache.dtype) == (not as_bits)
+    numbers = np.asarray(kv_pages.decode_bits(cache, cache.data), np.float32)
+    used = np.isin(np.arange(cache.num_pages), table[0, :2])
+    assert np.isnan(numbers[~used]).all()
+    assert np.isfinite(numbers[used]).all()
+
+
 def coarse(rows: np.ndarray, dtype: str) -> np.ndarray:
     """Rows as they come back from 8 bits, computed in float64."""
     scales = np.abs(rows).max(axis=-1, keepdims=True) / DTYPES[dtype]

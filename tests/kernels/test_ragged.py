@@ -65,6 +65,7 @@ def mixed_batch(setup: Setup, mix: str, *, outliers: bool = False) -> RaggedBatc
             for setup in SETUPS
             if setup != SETUPS[1]
         ),
+        *(pytest.param("triton", setup, marks=pytest.mark.slow) for setup in SETUPS),
     ],
     ids=str,
 )

@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vsurge
 from vsurge.benchmarks import measuring
+from vsurge.benchmarks.engine.apart import Wanted
 from vsurge.benchmarks.engine.peers import PEERS
 from vsurge.benchmarks.engine.steps import StepCase
 from vsurge.benchmarks.kernels.cases import KernelCase
@@ -58,18 +60,25 @@ def test_every_peer_and_no_other_can_be_asked_for() -> None:
         parse(["bench", "throughput", "--peer", "another"])
 
 
-@pytest.mark.usefixtures("quick")
-def test_all_writes_down_each_part(
-    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """On one small kernel, one small step and the demo checkpoint."""
+@pytest.fixture
+def small(quick: None, monkeypatch: pytest.MonkeyPatch) -> RequestMix:
+    """Has `all` measure one small kernel, one small step and these requests to the demo checkpoint."""
     kernel = KernelCase(kernel="decode", implementation="xla", num_q_heads=4, num_kv_heads=2, context=64)
     work = RequestMix(num_requests=3, input_tokens=(4, 8), output_tokens=(2, 3), at_once=2)
     model = vsurge.load_model(vsurge.demo_model_path())
     monkeypatch.setattr(measuring.kernels, "cases", lambda *_: [kernel])
     monkeypatch.setattr(measuring.steps, "cases", lambda _: [StepCase("decode", 2, 16)])
     monkeypatch.setattr(measuring, "FEWER", work)
+    monkeypatch.setattr(measuring, "QUOTED", work)
     monkeypatch.setattr(bench, "random_model", lambda *_, **__: model)
+    monkeypatch.setattr(bench, "gpu_is_here", lambda: False)
+    return work
+
+
+@pytest.mark.usefixtures("small")
+def test_all_writes_down_each_part(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(PEERS, "another", (("no_such_package",), PEERS["vLLM"][1]))
     monkeypatch.setattr(bench, "PEERS", ["another"])
     done = command("bench", "all", "--out", str(tmp_path))
@@ -78,6 +87,7 @@ def test_all_writes_down_each_part(
     assert [(row.suite, row.implementation) for row in report.rows] == [
         ("kernels", "vSurge xla"), ("steps", "vSurge"), ("engine", "vSurge"), ("engine", "another"),
     ]  # fmt: skip
+    assert [row.case.get("attention") for row in report.rows] == [None, "xla", "xla", None]
     at_once, half, most = report.loads
     assert at_once.requests_per_s is None
     assert half.requests_per_s == pytest.approx(0.5 * 3 / at_once.seconds)
@@ -87,6 +97,79 @@ def test_all_writes_down_each_part(
     took = sum(report.took_s.values())
     assert at_once.seconds <= report.took_s["engine"] < took
     assert f"- the run took {took:,.0f} s: ceilings " in done.out
+
+
+def failing(*_: Any, **__: Any) -> Any:
+    raise MemoryError("of 80 GB\nnone is left")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_peer_or_a_step_that_fails_is_a_row_with_the_reason(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, run in (("greedy", failing), ("modest", lambda *_: lambda _: 2.0)):
+        monkeypatch.setitem(PEERS, name, ((), run))
+    monkeypatch.setattr(bench, "PEERS", ["greedy", "modest"])
+    good, bad = StepCase("decode", 2, 16), StepCase("decode", 1, 16)
+    monkeypatch.setattr(measuring.steps, "cases", lambda _: [bad, good])
+    build = StepCase.build
+    monkeypatch.setattr(
+        StepCase, "build", lambda case, model: failing() if case == bad else build(case, model)
+    )
+    done = command("bench", "all", "--only", "steps", "--only", "engine", "--out", str(tmp_path))
+    report = read_report(tmp_path / "bench.json")
+    reason = "MemoryError: of 80 GB none is left"
+    assert [(row.implementation, row.not_measured) for row in report.rows] == [
+        ("vSurge", reason), ("vSurge", None), ("vSurge", None), ("greedy", reason), ("modest", None),
+    ]  # fmt: skip
+    assert done.out.count("| not measured") == 2
+    assert [record.getMessage() for record in caplog.records if record.name == "vsurge.benchmarks"] == [
+        f"decode, vSurge: not measured: {reason}", f"throughput, greedy: not measured: {reason}",
+    ]  # fmt: skip
+    assert (done.code, f"decode, vSurge: {reason}" in done.err) == (1, True)  # ours; a peer's is no error
+
+
+@pytest.mark.usefixtures("small")
+def test_peers_go_on_where_the_engine_fails(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(PEERS, "modest", ((), lambda *_: lambda _: 2.0))
+    monkeypatch.setattr(bench, "PEERS", ["modest"])
+    monkeypatch.setattr(measuring, "engine_for", failing)
+    done = command("bench", "all", "--only", "engine", "--only", "load", "--out", str(tmp_path))
+    rows = read_report(tmp_path / "bench.json").rows
+    assert [(row.name, row.implementation, bool(row.seconds)) for row in rows] == [
+        ("engine", "vSurge", False), ("throughput", "modest", True),
+    ]  # fmt: skip
+    assert (done.code, "engine, vSurge: MemoryError" in done.err) == (1, True)
+
+
+def test_on_a_gpu_peers_are_measured_before_jax_takes_its_memory(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: RequestMix
+) -> None:
+    """Each in a process of its own."""
+    happened = list[str]()
+
+    def ceilings() -> Ceilings:
+        happened.append("ceilings")
+        return CEILINGS
+
+    def run_apart(wanted: Wanted) -> float:
+        assert (wanted.device, wanted.at_once, len(wanted.requests)) == ("cuda", small.at_once, 3)
+        happened.append(wanted.name)
+        return 2.0
+
+    monkeypatch.setattr(measuring, "ceilings", ceilings)
+    monkeypatch.setattr(measuring, "run_apart", run_apart)
+    monkeypatch.setattr(bench, "gpu_is_here", lambda: True)
+    monkeypatch.setitem(PEERS, "modest", ((), failing))
+    monkeypatch.setattr(bench, "PEERS", ["modest"])
+    done = command("bench", "all", "--model", "0.6B", "--only", "engine", "--out", str(tmp_path))
+    assert done.code == 0, done.err
+    assert happened == ["modest", "ceilings"]
+    report = read_report(tmp_path / "bench-0-6b.json")  # there the usual model is another
+    assert [row.implementation for row in report.rows] == ["modest", "vSurge"]
+    assert list(report.took_s) == ["modest", "ceilings", "engine"]
 
 
 @pytest.mark.parametrize(

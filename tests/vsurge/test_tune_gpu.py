@@ -54,14 +54,54 @@ def test_the_fastest_of_each_context_goes_into_the_table(command: Callable, tmp_
     assert long.provenance["runner_up"].startswith("triton kv_tokens=64 programs=1056 ")
 
     lines = done.out.splitlines()
-    (xla, refused) = (line for line in lines if line.startswith("xla"))
+    (xla, refused, why) = (line for line in lines if line.startswith("xla"))
     assert xla.split() == ["xla", "50.0", "50.0*"]
-    assert refused.split(maxsplit=1)[1] == "refused: RESOURCE_EXHAUSTED: out of memory"
+    assert refused.split() == ["xla", "refused", "refused"]
+    assert why == "xla: refused: RESOURCE_EXHAUSTED: out of memory"
     (mbu, _) = (line for line in lines if line.startswith("MBU of the winner"))
     read = 64 * 128 * 2 * 128 * 2  # sequences, tokens, keys and values of 128 numbers of two bytes
     assert mbu.split()[-2] == f"{read / 20e-6 / 4000e9:.1%}"
     assert "of 4,000.0 GB/s and 500.0 TFLOP/s, measured in this run" in lines
     assert lines[-1] == f"written to {table}"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_context_that_is_refused_leaves_a_candidate_the_others(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """XLA is the fastest as far as it has memory; where nothing has, the table says nothing."""
+
+    def time_call(call: Call, batch: Batch) -> float:
+        if call.max_context > (128 if call.implementation == "xla" else 512):
+            raise RuntimeError("out of memory")
+        return 1.0 if call.implementation == "xla" else 2.0
+
+    monkeypatch.setattr(tune_gpu, "time_call", time_call)
+    table = tmp_path / "new.json"
+    done = command(*GPU[:-2], "128,512,2048", "--few", "--kernel", "decode", "--out", str(table))
+    assert done.code == 0, done.err
+    assert [(entry.up_to, entry.implementation) for entry in read_table(table)] == [
+        (128, "xla"), (512, "triton"),
+    ]  # fmt: skip
+    lines = done.out.splitlines()
+    assert ["xla", "1.0*", "refused", "refused"] in [line.split() for line in lines]
+    assert "xla: refused: out of memory" in lines
+
+
+@pytest.mark.usefixtures("here")
+def test_a_kernel_that_is_tuned_is_in_the_table_whatever_becomes_of_the_next(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def time_call(call: Call, batch: Batch) -> float:
+        if call.kernel == "ragged":
+            raise ZeroDivisionError
+        return timer(call, batch)
+
+    monkeypatch.setattr(tune_gpu, "time_call", time_call)
+    table = tmp_path / "new.json"
+    with pytest.raises(ZeroDivisionError):
+        command(*GPU, "--out", str(table))
+    assert {entry.key.kernel for entry in read_table(table)} == {"decode"}
 
 
 @pytest.mark.usefixtures("here")

@@ -13,11 +13,13 @@ from typing import Any
 import jax
 
 from ..benchmarks import measuring
+from ..benchmarks.attention import attention_of
+from ..benchmarks.engine.apart import gpu_is_here
 from ..benchmarks.engine.load import LoadRequest, random_requests, read_requests, run_load
 from ..benchmarks.engine.peers import PEERS
 from ..benchmarks.machine import describe_machine
 from ..benchmarks.measuring import RequestMix
-from ..benchmarks.record import Report, machine_slug, read_report, results_folder
+from ..benchmarks.record import Report, Row, file_slug, machine_slug, read_report, results_folder
 from ..benchmarks.report import draw, draw_load, markdown, predicted
 from ..benchmarks.workload import Sizes, check_has_no_experts
 from ..model import published_config, random_model
@@ -39,20 +41,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _all(args: argparse.Namespace) -> None:
-    on_cpu = measuring.platform() == "cpu"
-    name = given(args.model, "0.6B" if on_cpu else "8B")
-    check_has_no_experts(published_config(name))
+    on_gpu = gpu_is_here()
+    on_cpu = not on_gpu and measuring.platform() == "cpu"
+    usual = "0.6B" if on_cpu else "8B"
+    name = given(args.model, usual)
+    config = published_config(name)
+    check_has_no_experts(config)
     parts = [part for part in PARTS if args.only is None or part in args.only]
-    begin = time.perf_counter()
-    report = _new_report(args, f"{name}, random bfloat16 weights" if parts != ["kernels"] else None)
-    took_s = {"ceilings": time.perf_counter() - begin}
-    out = Path(args.out) if args.out else results_folder() / machine_slug(report.machine)
     work = measuring.FEWER if on_cpu else measuring.QUOTED
+    begin, took_s, peers = time.perf_counter(), dict[str, float](), list[Row]()
+    if on_gpu and "engine" in parts:  # as long as this process holds none of the GPU's memory
+        for peer in progress_bar(list(PEERS), "peers", show=True, unit="engine"):
+            row = measuring.peer_row(peer, config, work.requests(config), work.at_once, on="gpu")
+            peers.append(replace(row, case=work.case))
+            took_s[peer] = time.perf_counter() - begin - sum(took_s.values())
+    report = _new_report(args, f"{name}, random bfloat16 weights" if parts != ["kernels"] else None)
+    report = replace(report, rows=tuple(peers))
+    took_s["ceilings"] = time.perf_counter() - begin - sum(took_s.values())
+    folder = Path(args.out) if args.out else results_folder() / machine_slug(report.machine)
+    out = folder / ("bench.json" if name == usual else f"bench-{file_slug(name)}.json")
     for part, grown in _measured(report, name, parts, work):
         took_s[part] = time.perf_counter() - begin - sum(took_s.values())
         report = replace(grown, took_s={key: round(seconds, 1) for key, seconds in took_s.items()})
-        report.write(out / "bench.json")  # so that nothing is lost if a later part fails
-    _finish(report, out / "bench.json")
+        report.write(out)  # so that nothing is lost if a later part fails
+    _finish(report, out)
     ours = [row for row in report.rows if row.implementation.startswith("vSurge")]
     failed = [row for row in ours if row.not_measured is not None]
     if failed:
@@ -65,23 +77,47 @@ def _measured(
     """The report after each thing that was measured, and what that was.
 
     Args:
-        report: to begin with.
+        report: to begin with; peers that it has already are not measured again.
         name: of the model's shape.
         parts: of `PARTS`; both "engine" and "load" have the requests all at once.
         work: the requests.
     """
+    peers_done = {row.implementation for row in report.rows}
+    config = published_config(name)
     if "kernels" in parts:
-        rows = measuring.kernel_rows(published_config(name), show_progress=True)
-        report = replace(report, rows=tuple(rows))
+        rows = measuring.kernel_rows(config, show_progress=True)
+        report = replace(report, rows=(*report.rows, *rows))
         yield "kernels", report
-        if len(parts) == 1:
-            return
+    of_model = [part for part in parts if part != "kernels"]
+    try:
+        for part, grown in _measured_of_a_model(report, name, of_model, work):
+            report, of_model = grown, [other for other in of_model if other != part]
+            yield part, report
+    except Exception as error:  # noqa: BLE001  (out of memory, say; the row says what, and peers go on)
+        part = [*of_model, "engine"][0]
+        row = Row(suite="steps" if part == "steps" else "engine", name=part, implementation="vSurge")
+        report = replace(report, rows=(*report.rows, measuring.not_measured(row, error)))
+        yield part, report
+    if "engine" in parts:
+        left = [peer for peer in PEERS if peer not in peers_done]
+        for peer in progress_bar(left, "peers", show=True, unit="engine"):
+            row = measuring.peer_row(peer, config, work.requests(config), work.at_once)
+            report = replace(report, rows=(*report.rows, replace(row, case=work.case)))
+            yield peer, report
+
+
+def _measured_of_a_model(
+    report: Report, name: str, parts: Sequence[str], work: RequestMix
+) -> Iterator[tuple[str, Report]]:
+    """As `_measured`, of "steps", "engine" and "load" alone, without peers."""
+    if not parts:
+        return
     model = random_model(name, seed=0)
     if "steps" in parts:
         report = replace(report, rows=(*report.rows, *measuring.step_rows(model, show_progress=True)))
         yield "steps", report
-        if parts[-1] == "steps":
-            return
+    if not {"engine", "load"} & set(parts):
+        return
     requests = work.requests(model.config)
     with measuring.engine_for(model, requests, work.at_once) as surge:
         measuring.warm_up(surge, requests)
@@ -89,18 +125,21 @@ def _measured(
         row = measuring.throughput_row(
             "vSurge", model.config, requests, work.at_once, (load.seconds,), Sizes.of(model)
         )
-        report = replace(report, rows=(*report.rows, replace(row, case=work.case)), loads=(load,))
+        row = replace(row, case=work.case | {"attention": _attention_of(surge)})
+        report = replace(report, rows=(*report.rows, row), loads=(load,))
         yield "engine", report
         if "load" in parts:
             rates = [share * load.num_requests / load.seconds for share in SHARES_OF_THROUGHPUT]
             loads = measuring.load_rows(surge, requests, rates, show_progress=True)
             report = replace(report, loads=(load, *loads))
             yield "load", report
-    if "engine" in parts:
-        for peer in progress_bar(list(PEERS), "peers", show=True, unit="engine"):
-            row = measuring.peer_row(peer, model.config, requests, work.at_once)
-            report = replace(report, rows=(*report.rows, replace(row, case=work.case)))
-            yield peer, report
+
+
+def _attention_of(surge: vSurge) -> str:
+    """What its steps of single tokens and those with prompts run."""
+    config, room = surge.model.config, {"page_size": surge.page_size, "context": surge.max_length}
+    single, mixed = attention_of(config, "decode", **room), attention_of(config, "ragged", **room)
+    return single if single == mixed else f"decode {single}, prompts {mixed}"
 
 
 def _throughput(args: argparse.Namespace) -> None:

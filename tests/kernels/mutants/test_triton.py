@@ -156,7 +156,7 @@ def skips_nothing(patch: Patch) -> None:
 
 
 DECODE_FAULTS = {
-    "neighbouring page": of_row(lambda page, head, kind: (page + 1, head, kind)),
+    "neighbouring page": of_row(lambda page, head, kind: (jnp.maximum(page - 1, 0), head, kind)),
     "keys and values swapped": of_row(lambda page, head, kind: (page, head, 1 - kind)),
     "another head": of_row(lambda page, head, kind: (page, 1 - head, kind)),
     "another sequence's pages": of_load(lambda sequence, *rest: (sequence * 0, *rest)),
@@ -171,7 +171,9 @@ DECODE_FAULTS = {
     "earlier parts not rescaled": never_rescaled(decode_triton),
     "products in bfloat16": products_in_bfloat16,
     "sinks ignored": sinks_ignored,
-    "a sequence's last part dropped": of_parts(lambda parts: parts._replace(starts=parts.starts - 1)),
+    "a sequence's last part dropped": of_parts(
+        lambda parts: parts._replace(starts=jnp.maximum(parts.starts - 1, 0))
+    ),
     "parts overlap": of_parts(lambda parts: parts._replace(first=jnp.maximum(parts.first - 1, 0))),
 }
 RAGGED_FAULTS = {
@@ -194,6 +196,13 @@ APPEND_FAULTS = {
     "values written as keys": of_append(lambda k, v, slots: (v, k, slots)),
     "padding written": skips_nothing,
 }
+# They follow entries of the page table that hold anything, or write before the cache.
+OUT_OF_BOUNDS = [
+    *(DECODE_FAULTS[name] for name in (
+        "another sequence's pages", "unseen keys read", "one token further", "one key too many",
+    )),
+    APPEND_FAULTS["padding written"],
+]  # fmt: skip
 FAULTS = [
     *named(
         "decode",
@@ -232,6 +241,8 @@ def test_without_a_fault_the_check_passes(check: Callable[[], None]) -> None:
 def test_a_fault_is_noticed(
     check: Callable[[], None], fault: Callable[[Patch], None], monkeypatch: Patch
 ) -> None:
+    if fault in OUT_OF_BOUNDS and jax.default_backend() == "gpu":
+        pytest.skip("compiled, it reads or writes memory of others, and may end the process's use of the GPU")
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         check()

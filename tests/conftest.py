@@ -13,12 +13,13 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs need not be fast here, and most of the suite's time is compilation. By the last flag fusions become
-# plainer code, and a step of the engine compiles in three quarters of the time; later versions do not know it,
-# and XLA ends a process that gives it a flag which it does not know.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# plainer code, and a step of the engine compiles in three quarters of the time. Later versions may not know
+# it, and XLA ends a process that has an unknown flag.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in a test
 
 import jax

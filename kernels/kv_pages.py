@@ -117,7 +117,8 @@ def empty_kv_pages(
         head_dim: numbers per head.
         dtype: bfloat16, float32, int8 or float8_e4m3fn. The last two are quantized as they are written
             (`quantization.quantize`). Int8 is more exact, and faster than bfloat16 by as much as the README's
-            table says for each TPU. Float8 is slower than int8 there, on v6e no faster than bfloat16.
+            table says for each TPU. Float8 is about as fast as int8 on 7x, slower on v5e, and on v6e
+            no faster than bfloat16.
         platform: of the device that will keep it, "cpu" or "tpu", say; None for JAX's default backend.
 
     Raises:

@@ -32,8 +32,10 @@ NUM_PAGES, HEADS, HEAD_DIM = 5, 2, 16
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("int8", "float8_e4m3fn")
 CASES = [
-    *itertools.product([16], DTYPES, DTYPES),
-    *(pytest.param(64, *dtypes, marks=pytest.mark.slow) for dtypes in itertools.product(DTYPES, DTYPES)),
+    *(
+        pytest.param(page_size, *dtypes, marks=() if page_size == 16 else pytest.mark.slow)
+        for page_size, *dtypes in itertools.product([16, 64], DTYPES, DTYPES)
+    ),
     (16, "bfloat16", "int8"),
     pytest.param(64, "float32", "float8_e4m3fn", marks=pytest.mark.slow),
 ]  # page size, dtype of rows, of the cache

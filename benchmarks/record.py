@@ -93,6 +93,9 @@ class LoadRow:
         e2e_s: each request's time to its end.
         num_steps: of the engine, in this time.
         num_bytes: weights once for each step, and the keys and values that each token's step reads.
+        idle_share: of the time in which the engine had something to do, that in which the device may have had
+            no step of it, from host timestamps (`EngineMetrics.device_idle_seconds`): gaps between steps are
+            no more than this. None where a report is older than this field.
     """
 
     requests_per_s: float | None
@@ -105,6 +108,7 @@ class LoadRow:
     e2e_s: tuple[float, ...]
     num_steps: int
     num_bytes: int
+    idle_share: float | None = None
 
     @property
     def output_tokens_per_s(self) -> float:

@@ -79,7 +79,7 @@ def row_table(rows: Sequence[Row], ceilings: Ceilings) -> Table:
 def load_table(loads: Sequence[LoadRow], ceilings: Ceilings) -> Table:
     """p50 / p90 / p99 of every time."""
     head = ["requests/s", "requests", "output tokens/s", "TTFT, ms", "between tokens, ms", "end to end, s",
-            "MBU", "tokens a step"]  # fmt: skip
+            "MBU", "tokens a step", "device idle at most"]  # fmt: skip
     cells = [head]
     for load in loads:
         mbu = load.num_bytes / load.seconds / (ceilings.bandwidth_gb_s * 1e9)
@@ -87,7 +87,8 @@ def load_table(loads: Sequence[LoadRow], ceilings: Ceilings) -> Table:
         times = (load.ttft_s, 1e3), (load.token_gaps_s, 1e3), (load.e2e_s, 1.0)
         rate, batch = f"{load.output_tokens_per_s:,.1f}", f"{load.output_tokens / load.num_steps:.1f}"
         spread = [_percentiles(*each) for each in times]
-        cells.append([arrival, f"{load.num_requests:,}", rate, *spread, f"{mbu:.1%}", batch])
+        idle = "" if load.idle_share is None else f"{load.idle_share:.1%}"
+        cells.append([arrival, f"{load.num_requests:,}", rate, *spread, f"{mbu:.1%}", batch, idle])
     return cells
 
 

@@ -140,6 +140,8 @@ class Meter:
             generated_tokens_per_second=(last.generated_tokens - first.generated_tokens) / seconds,
             num_preemptions=scheduler.num_preemptions,
             num_compilations=num_compilations,
+            work_seconds=self._work_s,
+            device_idle_seconds=self._idle_s,
             device_idle_share=min(1.0, (last.idle_s - first.idle_s) / work_s) if work_s > 0 else 0.0,
         )
 

@@ -72,12 +72,15 @@ class EngineMetrics:
         num_preemptions: how often requests had to give their pages back, or begin anew.
         num_compilations: programs compiled, or read from a persistent cache. It stands still while
             the engine serves.
-        device_idle_share: of the time in the last 10 seconds in which the thread had something to do, the
-            share in which no step of this engine may have been on the device: at most, from host timestamps.
+        work_seconds: in which the thread had something to do, since the engine was made.
+        device_idle_seconds: of these, those in which no step of this engine may have been on the device: at
+            most, from host timestamps.
             Time counts as idle when a step is dispatched while none is unfinished, back to the last moment at
             which one was known not to be (it is looked at after every phase of a step). So it contains what a
             step still ran after the last look, and it cannot see waits inside of a step, between two queued
-            ones, or for other users of the device. 0.0 without work.
+            ones, or for other users of the device.
+        device_idle_share: growth of `device_idle_seconds` in the last 10 seconds over that of `work_seconds`;
+            0.0 without work.
     """
 
     num_requests: int = 0
@@ -103,4 +106,6 @@ class EngineMetrics:
     generated_tokens_per_second: float = 0.0
     num_preemptions: int = 0
     num_compilations: int = 0
+    work_seconds: float = 0.0
+    device_idle_seconds: float = 0.0
     device_idle_share: float = 0.0

@@ -128,9 +128,10 @@ def run_load(surge: vSurge, requests: Sequence[LoadRequest], *, requests_per_s: 
         requests: what is sent; greedy, and end tokens are ignored.
         requests_per_s: what is noted of how they arrive.
     """
-    steps_before = surge.metrics.num_steps
+    before = surge.metrics
     fates = asyncio.run(_send(surge, requests))
-    steps = surge.metrics.num_steps - steps_before
+    after = surge.metrics
+    steps, worked_s = after.num_steps - before.num_steps, after.work_seconds - before.work_seconds
     begin, end = min(fate.arrival for fate in fates), max(fate.seen[-1][0] for fate in fates)
     return LoadRow(
         requests_per_s=requests_per_s,
@@ -143,6 +144,7 @@ def run_load(surge: vSurge, requests: Sequence[LoadRequest], *, requests_per_s: 
         e2e_s=tuple(fate.seen[-1][0] - fate.arrival for fate in fates),
         num_steps=steps,
         num_bytes=needed_bytes(Sizes.of(surge.model), requests, steps),
+        idle_share=(after.device_idle_seconds - before.device_idle_seconds) / worked_s,
     )
 
 

@@ -167,6 +167,8 @@ def test_a_load_tells_how_every_request_fared(model: Model) -> None:
     assert load.seconds >= max(load.e2e_s)
     assert max(outputs) <= load.num_steps <= sum(outputs) + 5
     assert load.num_bytes == needed_bytes(Sizes.of(model), requests, load.num_steps)
+    assert load.idle_share is not None
+    assert 0 <= load.idle_share < 1
 
 
 def test_transformers_takes_the_same_requests(model: Model) -> None:

@@ -79,6 +79,7 @@ def check_sums(metrics: EngineMetrics) -> None:
     assert metrics.num_pages == metrics.num_pages_used + metrics.num_pages_free + metrics.num_pages_cached
     assert metrics.num_cached_tokens <= metrics.num_prompt_tokens
     assert 0 <= metrics.device_idle_share <= 1
+    assert 0 <= metrics.device_idle_seconds <= metrics.work_seconds
     assert 0 <= metrics.prefix_hit_rate <= 1
 
 
@@ -211,6 +212,7 @@ def test_idle_time_is_that_before_a_step_when_none_is_unfinished_and_counts_work
     clock.now += 1
     metrics = snapshot(meter)
     assert metrics.device_idle_share == (1 + 2) / 8
+    assert (metrics.work_seconds, metrics.device_idle_seconds) == (8, 1 + 2)
     assert (metrics.num_steps, metrics.batch_size) == (3, 4)
     meter.rest()
     clock.now += 0.5

@@ -88,8 +88,10 @@ def test_all_writes_down_each_part(
         ("kernels", "vSurge xla"), ("steps", "vSurge"), ("engine", "vSurge"), ("engine", "another"),
     ]  # fmt: skip
     assert [row.case.get("attention") for row in report.rows] == [None, "xla", "xla", None]
-    at_once, half, most = report.loads
-    assert at_once.requests_per_s is None
+    at_once, alone, half, most = report.loads
+    assert at_once.requests_per_s is alone.requests_per_s is None
+    longest = max(row.case["out"].split("-")[1] for row in report.rows if row.name == "throughput")
+    assert (alone.num_requests, str(alone.output_tokens)) == (1, longest)
     assert half.requests_per_s == pytest.approx(0.5 * 3 / at_once.seconds)
     assert most.requests_per_s == pytest.approx(0.9 * 3 / at_once.seconds)
     assert done.out.count("| not measured") == 1

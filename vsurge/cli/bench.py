@@ -126,12 +126,14 @@ def _measured_of_a_model(
             "vSurge", model.config, requests, work.at_once, (load.seconds,), Sizes.of(model)
         )
         row = replace(row, case=work.case | {"attention": _attention_of(surge)})
-        report = replace(report, rows=(*report.rows, row), loads=(load,))
+        # Its device idles for the host's sake if any does.
+        alone = run_load(surge, [max(requests, key=lambda one: one.output_tokens)], requests_per_s=None)
+        report = replace(report, rows=(*report.rows, row), loads=(load, alone))
         yield "engine", report
         if "load" in parts:
             rates = [share * load.num_requests / load.seconds for share in SHARES_OF_THROUGHPUT]
             loads = measuring.load_rows(surge, requests, rates, show_progress=True)
-            report = replace(report, loads=(load, *loads))
+            report = replace(report, loads=(load, alone, *loads))
             yield "load", report
 
 

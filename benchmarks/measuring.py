@@ -177,8 +177,9 @@ def peer_row(
     if reason is not None:
         return replace(row, not_measured=reason)
     wanted = Wanted(name, config, requests, at_once, "cuda" if on == "gpu" else "cpu")
+    apart = on == "gpu" or name == "vLLM"  # which starts processes that import this one's program anew
     try:
-        seconds = run_apart(wanted) if on == "gpu" else wanted.run()
+        seconds = run_apart(wanted) if apart else wanted.run()
     except Exception as error:  # noqa: BLE001  (others have errors of their own; the row says which)
         return not_measured(row, error)
     return replace(row, seconds=(seconds,))

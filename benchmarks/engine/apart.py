@@ -1,19 +1,20 @@
 """A peer in a process of its own: on a GPU, of whose memory jax's pool takes three quarters in this one.
 
-`python -m vsurge.benchmarks.engine.apart` reads what is wanted from its standard input, a pickle of `Wanted`,
-and ends its output with a line of JSON: the seconds.
+`python -m vsurge.benchmarks.engine.apart FILE` reads what is wanted from its standard input, a pickle of
+`Wanted`, and writes the seconds into the file.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...model import Qwen3Config
 from .load import LoadRequest
@@ -34,7 +35,8 @@ class Wanted:
 
     def run(self) -> float:
         """Seconds of all requests, after some that warm up."""
-        run = PEERS[self.name][1](self.config, self.at_once, self.device)
+        longest = max(len(request.prompt) + request.output_tokens for request in self.requests)
+        run = PEERS[self.name][1](self.config, self.at_once, longest, self.device)
         run([LoadRequest(request.prompt, 4) for request in self.requests[: self.at_once]])
         return run(self.requests)
 
@@ -47,14 +49,16 @@ def run_apart(wanted: Wanted) -> float:
         subprocess.TimeoutExpired: it takes more than `TIMEOUT_S`.
     """
     others = {} if wanted.name == "EasyDeL" else {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=pickle.dumps(wanted), env=os.environ | others,
-        capture_output=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(said[-1] if said else f"ended with {done.returncode} and said nothing")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = Path(folder) / "seconds"
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(seconds)], input=pickle.dumps(wanted),
+            env=os.environ | others, capture_output=True, timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise RuntimeError(said[-1] if said else f"ended with {done.returncode} and said nothing")
+        return float(seconds.read_text())
 
 
 def gpu_is_here() -> bool:
@@ -70,4 +74,4 @@ def gpu_is_here() -> bool:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(pickle.loads(sys.stdin.buffer.read()).run()))
+    Path(sys.argv[1]).write_text(str(pickle.loads(sys.stdin.buffer.read()).run()))

@@ -23,7 +23,6 @@ from ...model.config import BFLOAT16
 from ...model.config_json import config_to_json
 from .load import LoadRequest
 
-MAX_LENGTH = {"cpu": 320, "gpu": 2048, "tpu": 2048}  # the longest requests of `vsurge bench all` fit
 SEED = 0
 
 
@@ -67,14 +66,16 @@ def _attention(config: Qwen3Config) -> str:
     return "ragged_page_attention_v3"
 
 
-def esurge_engine(config: Qwen3Config, at_once: int, device: str) -> Callable[[Sequence[LoadRequest]], float]:
+def esurge_engine(
+    config: Qwen3Config, at_once: int, longest: int, device: str
+) -> Callable[[Sequence[LoadRequest]], float]:
     """eSurge with random bfloat16 weights, a cache of the same type and greedy choice.
 
     Raises:
         ValueError: see `random_easydel_model`.
     """
     del device  # jax's own
-    engine = ESurge(random_easydel_model(config), at_once, MAX_LENGTH[jax.default_backend()])
+    engine = ESurge(random_easydel_model(config), at_once, longest)
     atexit.register(engine.close)
     return lambda requests: engine.run(requests)[0]
 

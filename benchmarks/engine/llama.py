@@ -111,13 +111,14 @@ def gguf_name(name: str) -> str:
 
 
 def llama_cpp_engine(
-    config: Qwen3Config, at_once: int, device: str
+    config: Qwen3Config, at_once: int, longest: int, device: str
 ) -> Callable[[Sequence[LoadRequest]], float]:
     """llama.cpp with random bfloat16 weights, a float16 cache (its default) and greedy choice.
 
     Raises:
         ValueError: see `write_gguf`.
     """
+    del longest
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, config, random_tensors(config))

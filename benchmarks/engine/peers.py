@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,19 +15,26 @@ from typing import Any
 from ...model import Qwen3Config
 from ...model.config import BFLOAT16
 from ...model.config_json import config_to_json
+from ..workload import Sizes
 from .esurge import esurge_engine
 from .llama import llama_cpp_engine
 from .load import LoadRequest
 
+VLLM_PAGE = 128  # tokens in a page of its cache on a CPU
+
 Run = Callable[[Sequence[LoadRequest]], float]  # seconds for all requests
+# From the model's shape, sequences that are decoded together, tokens of the longest request with its output,
+# and torch's device.
+Adapter = Callable[[Qwen3Config, int, int, str], Run]
 
 
-def transformers_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
+def transformers_engine(config: Qwen3Config, at_once: int, longest: int, device: str) -> Run:
     """transformers' `generate` with its default cache, in bfloat16 and greedy.
 
     Batches are made in the order of arrival. One is padded to its longest prompt and goes on until its
     longest answer is there; tokens beyond what a request asked for do not count.
     """
+    del longest
     import torch
     from transformers import Qwen3Config as TheirConfig
     from transformers import Qwen3ForCausalLM
@@ -60,16 +68,24 @@ def transformers_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
     return run
 
 
-def vllm_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
-    """vLLM's `LLM.generate` with random weights ("dummy"), in bfloat16 and greedy."""
-    del device  # the one that vLLM was built for
+def vllm_engine(config: Qwen3Config, at_once: int, longest: int, device: str) -> Run:
+    """vLLM's `LLM.generate` with random weights ("dummy"), in bfloat16 and greedy; no prompt is found again.
+
+    On a CPU its cache has what the requests need, and its threads all cores (else one is set aside).
+    """
+    options = dict[str, Any]()
+    if device == "cpu":
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        pages = at_once * (-(-longest // VLLM_PAGE) + 1)
+        options["kv_cache_memory_bytes"] = pages * VLLM_PAGE * Sizes.in_bfloat16(config).token
     from vllm import LLM, SamplingParams
 
     folder = tempfile.TemporaryDirectory()
     (Path(folder.name) / "config.json").write_text(json.dumps(config_to_json(config, BFLOAT16)))
     llm: Any = LLM(
-        folder.name, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=at_once
-    )
+        folder.name, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=at_once,
+        max_model_len=longest, enable_prefix_caching=False, disable_log_stats=True, **options,
+    )  # fmt: skip
 
     def run(requests: Sequence[LoadRequest]) -> float:
         params = [
@@ -86,7 +102,7 @@ def vllm_engine(config: Qwen3Config, at_once: int, device: str) -> Run:
 
 
 # Packages that an adapter needs, and the adapter.
-PEERS: dict[str, tuple[tuple[str, ...], Callable[[Qwen3Config, int, str], Run]]] = {
+PEERS: dict[str, tuple[tuple[str, ...], Adapter]] = {
     "transformers": (("torch",), transformers_engine),
     "vLLM": (("vllm",), vllm_engine),
     "llama.cpp": (("llama_cpp", "gguf"), llama_cpp_engine),

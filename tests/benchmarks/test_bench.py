@@ -173,7 +173,7 @@ def test_a_load_tells_how_every_request_fared(model: Model) -> None:
 
 def test_transformers_takes_the_same_requests(model: Model) -> None:
     requests = random_requests(3, model.config.vocab_size, (4, 9), (2, 3))
-    assert transformers_engine(model.config, 2, "cpu")(requests) > 0
+    assert transformers_engine(model.config, 2, 32, "cpu")(requests) > 0
     assert why_not("transformers", "cpu") is None
     assert why_not("transformers", "tpu") == "is not run on a TPU here"
 

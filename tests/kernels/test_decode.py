@@ -16,6 +16,8 @@ from vsurge.kernels import Implementation, paged_decode_attention, ragged_paged_
 
 from .batches import Setup, decode_batch
 from .cases import (
+    IMPLEMENTATIONS,
+    INTERPRETED,
     SWEEP,
     TOLERANCES,
     assert_lse_close,
@@ -86,14 +88,29 @@ def test_every_option_matches_the_reference(dtype: str, options: str, implementa
     check_decode(decode_batch(setup, (270, 3, 0, 128, 400)), implementation, **chosen(options, setup))
 
 
-@each_implementation
-@pytest.mark.parametrize("setup", SETUPS[:2], ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "setup"),
+    [
+        pytest.param(
+            implementation, setup, marks=pytest.mark.slow if implementation in INTERPRETED and i else ()
+        )
+        for implementation in IMPLEMENTATIONS
+        for i, setup in enumerate(SETUPS[:2])
+    ],
+    ids=str,
+)
 def test_outliers_do_no_harm(setup: Setup, implementation: Implementation) -> None:
     check_decode(decode_batch(setup, BATCHES["unsorted, with padding"], outliers=True), implementation)
 
 
-@each_implementation
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        *((implementation, "bfloat16") for implementation in IMPLEMENTATIONS),
+        ("xla", "float32"),
+        *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in INTERPRETED),
+    ],
+)
 def test_decode_is_ragged_attention_of_one_token_each(dtype: str, implementation: Implementation) -> None:
     setup = Setup(query_dtype=dtype, cache_dtype=dtype)
     queries, kv_pages, kv_lens, page_table = decode_batch(setup, (270, 3, 128, 64, 1)).arguments

@@ -60,7 +60,7 @@ def check(run: Callable[[Any, KVPages], Any], queries: Any, kv_pages: KVPages, p
     [
         ("xla", None),
         ("triton", None),
-        ("mosaic_tpu", DecodeBlocks(128, lanes=1, depth=2)),
+        pytest.param("mosaic_tpu", DecodeBlocks(128, lanes=1, depth=2), marks=pytest.mark.slow),
         ("mosaic_tpu", DecodeBlocks(128, lanes=2, depth=2)),
     ],
     ids=str,

@@ -145,7 +145,9 @@ RACES = {
 }
 
 
-@pytest.mark.parametrize("check", [check_decode_copies, check_ragged_copies])
+@pytest.mark.parametrize(
+    "check", [check_decode_copies, pytest.param(check_ragged_copies, marks=pytest.mark.slow)]
+)
 def test_a_window_spares_the_copies_of_the_pages_before_it(check: Callable[[], None]) -> None:
     check()
 

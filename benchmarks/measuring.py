@@ -77,14 +77,13 @@ def ceilings() -> Ceilings:
 
 
 def samples_of(run: Callable[[], Any], calls: int = 1) -> tuple[float, ...]:
-    """Seconds of a call, by several runs of so many calls each, after two runs that do not count.
+    """Seconds of a call, by several runs of so many calls each, after one that does not count: it compiles.
 
     On an accelerator a sample is of many runs; see `device_seconds_of`.
     """
     if platform() != "cpu":
         return tuple(seconds / calls for seconds in device_seconds_of(run, repeats=SAMPLES))
-    for _ in range(2):
-        jax.block_until_ready(run())
+    jax.block_until_ready(run())
     found, begin = list[float](), time.perf_counter()
     while len(found) < SAMPLES and (len(found) < 3 or time.perf_counter() - begin < ENOUGH_S):
         start = time.perf_counter()
@@ -153,9 +152,10 @@ def engine_for(model: Model, requests: Sequence[LoadRequest], at_once: int, **op
 
 
 def warm_up(surge: vSurge, requests: Sequence[LoadRequest]) -> None:
-    """Sends some of the requests, so that nothing is done for the first time when it counts."""
-    run_load(surge, requests[: max(1, len(requests) // 4)], requests_per_s=None)
-    for request in requests[:2]:  # steps of few, too
+    """Sends some of the requests, for few tokens, so that nothing is done for the first time when it counts."""
+    short = [replace(request, output_tokens=min(4, request.output_tokens)) for request in requests]
+    run_load(surge, short[: max(1, len(short) // 4)], requests_per_s=None)
+    for request in short[:2]:  # steps of few, too
         run_load(surge, [request], requests_per_s=None)
 
 

@@ -87,7 +87,7 @@ class StepCase:
 def cases(platform: str) -> Iterator[StepCase]:
     """What is measured on a platform: "cpu", "gpu" or "tpu"."""
     if platform == "cpu":
-        decode, prompts = [(1, 128), (1, 2048), (4, 128), (16, 128), (16, 1024)], [128, 512]
+        decode, prompts = [(1, 128), (1, 2048), (16, 128), (16, 1024)], [128, 512]
     else:
         decode, prompts = [(1, 128), (1, 8192), (16, 2048), (64, 512), (64, 2048), (256, 512)], [512, 4096]
     yield from (StepCase("decode", *shape) for shape in decode)

@@ -152,7 +152,7 @@ def engine_for(model: Model, requests: Sequence[LoadRequest], at_once: int, **op
 
 
 def warm_up(surge: vSurge, requests: Sequence[LoadRequest]) -> None:
-    """Sends some of the requests, for few tokens, so that nothing is done for the first time when it counts."""
+    """Sends some of the requests, for few tokens: nothing is done for the first time when it counts."""
     short = [replace(request, output_tokens=min(4, request.output_tokens)) for request in requests]
     run_load(surge, short[: max(1, len(short) // 4)], requests_per_s=None)
     for request in short[:2]:  # steps of few, too

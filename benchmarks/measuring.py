@@ -17,7 +17,15 @@ from ..model.progress import progress_bar
 from ..runtime import vSurge
 from .engine import steps
 from .engine.apart import Wanted, run_apart
-from .engine.load import LoadRequest, arriving, fewest_steps, needed_bytes, random_requests, run_load
+from .engine.load import (
+    LoadRequest,
+    arriving,
+    fewest_steps,
+    needed_bytes,
+    random_requests,
+    run_load,
+    shortened,
+)
 from .engine.peers import why_not
 from .kernels import cases as kernels
 from .machine import device_seconds_of, measure_ceilings
@@ -153,7 +161,7 @@ def engine_for(model: Model, requests: Sequence[LoadRequest], at_once: int, **op
 
 def warm_up(surge: vSurge, requests: Sequence[LoadRequest]) -> None:
     """Sends some of the requests, for few tokens: nothing is done for the first time when it counts."""
-    short = [replace(request, output_tokens=min(4, request.output_tokens)) for request in requests]
+    short = shortened(requests)
     run_load(surge, short[: max(1, len(short) // 4)], requests_per_s=None)
     for request in short[:2]:  # steps of few, too
         run_load(surge, [request], requests_per_s=None)

@@ -1,4 +1,5 @@
-"""A peer in a process of its own: on a GPU, of whose memory jax's pool takes three quarters in this one.
+"""A peer in a process of its own: on a GPU, of whose memory jax's pool takes three quarters in this one, and
+vLLM anywhere.
 
 `python -m vsurge.benchmarks.engine.apart FILE` reads what is wanted from its standard input, a pickle of
 `Wanted`, and writes the seconds into the file.
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...model import Qwen3Config
-from .load import LoadRequest
+from .load import LoadRequest, shortened
 from .peers import PEERS
 
 TIMEOUT_S = 600  # of all that a peer does, its weights and what it compiles among it
@@ -37,7 +38,7 @@ class Wanted:
         """Seconds of all requests, after some that warm up."""
         longest = max(len(request.prompt) + request.output_tokens for request in self.requests)
         run = PEERS[self.name][1](self.config, self.at_once, longest, self.device)
-        run([LoadRequest(request.prompt, 4) for request in self.requests[: self.at_once]])
+        run(shortened(self.requests[: self.at_once]))
         return run(self.requests)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,11 @@ def arriving(requests: Sequence[LoadRequest], per_s: float, *, seed: int = 0) ->
         LoadRequest(request.prompt, request.output_tokens, float(at))
         for request, at in zip(requests, times, strict=True)
     ]
+
+
+def shortened(requests: Sequence[LoadRequest]) -> list[LoadRequest]:
+    """The same requests for 4 tokens at most, to warm up with: none becomes longer than it was."""
+    return [replace(request, output_tokens=min(4, request.output_tokens)) for request in requests]
 
 
 @dataclass

@@ -25,6 +25,7 @@ from vsurge.benchmarks.engine.load import (
     random_requests,
     read_requests,
     run_load,
+    shortened,
 )
 from vsurge.benchmarks.engine.peers import transformers_engine, why_not
 from vsurge.benchmarks.engine.steps import StepCase
@@ -181,8 +182,26 @@ def test_a_load_tells_how_every_request_fared(
     assert load.seconds >= max(load.e2e_s)
     assert max(outputs) <= load.num_steps <= sum(outputs) + 5
     assert load.num_bytes == needed_bytes(Sizes.of(model), requests, load.num_steps)
-    assert load.idle_share is not None
-    assert 0 <= load.idle_share < 1
+
+
+def test_a_load_has_the_share_of_the_work_in_which_the_device_idled(
+    surge: vSurge, some_requests: list[LoadRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = replace(surge.metrics, work_seconds=10.0, device_idle_seconds=3.0)
+    after = replace(before, num_steps=before.num_steps + 2, work_seconds=18.0, device_idle_seconds=4.0)
+    snapshots = iter([before, after])
+    monkeypatch.setattr(type(surge), "metrics", property(lambda _: next(snapshots)))
+    load = run_load(surge, some_requests[:1], requests_per_s=None)
+    assert (load.idle_share, load.num_steps) == (0.125, 2)
+    older = replace(load, idle_share=None)  # of a report that does not say
+    text = markdown(Report(machine=MACHINE, model="m", ceilings=CEILINGS, loads=(load, older)))
+    [*_, first, second] = [line.split("|")[-2].strip() for line in text.splitlines() if "all at once" in line]
+    assert (first, second) == ("12.5%", "")
+
+
+def test_warming_up_makes_no_request_longer() -> None:
+    requests = [LoadRequest([1, 2], 9), LoadRequest([3], 1)]
+    assert shortened(requests) == [LoadRequest([1, 2], 4), LoadRequest([3], 1)]
 
 
 def test_transformers_takes_the_same_requests(model: Model) -> None:

@@ -94,6 +94,7 @@ def test_all_writes_down_each_part(
     assert (alone.num_requests, str(alone.output_tokens)) == (1, longest)
     assert half.requests_per_s == pytest.approx(0.5 * 3 / at_once.seconds)
     assert most.requests_per_s == pytest.approx(0.9 * 3 / at_once.seconds)
+    assert (report.settings["what"], "out" in report.settings) == ("all", False)
     assert done.out.count("| not measured") == 1
     assert list(report.took_s) == ["ceilings", "kernels", "steps", "engine", "load", "another"]
     took = sum(report.took_s.values())

@@ -212,7 +212,9 @@ def _report(args: argparse.Namespace) -> None:
 def _new_report(args: argparse.Namespace, model: str | None) -> Report:
     """With the ceilings, which are measured now."""
     settings = {
-        name: value for name, value in vars(args).items() if isinstance(value, int | float | str | list)
+        name: value
+        for name, value in vars(args).items()
+        if isinstance(value, int | float | str | list) and name not in ("out", "plot")  # paths of a machine
     }
     machine = describe_machine(jax.devices()[0])
     return Report(machine=machine, model=model, ceilings=measuring.ceilings(), settings=settings)
